@@ -1,0 +1,235 @@
+"""Checkpoints: folders of safetensors and JSON, written aside and renamed, checked by hash when read.
+
+`OUT/checkpoints/step-00000100/` holds model.safetensors (weights and buffers by name), train.safetensors (the
+optimizer's momentum by parameter name) and meta.json. `OUT/last` and `OUT/best` are links to such folders.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fasttrain import __version__
+from fasttrain.dataset import shown
+from fasttrain.errors import UserError
+
+FORMAT = 1
+_MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: its folder, meta.json's content and the tensors, on the CPU."""
+
+    path: Path
+    meta: dict[str, Any]
+    model: dict[str, Tensor]
+    train: dict[str, Tensor]
+
+
+def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
+    """Make or reopen a run's folder and write its recipe.toml; gives the checkpoint to go on from, or None.
+
+    resume: `auto` (OUT/last where there is one), `never` (a run that is there is moved aside) or a path. UserError
+    where the folder holds something else than a run.
+    """
+    used = out.is_dir() and any(out.iterdir())
+    if used and not (out / "recipe.toml").is_file():
+        raise UserError(f"{shown(out)} is not empty and holds no run; name another --out")
+    if used and resume == "never":
+        aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
+        out.rename(aside)
+        print(f"the run that was in {shown(out)} is now {shown(aside)}", file=sys.stderr)
+    start = None
+    if resume == "auto":
+        start = out / "last" if (out / "last").exists() else None
+    elif resume != "never":
+        start = find(Path(resume))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (start and (out / "recipe.toml").exists()):
+            (out / "recipe.toml").write_text(recipe_toml, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {shown(out)}: {error.strerror}") from None
+    return start
+
+
+def save(
+    out: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    improved: bool,
+    keep: int,
+    meta: dict[str, Any],
+) -> Path:
+    """Write the state after `step` steps, point `last` (and `best`) to it, and remove what is older than `keep`.
+
+    meta: what else meta.json shall hold, as JSON values. Raises OSError where the disk does not take it.
+    """
+    home = out / "checkpoints"
+    final = home / f"step-{step:08}"
+    aside = home / f".{final.name}.{os.getpid()}.partial"
+    aside.mkdir(parents=True)
+    try:
+        save_file(_on_cpu(model.state_dict()), aside / _MODEL)
+        save_file(_on_cpu(_momentum(model, optimizer)), aside / _TRAIN)
+        content = {
+            "format": FORMAT,
+            "step": step,
+            **meta,
+            "scaler": scaler.state_dict(),
+            "versions": {"fasttrain": __version__, "torch": torch.__version__},
+            "sha256": {name: _sha256(aside / name) for name in (_MODEL, _TRAIN)},
+        }
+        (aside / _META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for name in (_MODEL, _TRAIN, _META, "."):
+            _sync(aside / name)
+        if final.exists():  # the same step, written before a resume from an earlier one
+            shutil.rmtree(final)
+        aside.rename(final)
+        _sync(home)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _link(out / "last", final)
+    if improved:
+        _link(out / "best", final)
+    _prune(out, home, keep)
+    return final
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies: safetensors takes neither strides (channels_last) nor shared memory (tied weights)."""
+    return {name: torch.empty(each.shape, dtype=each.dtype).copy_(each) for name, each in tensors.items()}
+
+
+def _momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {name: optimizer.state[each].get("momentum_buffer") for name, each in model.named_parameters()}
+    return {f"momentum.{name}": each for name, each in found.items() if each is not None}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point `link` to `target`, in one step; as a relative link, so that the run's folder can be moved."""
+    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.relative_to(link.parent))
+    os.replace(aside, link)
+
+
+def _prune(out: Path, home: Path, keep: int) -> None:
+    best = (out / "best").resolve()
+    for old in sorted(home.glob("step-*"))[:-keep]:
+        if old.resolve() != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def find(path: Path) -> Path:
+    """The folder that `path` stands for: a checkpoint, `last` or `best`, or a run's folder (its best, else its last).
+
+    Raises UserError where there is none.
+    """
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / _META).is_file():
+            return candidate.resolve()
+    raise UserError(f"{shown(path)} is no checkpoint and holds none")
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint. UserError names the file that is missing, damaged or of another format."""
+    path = find(path)
+    try:
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        known = meta["format"] == FORMAT
+        hashes = {name: meta["sha256"][name] for name in (_MODEL, _TRAIN)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{shown(path / _META)} cannot be read as a checkpoint's: {error!r}") from None
+    if not known:
+        raise UserError(f"{shown(path)} has checkpoint format {meta['format']}; this fasttrain reads {FORMAT}")
+    tensors = {}
+    for name, expected in hashes.items():
+        try:
+            if _sha256(path / name) != expected:
+                raise UserError(f"{shown(path / name)} is damaged: its SHA-256 is not the one in {_META}")
+            tensors[name] = load_file(path / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{shown(path / name)} cannot be read: {error}") from None
+    return Checkpoint(path, meta, tensors[_MODEL], tensors[_TRAIN])
+
+
+# A run may go on with other values of these: none changes which images a step takes or what is done to them.
+_FREE = ("name", "micro_batch", "save", "data", "machine")
+
+
+def refuse_other(saved: Checkpoint, identity: dict[str, Any]) -> None:
+    """UserError, naming each difference, unless a checkpoint comes from a run of the same recipe, classes and images.
+
+    identity: `recipe` (a recipe as plain values), `classes` (names) and `data` (the index's fingerprint).
+    """
+    ours, theirs = _flat(identity["recipe"]), _flat(saved.meta["recipe"])
+    differences = [
+        f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
+        for key in {**theirs, **ours}
+        if key.split(".")[0] not in _FREE and ours.get(key) != theirs.get(key)
+    ]
+    if saved.meta["classes"] != identity["classes"]:
+        other = sorted(set(saved.meta["classes"]) ^ set(identity["classes"]))
+        differences.append(f"the classes are others ({', '.join(map(shown, other[:3]))}{', …' if other[3:] else ''})")
+    elif saved.meta["data"] != identity["data"]:
+        differences.append("the training images are others")
+    if differences:
+        raise UserError(
+            f"cannot go on from {shown(saved.path)}: {'; '.join(differences)}. "
+            "Name another --out, or start over with --resume never"
+        )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def restore(
+    saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Put a checkpoint's whole state back. UserError when the network's tensors are others."""
+    restore_model(saved, model)
+    for name, parameter in model.named_parameters():
+        momentum = saved.train.get(f"momentum.{name}")
+        if momentum is not None:  # in the parameter's own memory layout, which the fused step needs
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum).detach()
+    scaler.load_state_dict(saved.meta["scaler"])
+
+
+def restore_model(saved: Checkpoint, model: nn.Module) -> None:
+    """Put a checkpoint's weights and buffers back. UserError when the network's tensors are others."""
+    try:
+        model.load_state_dict(saved.model)
+    except RuntimeError as error:
+        raise UserError(f"{shown(saved.path)} does not fit this network: {str(error).splitlines()[-1].strip()}") from None

@@ -1,0 +1,296 @@
+"""The command line. torch, timm and DALI are imported inside the commands, so that help comes at once."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fasttrain import __version__
+from fasttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from fasttrain.config import Recipe
+
+
+class _Group(click.Group):
+    """Ends every command that fails for a known reason with one line and the status that belongs to it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if str(error):
+                _complain(str(error))
+            sys.exit(error.exit_status)
+        except ImportError as error:
+            _complain(f"{error} (Python {sys.executable}); `fasttrain doctor` says what is missing")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _complain("interrupted; the same command goes on from the last checkpoint")
+            sys.exit(130)
+
+
+def _complain(line: str) -> None:
+    click.echo(f"fasttrain: {line}", err=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Train image classifiers from scratch, with NVIDIA DALI pipelines and a channels-last mixed-precision loop."""
+
+
+_SET_HELP = "A setting of the recipe: key=value or part.key=value. Repeatable."
+_folder = click.Path(file_okay=False)
+
+
+@main.command()
+@click.option("--arch", metavar="A", help="Network: tresnet_xl, resnest101e, seresnext101_32x4d or any other of timm.")
+@click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe instead of a network's own.")
+@click.option("--data", multiple=True, type=_folder, metavar="DIR", help="Training images; repeatable. None: demo set.")
+@click.option("--val", type=_folder, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
+@click.option("--out", type=_folder, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all ranks.")
+@click.option("--image-size", type=click.IntRange(8), help="Side of the square training images, in pixels.")
+@click.option("--lr", type=float, help="Peak learning rate, in place of the recipe's rule.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of weights and of every random draw.")
+@click.option("--workers", type=click.IntRange(0), help="DALI threads a rank. 0: this rank's share of the cores.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: auto, a GPU where there is one.")
+@click.option("--resume", default="auto", metavar="auto|never|PATH", show_default=True,
+              help="Go on from the run's last checkpoint, start over (the old run is moved aside), or from PATH.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
+@click.option("--dry-run", is_flag=True, help="Print what would be done and stop.")  # fmt: skip
+def run(
+    arch: str | None,
+    recipe_name: str | None,
+    data: tuple[str, ...],
+    val: str | None,
+    out: str | None,
+    epochs: int | None,
+    batch_size: int | None,
+    image_size: int | None,
+    lr: float | None,
+    seed: int | None,
+    workers: int | None,
+    device: str | None,
+    resume: str,
+    compiled: bool | None,
+    settings: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Train a network.
+
+    Without --data it trains on a drawn demo set, on small images for a few epochs. The same command again goes on
+    where a run was stopped. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
+    """
+    from fasttrain import checkpoint, dataset, recipes
+    from fasttrain.distributed import ranks
+    from fasttrain.train import settle, summary, train
+
+    recipe = _chosen(arch, recipe_name)
+    on_demo = not data and not recipe.data.train
+    if on_demo:
+        if val:
+            raise UserError("--val without --data: name the training images too")
+        recipe = _demo(recipe)
+    elif data:
+        folders = tuple(os.path.abspath(each) for each in data)
+        recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
+    if val:
+        recipe = replace(recipe, data=replace(recipe.data, val=os.path.abspath(val)))
+    changes = [("epochs", epochs), ("batch_size", batch_size), ("image_size", image_size), ("seed", seed)]
+    changes += [("machine.workers", workers), ("machine.device", device)]
+    if compiled is not None:
+        changes.append(("machine.compile", "on" if compiled else "off"))
+    if lr is not None:
+        changes += [("optim.lr", lr), ("optim.lr_batch", 0)]
+    for key, value in changes:
+        if value is not None:
+            recipe = recipes.override(recipe, f"{key}={value}", by="--" + key.split(".")[-1].replace("_", "-"))
+    for setting in settings:
+        recipe = recipes.override(recipe, setting)
+    folder = Path(out or Path("runs", recipe.name))
+
+    with ranks(recipe.machine.device) as here:
+        if on_demo and here.first:
+            click.echo(
+                f"no --data: training on the demo set, {recipe.image_size} px, {recipe.epochs} epochs. "
+                f"Your own images: fasttrain run --arch {recipe.arch} --data DIR  (DIR/<class>/<image>)",
+                err=True,
+            )
+        recipe = settle(recipe, here.device)
+        train_index, val_index = here.in_turn(lambda: dataset.open_data(recipe.data))
+        if dry_run:
+            if here.first:
+                click.echo(f"{recipes.to_toml(recipe)}\n{summary(recipe, train_index, val_index, here, folder)}")
+            return
+        start = here.from_first(lambda: checkpoint.open_run(folder, resume, recipes.to_toml(recipe)))
+        result = train(recipe, folder, train_index, val_index, here, start)
+        if here.first:
+            shown = dataset.shown(folder)
+            if result.best is not None:
+                last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
+                click.echo(f"{last}best top-1 {result.best:.2%}")
+            click.echo(f"run folder: {shown}  ({result.steps} steps; best and last checkpoint: {shown}/best, /last)")
+            click.echo(f"next: fasttrain eval {shown} --data {dataset.shown(recipe.data.val or 'DIR')}")
+
+
+def _chosen(arch: str | None, recipe_name: str | None) -> "Recipe":
+    from fasttrain import recipes
+
+    if arch and recipe_name:
+        raise UserError("--arch and --recipe exclude each other: a recipe names its network")
+    if recipe_name:
+        return recipes.by_name(recipe_name)
+    if not arch:
+        raise UserError("name a network with --arch (such as tresnet_xl) or a recipe with --recipe")
+    from fasttrain.models import ARCHS
+
+    recipe = recipes.for_arch(arch)
+    if arch not in ARCHS and int(os.environ.get("RANK", 0)) == 0:
+        click.echo(f"{arch} has no report recipe: batch {recipe.batch_size}, {recipe.epochs} epochs by default", err=True)
+    return recipe
+
+
+def _demo(recipe: "Recipe") -> "Recipe":
+    """`recipe` on the demo set, which is made in the user's cache on first use."""
+    import torch
+
+    from fasttrain import dataset, demo, recipes
+    from fasttrain.models import Classifier
+
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in Classifier(recipe.arch, len(demo.CLASSES)).parameters())
+    folder = dataset.cache_dir() / "demo-1"
+    demo.make(folder)
+    return recipes.demo(recipe, folder, parameters)
+
+
+@main.command("eval")
+@click.argument("checkpoint_path", metavar="CKPT", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=_folder, metavar="DIR", help="Labelled images; DIR/val where DIR has it.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="DALI threads. 0: all cores.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def evaluate_(checkpoint_path: Path, data: str, batch_size: int, workers: int, device: str) -> None:
+    """Top-1 and top-5 of a checkpoint over a folder of class folders, centre crops at the training size.
+
+    CKPT is a checkpoint's folder, `last` or `best`, or a run's folder (its best).
+    """
+    from fasttrain import checkpoint, dataset, recipes
+    from fasttrain.distributed import ranks
+    from fasttrain.evaluate import evaluate
+    from fasttrain.models import Classifier
+    from fasttrain.pipelines.eval import Evaluation
+    from fasttrain.train import DTYPES, settle
+
+    saved = checkpoint.load(checkpoint_path)
+    recipe = recipes.from_dict(saved.meta["recipe"], where=dataset.shown(saved.path))
+    index = dataset.open_labelled(data)
+    dataset.require_classes(index, saved.meta["classes"], data, checkpoint_path)
+    with ranks(device) as here:
+        recipe = settle(replace(recipe, precision="auto"), here.device)
+        model = Classifier(recipe.arch, len(index.classes))
+        checkpoint.restore_model(saved, model)
+        model.to(here.device, memory_format=_channels_last())
+        batches = Evaluation(
+            index, recipe.image_size, batch_size, here.device, here.threads(workers), here.world, here.rank
+        )
+        scores = evaluate(model, batches, index, here, DTYPES[recipe.precision])
+        if here.first:
+            click.echo(f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+
+
+def _channels_last() -> Any:
+    import torch
+
+    return torch.channels_last
+
+
+@main.group("data")
+def data_() -> None:
+    """Make and inspect folders of images."""
+
+
+@data_.command("demo")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Other seed, other pictures.")
+def data_demo(folder: Path, seed: int) -> None:
+    """Draw the demo set: DIR/train and DIR/val with ten classes of 50 and 25 JPEGs each."""
+    from fasttrain import dataset, demo
+
+    made = demo.make(folder, seed)
+    what = "made" if made else "already there:"
+    click.echo(f"{what} {dataset.shown(folder)}: {len(demo.CLASSES)} classes, 500 train and 250 val images")
+
+
+@main.command("recipes")
+@click.argument("name", required=False)
+def recipes_(name: str | None) -> None:
+    """List the recipes, or print one as TOML that `run --recipe FILE.toml` takes."""
+    from fasttrain import recipes
+
+    if name:
+        click.echo(recipes.to_toml(recipes.by_name(name)), nl=False)
+        return
+    click.echo(recipes.table())
+
+
+@main.command()
+@click.option("--arch", metavar="A", help="Network whose recipe to show.")
+@click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe to show.")
+@click.option("--data", type=_folder, metavar="DIR", help="Training images. None: the recipe's, or the demo set.")
+@click.option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Epoch, from 0.")
+@click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="Step of the epoch, from 0.")
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="At most so many of the batch.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("batch.png"), show_default=True,
+              help="PNG to write.")  # fmt: skip
+def show(
+    arch: str | None,
+    recipe_name: str | None,
+    data: str | None,
+    epoch: int,
+    step: int,
+    images: int,
+    settings: tuple[str, ...],
+    out: Path,
+) -> None:
+    """Draw the batch that the network sees at a step: cropped, flipped, augmented and mixed, with its labels."""
+    from fasttrain import dataset, recipes
+    from fasttrain.pipelines.plan import Plan
+    from fasttrain.show import draw_batch
+
+    recipe = _chosen(arch, recipe_name)
+    if data:
+        recipe = replace(recipe, data=replace(recipe.data, train=(os.path.abspath(data),), val=""))
+    elif not recipe.data.train:
+        recipe = _demo(recipe)
+    for setting in settings:
+        recipe = recipes.override(recipe, setting)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {dataset.shown(out)}: the picture is a PNG; end the name in .png")
+    index, _ = dataset.open_data(replace(recipe.data, val=""))
+    plan = Plan.of(recipe, len(index))
+    if epoch >= plan.epochs or step >= plan.steps_per_epoch:
+        raise UserError(f"--epoch {epoch} --step {step}: there are {plan.epochs} epochs of {plan.steps_per_epoch} steps")
+    draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out)
+    click.echo(f"wrote {dataset.shown(out)}")
+
+
+@main.command()
+def doctor() -> None:
+    """Say what this machine has and lacks, with the line that mends it."""
+    from fasttrain.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        click.echo(f"{'ok  ' if finding.good else 'LACK'}  {finding.what}: {finding.found}")
+        if finding.mend:
+            click.echo(f"      {finding.mend}")
+    sys.exit(0 if all(each.good or not each.needed for each in findings) else 1)

@@ -1,0 +1,130 @@
+"""Ranks: what torchrun says of them, and the few things that they do together."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fasttrain.errors import RunError, UserError
+
+T = TypeVar("T")
+_FAILED = "fasttrain/failed"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the run's: rank of world, local_rank of local_world on this node, and its device."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the one that writes files and speaks."""
+        return self.rank == 0
+
+    def threads(self, workers: int) -> int:
+        """DALI threads: `workers`, or this rank's share of the cores that the process may use."""
+        return workers or max(1, len(os.sched_getaffinity(0)) // self.local_world)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of each element over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of each element over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP does before each forward."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """`work()`, on each node by its first rank before the others, which can then find what it cached."""
+        if self.world == 1:
+            return work()
+        result = work() if self.local_rank == 0 else None
+        dist.barrier()
+        if self.local_rank:
+            result = work()
+        return result  # type: ignore[return-value]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work()` gives on rank 0, on every rank."""
+        if self.world == 1:
+            return work()
+        result: list[object] = [work() if self.first else None]
+        dist.broadcast_object_list(result, 0)
+        return result[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment, or be alone.
+
+    device: auto, cpu or cuda. On an error in the body the other ranks are told, so that one message is printed: that
+    of the rank that failed first. Raises UserError when CUDA is asked for and not there.
+    """
+    rank, world, local_rank, local_world = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        _check_gpu(local_rank)
+        torch.cuda.set_device(local_rank)
+    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if world == 1:
+        yield Ranks(0, 1, 0, 1, place)
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
+    try:
+        yield Ranks(rank, world, local_rank, local_world, place)
+    except Exception as error:
+        raise _first_failure(error, rank) from error
+    finally:
+        # A rank that failed must not wait here for others that are stuck in a collective: torchrun ends them.
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def _check_gpu(local_rank: int) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; `fasttrain doctor` says what is missing")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}")
+
+
+class PeerFailure(RunError):
+    """Another rank failed first and has said why; there is nothing to add."""
+
+
+def _first_failure(error: Exception, rank: int) -> Exception:
+    """The error to end with: this rank's own, told to the others, or PeerFailure when another was first."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if not isinstance(error, UserError):  # broken collectives are what another rank's end looks like from here
+            store.wait([_FAILED], timedelta(seconds=3))
+        if int(store.add(_FAILED + "/count", 1)) > 1:
+            return PeerFailure("another rank failed")
+        store.set(_FAILED, str(rank))
+    except (RuntimeError, ValueError):  # nobody else failed (the wait timed out), or the store is gone
+        return error
+    return type(error)(f"rank {rank}: {error}") if isinstance(error, UserError) else error

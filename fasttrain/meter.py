@@ -1,0 +1,125 @@
+"""What a run shows and keeps: sums that stay on the device, log.jsonl, a progress bar, TensorBoard."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fasttrain.distributed import Ranks
+
+
+class Scores(NamedTuple):
+    """Shares in 0 … 1 over `images` images."""
+
+    top1: float
+    top5: float
+    images: int
+
+
+class Meter:
+    """Means of the loss and its terms between two log points. Adding never waits for the device; reading does."""
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.shares = [0.0] * len(names)
+
+    def add(self, terms: dict[str, Tensor], share: float) -> None:
+        """Add one micro-batch's terms (scalars on the device), the micro-batch being `share` of its step."""
+        for at, name in enumerate(self.names):
+            if name in terms:
+                self.sums[at].add_(terms[name].detach(), alpha=share)
+                self.shares[at] += share
+
+    def read(self, ranks: Ranks) -> dict[str, float]:
+        """Mean of each term over all ranks and over the steps since the last reading that had it; start afresh."""
+        sums = ranks.mean(self.sums).tolist()
+        means = {n: total / share for n, total, share in zip(self.names, sums, self.shares, strict=True) if share}
+        self.sums.zero_()
+        self.shares = [0.0] * len(self.names)
+        return means
+
+
+class Log:
+    """log.jsonl (one JSON object a line), the progress bar on stderr and, where installed, TensorBoard.
+
+    Only rank 0 has an open log; on the others every call does nothing.
+    """
+
+    def __init__(self, out: Path, ranks: Ranks, *, start_step: int, steps: int, batch_size: int) -> None:
+        self.open = ranks.first
+        self.steps, self.batch_size = steps, batch_size
+        self.last_step, self.last_time = start_step, time.perf_counter()
+        if not self.open:
+            return
+        self.file = (out / "log.jsonl").open("a", encoding="utf-8")
+        self.board = _tensorboard(out)
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
+
+    def event(self, event: str, **values: Any) -> None:
+        if self.open:
+            self.file.write(json.dumps({"event": event, **values}) + "\n")
+            self.file.flush()
+
+    def advance(self) -> None:
+        if self.open:
+            self.bar.update()
+
+    def train(self, epoch: int, step: int, lr: float, terms: dict[str, float]) -> None:
+        """A log point of training, `step` steps done; terms: `loss` and its parts. The rate is that since the point
+        before."""
+        if not self.open:
+            return
+        now = time.perf_counter()
+        rate = (step - self.last_step) * self.batch_size / (now - self.last_time)
+        self.last_step, self.last_time = step, now
+        terms = dict(terms)
+        loss = terms.pop("loss")
+        self.event("train", epoch=epoch, step=step, lr=lr, loss=loss, terms=terms, images_per_s=round(rate, 1))
+        line = f"loss {loss:.3f} lr {lr:.4f} {rate:.0f} img/s"
+        self.bar.set_description(f"epoch {epoch}", refresh=False)
+        self.bar.set_postfix_str(line)
+        if not self.on_terminal:
+            print(f"step {step} of {self.steps}: epoch {epoch} {line}", file=sys.stderr)
+        self._scalars(step, {"loss": loss, "lr": lr, "images_per_s": rate} | {f"loss/{k}": v for k, v in terms.items()})
+
+    def evaluation(self, epoch: int, step: int, scores: Scores) -> None:
+        if not self.open:
+            return
+        self.event("eval", epoch=epoch, step=step, **scores._asdict())
+        self.say(f"epoch {epoch}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+        self._scalars(step, {"top1": scores.top1, "top5": scores.top5})
+
+    def resume_clock(self) -> None:
+        """Leave the time since the last log point (evaluation, a checkpoint) out of the rate."""
+        self.last_time = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        if self.open:
+            tqdm.write(line, file=sys.stderr)
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.open:
+            self.bar.close()
+            self.file.close()
+            if self.board:
+                self.board.close()
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))

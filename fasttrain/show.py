@@ -1,0 +1,45 @@
+"""A picture of a batch as the network sees it."""
+
+import torch
+from PIL import Image, ImageDraw
+
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.dataset import Index, shown
+from fasttrain.kernels.mix import mix
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.train import batches
+
+_CAPTION = 14  # pixels under each image
+
+
+def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
+    """The first `most` images of global step `step`, from the pipeline and the mix that training uses, on the CPU."""
+    device = torch.device("cpu")
+    pixels, numbers = next(batches(plan, index, device, threads=2, start_step=step, stop_step=step + 1))
+    params, _ = plan.mix_params(step, 0)
+    mixed = mix(pixels, torch.from_numpy(params), IMAGENET_MEAN, IMAGENET_STD, torch.float32)
+    std, mean = (torch.tensor(each)[:, None, None] for each in (IMAGENET_STD, IMAGENET_MEAN))
+    pictures = ((mixed.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    count, size = min(most, len(pictures)), plan.image_size
+    cell = max(size, 96)
+    columns = min(count, 8)
+    sheet = Image.new("RGB", (columns * (cell + 4), -(-count // columns) * (size + _CAPTION + 6)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for at in range(count):
+        left, top = at % columns * (cell + 4) + 2, at // columns * (size + _CAPTION + 6) + 2
+        sheet.paste(Image.fromarray(pictures[at].numpy()), (left, top))
+        own, other = (index.classes[index.labels[numbers[each]]] for each in (at, int(mixed.partner[at])))
+        lam = float(mixed.lam[at])
+        caption = own if lam == 1 else f"{lam:.2f} {own} + {1 - lam:.2f} {other}"
+        pen.text((left, top + size + 1), _fit(pen, shown(caption), cell), fill="black")
+    return sheet
+
+
+def _fit(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """`text`, cut to so many pixels."""
+    if pen.textlength(text) <= width:
+        return text
+    while text and pen.textlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,219 @@
+"""Training: one function, read from top to bottom."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fasttrain import __version__, checkpoint, optim, recipes
+from fasttrain.batch import Batch
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from fasttrain.dataset import Index, shown
+from fasttrain.distributed import Ranks
+from fasttrain.errors import RunError
+from fasttrain.evaluate import evaluate
+from fasttrain.kernels.mix import mix
+from fasttrain.meter import Log, Meter, Scores
+from fasttrain.models import Classifier
+from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.train import batches
+from fasttrain.schedule import lr_at
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Result(NamedTuple):
+    """steps: done in all. scores: of the last evaluation, or None without validation images. best: best top-1."""
+
+    steps: int
+    scores: Scores | None
+    best: float | None
+
+
+def settle(recipe: Recipe, device: torch.device) -> Recipe:
+    """`recipe` with what `auto` stands for on this device."""
+    on_gpu = device.type == "cuda"
+    half = "bf16" if not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = (half if on_gpu else "fp32") if recipe.precision == "auto" else recipe.precision
+    compiled = ("on" if on_gpu else "off") if recipe.machine.compile == "auto" else recipe.machine.compile
+    return replace(recipe, precision=precision, machine=replace(recipe.machine, compile=compiled))
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    train_index: Index,
+    val_index: Index | None,
+    ranks: Ranks,
+    resume_from: Path | None = None,
+) -> Result:
+    """Train a settled recipe into the run's folder `out`, from a checkpoint or from scratch.
+
+    Every rank calls this with the same arguments but its own `ranks`. Raises UserError where the settings, the data
+    or the checkpoint do not fit together, and RunError where a file cannot be decoded or the memory does not suffice.
+    """
+    device, dtype = ranks.device, DTYPES[recipe.precision]
+    plan = Plan.of(recipe, len(train_index), ranks.world, ranks.rank)
+    torch.manual_seed(recipe.seed)
+    model = Classifier(recipe.arch, len(train_index.classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.sgd(model, recipe.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    start, best, scores = 0, None, None
+    identity = {
+        "recipe": recipes.to_dict(recipe),
+        "classes": list(train_index.classes),
+        "data": train_index.fingerprint(),
+    }
+    if resume_from is not None:
+        saved = checkpoint.load(resume_from)
+        checkpoint.refuse_other(saved, identity)
+        checkpoint.restore(saved, model, optimizer, scaler)
+        start, best = saved.meta["step"], saved.meta["best"]
+        if start >= plan.steps:
+            return Result(start, None, best)
+
+    network: nn.Module = model
+    if recipe.machine.compile == "on":
+        network = torch.compile(model)  # type: ignore[assignment]
+    if ranks.world > 1:
+        network = DistributedDataParallel(
+            network,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            static_graph=plan.micro_batches == 1,  # together with accumulation torch aborts
+        )
+    network.train()
+
+    threads = ranks.threads(recipe.machine.workers)
+    labels = torch.from_numpy(train_index.labels)
+    evaluation = None
+    if val_index is not None:
+        evaluation = Evaluation(
+            val_index, recipe.image_size, plan.micro_batch, device, threads, ranks.world, ranks.rank
+        )
+    meter = Meter(["loss", *(loss.name for loss in recipe.losses)], device)
+    log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size)
+    log.event(
+        "resume" if start else "start",
+        step=start,
+        steps=plan.steps,
+        images=plan.count,
+        world=ranks.world,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        versions={"fasttrain": __version__, "torch": torch.__version__},
+    )
+    stream = batches(plan, train_index, device, threads, start)
+    warmup = round(recipe.optim.warmup_epochs * plan.steps_per_epoch)
+    try:
+        for step in range(start, plan.steps):
+            epoch = step // plan.steps_per_epoch
+            lr = lr_at(step, steps=plan.steps, warmup_steps=warmup, peak=recipe.peak_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # Dropout and the like draw from a generator that knows the step, so no state has to be saved.
+            torch.manual_seed((recipe.seed << 32) + step * ranks.world + ranks.rank & 0x7FFF_FFFF_FFFF_FFFF)
+
+            for micro in range(plan.micro_batches):
+                pixels, numbers = next(stream)
+                params, mixing = plan.mix_params(step, micro)
+                own = _to(labels[numbers], device)
+                mixed = mix(pixels, _to(torch.from_numpy(params), device), IMAGENET_MEAN, IMAGENET_STD, dtype)
+                batch = Batch(own, own[mixed.partner], mixed.lam, mixing)
+
+                last = micro == plan.micro_batches - 1
+                with _gradients_stay_local(network, not last):
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        output = network(mixed.images)
+                    terms = {loss.name: loss(output, batch) for loss in recipe.losses}
+                    loss = torch.stack(list(terms.values())).sum()
+                    scaler.scale(loss / plan.micro_batches).backward()
+                meter.add({"loss": loss, **terms}, 1 / plan.micro_batches)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            done = step + 1
+            log.advance()
+            epoch_ends = done % plan.steps_per_epoch == 0
+            if done % recipe.machine.log_steps == 0 or epoch_ends:
+                log.train(epoch, done, lr, meter.read(ranks))
+            if not epoch_ends:
+                continue
+            if evaluation is not None:
+                ranks.share_buffers(model)
+                assert val_index is not None
+                scores = evaluate(model, evaluation, val_index, ranks, dtype)
+                log.evaluation(epoch, done, scores)
+            if (epoch + 1) % recipe.save.every_epochs == 0 or done == plan.steps:
+                improved = scores is None or best is None or scores.top1 > best
+                best = scores.top1 if scores and improved else best
+                if ranks.first:
+                    path = checkpoint.save(
+                        out,
+                        done,
+                        model,
+                        optimizer,
+                        scaler,
+                        improved=improved,
+                        keep=recipe.save.keep,
+                        meta={**identity, "best": best, "scores": scores._asdict() if scores else None},
+                    )
+                    log.event("checkpoint", epoch=epoch, step=done, path=str(path.relative_to(out)))
+            log.resume_clock()
+        log.event("end", step=plan.steps, best=best)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(plan) from None
+    finally:
+        log.close()
+    return Result(plan.steps, scores, best)
+
+
+def _to(values: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on the device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def _gradients_stay_local(network: nn.Module, local: bool) -> contextlib.AbstractContextManager[None]:
+    """Under DDP, whether a backward only adds to this rank's gradients, to be exchanged by a later one."""
+    if local and isinstance(network, DistributedDataParallel):
+        return network.no_sync()  # type: ignore[return-value]
+    return contextlib.nullcontext()
+
+
+def out_of_memory(plan: Plan) -> RunError:
+    """What to say when the GPU's memory does not suffice: the micro-batch in use, and the next one to try."""
+    used = plan.micro_batch
+    smaller = next((n for n in range(used // 2, 0, -1) if used % n == 0), None)
+    advice = f"try --set micro_batch={smaller}" if smaller else "set a smaller --image-size"
+    return RunError(f"CUDA is out of memory with micro_batch={used} at {plan.image_size} pixels; {advice}")
+
+
+def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks, out: Path) -> str:
+    """What `train` would do, as text, found without running anything. Raises UserError like `train`."""
+    plan = Plan.of(recipe, len(train_index), ranks.world, ranks.rank)
+    with torch.device("meta"):
+        model = Classifier(recipe.arch, len(train_index.classes))
+        output = model.eval()(torch.empty(plan.micro_batch, 3, recipe.image_size, recipe.image_size))
+    weights = sum(each.numel() for each in model.parameters())
+    state = sum(each.nbytes for each in model.state_dict().values()) + sum(each.nbytes for each in model.parameters())
+    kept = min(recipe.save.keep + 1, -(-recipe.epochs // recipe.save.every_epochs))
+    val = f"{len(val_index)} images" if val_index is not None else "none"
+    facts = {
+        "data": f"{len(train_index)} images of {len(train_index.classes)} classes; validation: {val}",
+        "network": f"{recipe.arch}, {weights / 1e6:.2f} M parameters, {recipe.precision}",
+        "input": f"{[plan.micro_batch, 3, recipe.image_size, recipe.image_size]} a rank and micro-batch",
+        "output": f"logits {list(output.logits.shape)}, features {list(output.features.shape)}",
+        "batch": f"{plan.batch_size} = {ranks.world} ranks x {plan.micro_batches} micro-batches x {plan.micro_batch}",
+        "steps": f"{plan.steps} = {plan.epochs} epochs x {plan.steps_per_epoch}",
+        "peak lr": f"{recipe.peak_lr:g}",
+        "device": f"{ranks.device}, compile {recipe.machine.compile}, {ranks.threads(recipe.machine.workers)} threads",
+        "checkpoint": f"{state / 2**20:.0f} MiB each, up to {kept} kept",
+        "writes": f"{shown(out)}/: recipe.toml, log.jsonl, checkpoints/, last, best",
+    }
+    return "\n".join(f"{name:<11}{fact}" for name, fact in facts.items())

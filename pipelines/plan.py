@@ -1,0 +1,194 @@
+"""The plan: which images make a batch, and every random draw. Pure functions of (seed, epoch, image) and (seed, epoch,
+step); there is no state, so any batch of any epoch can be had at once, on any rank.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.config import Augment, Mix, Recipe
+from fasttrain.errors import UserError
+from fasttrain.kernels import mix as mix_kernel
+from fasttrain.pipelines import autoaugment
+from fasttrain.pipelines.philox import uniforms
+
+_TRIES = 10
+_ORDER_STREAM, _IMAGE_STREAM, _STEP_STREAM = 0, 1, 2
+_CROP_DRAWS = 2 * _TRIES + 2
+
+
+class Draws(NamedTuple):
+    """How each of n images is augmented.
+
+    crop: int32 [n, 4], (top, left, height, width) in pixels of the stored image. flip: bool [n].
+    op: int32 [n, 2] and strength: float32 [n, 2], AutoAugment's two operations (`autoaugment.choose`).
+    """
+
+    crop: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+    op: NDArray[np.int32]
+    strength: NDArray[np.float32]
+
+
+def image_draws(
+    seed: int, epoch: int, images: NDArray[np.int64], sizes: NDArray[np.int32], augment: Augment
+) -> Draws:
+    """Draws for images (numbers in the index, int64 [n]) of the given sizes (int32 [n, 2], height and width)."""
+    u = uniforms(seed, _IMAGE_STREAM, epoch, images, _CROP_DRAWS + 1 + autoaugment.DRAWS)
+    crop = random_resized_crop(u[:_CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
+    flip = u[_CROP_DRAWS] < augment.flip
+    if augment.autoaugment == "none":
+        op = np.zeros((len(images), 2), np.int32)
+        return Draws(crop, flip, op, op.astype(np.float32))
+    return Draws(crop, flip, *autoaugment.choose(u[_CROP_DRAWS + 1 :], augment.autoaugment))
+
+
+def random_resized_crop(
+    u: NDArray[np.float64], sizes: NDArray[np.int32], area: tuple[float, float], ratio: tuple[float, float]
+) -> NDArray[np.int32]:
+    """Boxes int32 [n, 4] (top, left, height, width), distributed as torchvision's RandomResizedCrop has them.
+
+    Ten tries of an area (a uniform share of the image's) and an aspect ratio (log-uniform), the first that fits,
+    placed uniformly; where none fits, the largest central box within the ratios. u: uniforms [22, n].
+    """
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    target = height * width * (area[0] + (area[1] - area[0]) * u[:_TRIES])
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = np.exp(low + (high - low) * u[_TRIES : 2 * _TRIES])
+    w_try, h_try = np.rint(np.sqrt(target * aspect)), np.rint(np.sqrt(target / aspect))
+    fits = (0 < w_try) & (w_try <= width) & (0 < h_try) & (h_try <= height)
+    first, column = fits.argmax(0), np.arange(len(sizes))
+    w, h = w_try[first, column], h_try[first, column]
+    top = np.floor(u[2 * _TRIES] * (height - h + 1))
+    left = np.floor(u[2 * _TRIES + 1] * (width - w + 1))
+
+    lost = ~fits.any(0)
+    if lost.any():
+        w_back = np.where(width > ratio[1] * height, np.rint(height * ratio[1]), width)
+        h_back = np.where(width < ratio[0] * height, np.rint(width / ratio[0]), height)
+        w, h = np.where(lost, w_back, w), np.where(lost, h_back, h)
+        top = np.where(lost, (height - h) // 2, top)
+        left = np.where(lost, (width - w) // 2, left)
+    return np.stack([top, left, h, w], axis=1).astype(np.int32)
+
+
+def _rng(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
+    """A generator of its own for one thing that happens once a step or once an epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, step, part]))
+
+
+@functools.lru_cache(maxsize=4)  # two epochs overlap while batches are prefetched, in training and in a benchmark
+def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order in which an epoch takes the images 0 … count−1, int64 [count], read-only."""
+    order = _rng(seed, _ORDER_STREAM, epoch).permutation(count)
+    order.setflags(write=False)
+    return order
+
+
+class Box(NamedTuple):
+    """CutMix's box of a step, in pixels: rows top … bottom−1 and columns left … right−1."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+def cutmix_box(seed: int, epoch: int, step: int, size: int, mix: Mix) -> Box | None:
+    """The global step's box in an image of size x size pixels, or None for a step that does not mix.
+
+    λ ~ Beta(α, α), sides size·√(1−λ), the centre uniform over pixels, clipped to the image (Yun et al. 2019).
+    """
+    rng = _rng(seed, _STEP_STREAM, epoch, step)
+    if rng.random() >= mix.cutmix:
+        return None
+    half = int(size * np.sqrt(1 - rng.beta(mix.cutmix_alpha, mix.cutmix_alpha))) // 2
+    y, x = rng.integers(size, size=2)
+    return Box(*(int(np.clip(edge, 0, size)) for edge in (y - half, y + half, x - half, x + half)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank `rank` of `world` does at every step of a run over `count` images.
+
+    Each epoch takes the global batches one after another from its own order and drops the last partial batch. A rank
+    has an equal, contiguous share of each, in micro-batches of `micro_batch` images.
+    """
+
+    seed: int
+    count: int
+    image_size: int
+    batch_size: int
+    micro_batch: int
+    epochs: int
+    augment: Augment
+    mix: Mix
+    world: int = 1
+    rank: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, count: int, world: int = 1, rank: int = 0) -> "Plan":
+        """The plan of a recipe over `count` images; UserError where the batch does not divide among the ranks."""
+        batch, micro = recipe.batch_size, recipe.micro_batch
+        if count < batch:
+            raise UserError(f"{count} images are fewer than one batch of {batch}; set --batch-size {count} or less")
+        if batch % world:
+            raise UserError(f"batch_size {batch} does not divide among {world} ranks; set a multiple of {world}")
+        share = batch // world
+        if micro and share % micro:
+            raise UserError(
+                f"micro_batch {micro} does not divide a rank's {share} images of a batch; set a divisor of {share}"
+            )
+        return cls(
+            seed=recipe.seed,
+            count=count,
+            image_size=recipe.image_size,
+            batch_size=batch,
+            micro_batch=micro or share,
+            epochs=recipe.epochs,
+            augment=recipe.augment,
+            mix=recipe.mix,
+            world=world,
+            rank=rank,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.count // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches a rank puts through the network in one step."""
+        return self.batch_size // self.world // self.micro_batch
+
+    def images(self, step: int, micro: int) -> NDArray[np.int64]:
+        """Numbers of the images in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size + self.rank * (self.batch_size // self.world) + micro * self.micro_batch
+        return epoch_order(self.seed, epoch, self.count)[start : start + self.micro_batch]
+
+    def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32]) -> Draws:
+        return image_draws(self.seed, step // self.steps_per_epoch, images, sizes, self.augment)
+
+    def mix_params(self, step: int, micro: int) -> tuple[NDArray[np.float32], bool]:
+        """The mix kernel's table for this rank's micro-batch, and whether this step mixes at all.
+
+        The box is the global step's own; the partners are a permutation of the micro-batch.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        box = cutmix_box(self.seed, epoch, position, self.image_size, self.mix)
+        params = mix_kernel.plain_params(self.micro_batch)
+        if box is None:
+            return params, False
+        part = 1 + self.rank * self.micro_batches + micro
+        params[:, mix_kernel.MODE] = mix_kernel.CUTMIX
+        params[:, mix_kernel.PARTNER] = _rng(self.seed, _STEP_STREAM, epoch, position, part).permutation(self.micro_batch)
+        params[:, mix_kernel.BOX] = box
+        return params, True

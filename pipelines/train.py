@@ -1,0 +1,150 @@
+"""The training pipeline: files to augmented uint8 batches, on a GPU or a CPU from one definition."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from fasttrain.dataset import Index
+from fasttrain.pipelines import autoaugment
+from fasttrain.pipelines.faults import decode_error
+from fasttrain.pipelines.plan import Plan
+
+PREFETCH = 2  # batches ahead of the one that trains
+
+_ARGUMENTS = len(autoaugment.DTYPES)
+
+
+class Images(NamedTuple):
+    """A batch from a pipeline: pixels uint8 [B, H, W, 3] on the pipeline's device, and numbers int64 [B] of the
+    images in the index, on the CPU."""
+
+    pixels: Tensor
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """DALI asks for batch after batch; each is worked out from the plan when it is asked for."""
+
+    plan: Plan
+    index: Index
+    start_step: int
+    stop_step: int
+
+    def __call__(self, info: types.BatchInfo) -> tuple[Any, ...]:
+        step, micro = self.position(info.iteration)
+        if step >= self.stop_step:
+            raise StopIteration
+        numbers = self.plan.images(step, micro)
+        draws = self.plan.draws(step, numbers, self.index.sizes[numbers])
+        crop = draws.crop
+        batch: list[Any] = [
+            [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in numbers],
+            numbers,
+            np.ascontiguousarray(crop[:, :2]),
+            np.ascontiguousarray(crop[:, 2:]),
+            # A resize that reads from right to left is a flip. Corners are (y, x), relative to the crop.
+            np.stack([np.zeros(len(numbers)), draws.flip], 1).astype(np.float32),
+            np.stack([np.ones(len(numbers)), ~draws.flip], 1).astype(np.float32),
+        ]
+        if self.plan.augment.autoaugment != "none":
+            for slot in range(2):
+                op, strength = (np.ascontiguousarray(each[:, slot]) for each in (draws.op, draws.strength))
+                batch += autoaugment.arguments(op, strength, self.plan.image_size)
+        return tuple(batch)
+
+    def position(self, batch: int) -> tuple[int, int]:
+        """Global step and micro-batch of the batch-th batch since the start."""
+        step, micro = divmod(batch, self.plan.micro_batches)
+        return self.start_step + step, micro
+
+
+@pipeline_def(enable_conditionals=True)
+def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
+    """read → decode the crop → resize, flipped or not → AutoAugment; uint8 HWC images and their numbers."""
+    augmenting = source.plan.augment.autoaugment != "none"
+    size = source.plan.image_size
+    slots = 2 if augmenting else 0
+    paths, numbers, anchor, shape, corner, opposite, *args = fn.external_source(
+        source=source,
+        num_outputs=6 + slots * _ARGUMENTS,
+        batch=True,
+        batch_info=True,
+        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT, types.FLOAT]
+        + slots * list(autoaugment.DTYPES),
+        ndim=[1, 0, 1, 1, 1, 1] + slots * list(autoaugment.NDIMS),
+    )
+    encoded = fn.io.file.read(paths)
+    images = fn.decoders.image_slice(
+        encoded,
+        start=anchor,
+        shape=shape,
+        axis_names="HW",
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        # Boxes are planned from the header's size, which knows nothing of EXIF; PIL does not rotate either.
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+    )
+    images = fn.resize(
+        images,
+        size=[size, size],
+        roi_start=corner,
+        roi_end=opposite,
+        roi_relative=True,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    if augmenting:
+        images = _augment(images, args[:_ARGUMENTS], size, on_gpu)
+        images = _augment(images, args[_ARGUMENTS:], size, on_gpu)
+    return images, numbers
+
+
+def _augment(images: Any, args: Any, size: int, on_gpu: bool) -> Any:
+    arguments = autoaugment.Arguments(*args)
+    if on_gpu:
+        arguments = arguments._replace(kernel=arguments.kernel.gpu())
+    return autoaugment.apply(images, arguments, size)
+
+
+def build(source: Source, device: torch.device, threads: int, prefetch: int = PREFETCH) -> Pipeline:
+    """The pipeline, not yet running. device: where the images come out."""
+    on_gpu = device.type == "cuda"
+    return graph(
+        source,
+        on_gpu,
+        batch_size=source.plan.micro_batch,
+        num_threads=threads,
+        device_id=device.index or 0 if on_gpu else None,
+        prefetch_queue_depth=prefetch,
+    )
+
+
+def batches(
+    plan: Plan, index: Index, device: torch.device, threads: int, start_step: int = 0, stop_step: int | None = None
+) -> Iterator[Images]:
+    """This rank's micro-batches from `start_step` up to `stop_step` (default: the run's end), one after another.
+
+    The pixels share memory with DALI: no copy is made. Prefetching runs across the ends of epochs. Raises RunError
+    that names the file when an image cannot be decoded.
+    """
+    source = Source(plan, index, start_step, plan.steps if stop_step is None else stop_step)
+    pipe = build(source, device, threads)
+    pipe.build()
+    for count in range((source.stop_step - start_step) * plan.micro_batches):
+        try:
+            pixels, numbers = pipe.run()
+        except RuntimeError as error:
+            suspects = plan.images(*source.position(count))
+            raise decode_error(error, [index.paths[each] for each in suspects]) from None
+        yield Images(torch.from_dlpack(pixels.as_tensor()), torch.from_dlpack(numbers.as_tensor()))
+
+

@@ -1,0 +1,55 @@
+import hashlib
+import itertools
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fasttrain import dataset, demo
+from fasttrain.errors import UserError
+
+
+def digest(folder: Path) -> str:
+    files = sorted(each for each in folder.rglob("*") if each.is_file())
+    return hashlib.sha256(b"".join(str(f.relative_to(folder)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+def test_ten_classes_with_fifty_and_twenty_five_images(demo_set):
+    train, val = dataset.scan(demo_set / "train"), dataset.scan(demo_set / "val")
+    assert train.classes == val.classes == tuple(sorted(demo.CLASSES)) and len(train.classes) == 10
+    assert (len(train), len(val)) == (500, 250)
+    assert not {Path(p).read_bytes() for p in train.paths} & {Path(p).read_bytes() for p in val.paths}
+
+
+def test_sizes_and_orientations_are_mixed(demo_set):
+    sizes = dataset.scan(demo_set / "train").sizes
+    height, width = sizes[:, 0], sizes[:, 1]
+    assert (height > width).sum() > 50 and (width > height).sum() > 50 and (width == height).sum() > 50
+    assert sizes.min() >= 80 and sizes.max() <= 320 and len({tuple(each) for each in sizes.tolist()}) > 200
+    with Image.open(dataset.scan(demo_set / "train").paths[0]) as image:
+        assert image.format == "JPEG"
+
+
+def test_no_two_properties_tell_the_classes_apart():
+    properties = [name.split("-") for name in demo.CLASSES]
+    assert len({tuple(each) for each in properties}) == 10
+    for pair in itertools.combinations(range(3), 2):
+        assert len({tuple(each[at] for at in pair) for each in properties}) < 10
+
+
+def test_the_same_seed_gives_the_same_bytes(demo_set, tmp_path):
+    demo.make(tmp_path / "again")
+    demo.make(tmp_path / "other", seed=1)
+    assert digest(tmp_path / "again") == digest(demo_set) != digest(tmp_path / "other")
+
+
+def test_nothing_is_overwritten(tmp_path, demo_set):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty and holds no demo set"):
+        demo.make(tmp_path / "mine")
+    assert [each.name for each in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert demo.make(demo_set) is False
+    with pytest.raises(UserError, match="seed 5"):
+        demo.make(demo_set, seed=5)
+    assert not list(demo_set.parent.glob("*.partial"))

@@ -1,0 +1,96 @@
+"""The mix's reference against naive loops in float64 and against timm's CutMix."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.data import Mixup
+
+from fasttrain.kernels import mix
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def naive(images: np.ndarray, params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [B, C, H, W] and the exact share of own pixels, one pixel after another."""
+    batch, height, width, channels = images.shape
+    pixels = np.zeros((batch, channels, height, width))
+    share = np.zeros(batch)
+    for b in range(batch):
+        partner, mode, top, bottom, left, right, lam = params[b]
+        own_count = 0
+        for y in range(height):
+            for x in range(width):
+                own = images[b, y, x].astype(np.float64)
+                other = images[int(partner), y, x].astype(np.float64)
+                inside = top <= y < bottom and left <= x < right
+                value = own
+                if mode == mix.CUTMIX and inside:
+                    value = other
+                elif mode == mix.MIXUP:
+                    value = float(lam) * own + (1 - float(lam)) * other
+                own_count += not inside
+                pixels[b, :, y, x] = (value / 255 - MEAN) / STD
+        share[b] = {mix.PLAIN: 1.0, mix.CUTMIX: own_count / (height * width), mix.MIXUP: float(lam)}[int(mode)]
+    return pixels, share
+
+
+@st.composite
+def cases(draw):
+    batch, height, width = draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    images = rng.integers(0, 256, (batch, height, width, 3)).astype(np.uint8)
+    params = mix.plain_params(batch)
+    params[:, mix.PARTNER] = rng.permutation(batch)
+    params[:, mix.MODE] = rng.integers(0, 3, batch)
+    for b in range(batch):  # empty and whole-image boxes included
+        params[b, mix.TOP], params[b, mix.BOTTOM] = np.sort(rng.integers(0, height + 1, 2))
+        params[b, mix.LEFT], params[b, mix.RIGHT] = np.sort(rng.integers(0, width + 1, 2))
+    params[:, mix.LAM] = rng.random(batch)
+    return images, params
+
+
+@given(cases())
+@settings(max_examples=80, deadline=None)
+def test_equals_a_naive_loop(case):
+    images, params = case
+    result = mix.mix(torch.from_numpy(images), torch.from_numpy(params), MEAN, STD, torch.float32)
+    pixels, share = naive(images, params)
+    np.testing.assert_allclose(result.images.double().numpy(), pixels, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(result.lam.numpy(), share.astype(np.float32))
+    np.testing.assert_array_equal(result.partner.numpy(), params[:, mix.PARTNER].astype(np.int64))
+    assert result.images.dtype == torch.float32 and result.partner.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_result_is_channels_last_and_cast_once(dtype):
+    images = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8)
+    params = torch.from_numpy(mix.plain_params(4))
+    result = mix.mix(images, params, MEAN, STD, dtype).images
+    assert result.dtype == dtype and result.is_contiguous(memory_format=torch.channels_last)
+    exact = mix.mix(images, params, MEAN, STD, torch.float32).images
+    assert torch.equal(result, exact.to(dtype))
+
+
+def test_agrees_with_timm_cutmix():
+    """timm's batch CutMix of the same normalised images, with its box and its partner (the reversed batch)."""
+    size, batch = 32, 8
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
+    theirs = Mixup(mixup_alpha=0, cutmix_alpha=1.0, prob=1.0, label_smoothing=0.0, num_classes=batch)
+    for seed in range(20):
+        np.random.seed(seed)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
+        normalised = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        before = normalised.clone()
+        mixed, targets = theirs(normalised, torch.arange(batch))
+        changed = (mixed != before).any(1).any(0)  # the box, where any image differs from its partner
+        rows, columns = changed.any(1).nonzero()[:, 0], changed.any(0).nonzero()[:, 0]
+        params = mix.plain_params(batch)
+        params[:, mix.PARTNER] = np.arange(batch)[::-1]
+        params[:, mix.MODE] = mix.CUTMIX
+        if len(rows):
+            params[:, mix.BOX] = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        ours = mix.mix(images, torch.from_numpy(params), MEAN, STD, torch.float32)
+        torch.testing.assert_close(ours.images, mixed, rtol=0, atol=2e-6)
+        torch.testing.assert_close(ours.lam.double(), targets.diagonal().double(), rtol=0, atol=1e-6)

@@ -1,0 +1,210 @@
+"""The training and evaluation pipelines against PIL, across ranks, threads and starts, and on broken files."""
+
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fasttrain import dataset, recipes
+from fasttrain.config import Augment
+from fasttrain.errors import RunError
+from fasttrain.pipelines import train
+from fasttrain.pipelines.eval import Evaluation, shorter_edge
+from fasttrain.pipelines.eval import graph as eval_graph
+from fasttrain.pipelines.plan import Plan
+
+CPU = torch.device("cpu")
+
+
+def make_plan(index, world=1, rank=0, **changes) -> Plan:
+    settings = {"image_size": 64, "batch_size": 6, "epochs": 3} | changes
+    return Plan.of(replace(recipes.for_arch("resnet18"), **settings), len(index), world, rank)
+
+
+@pytest.fixture(scope="module")
+def index(photos):
+    return dataset.scan(photos)
+
+
+def collect(plan, index, threads=2, **span) -> dict[int, list[tuple[int, bytes]]]:
+    """(image, bytes of its pixels) of every step, in order."""
+    start = span.get("start_step", 0)
+    seen: dict[int, list[tuple[int, bytes]]] = {}
+    for count, batch in enumerate(train.batches(plan, index, CPU, threads, **span)):
+        step = start + count // plan.micro_batches
+        pairs = zip(batch.numbers.tolist(), batch.pixels.numpy(), strict=True)
+        seen.setdefault(step, []).extend((number, pixels.tobytes()) for number, pixels in pairs)
+    return seen
+
+
+def test_batches_are_uint8_nhwc_without_a_copy_and_channels_last(index, monkeypatch):
+    plan = make_plan(index)
+    pointers = []
+    honest = torch.from_dlpack
+    monkeypatch.setattr(torch, "from_dlpack", lambda tensor: pointers.append(tensor.data_ptr()) or honest(tensor))
+    batch = next(train.batches(plan, index, CPU, 2))
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (6, 64, 64, 3)
+    assert batch.pixels.data_ptr() == pointers[0]
+    assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
+    assert batch.numbers.tolist() == plan.images(0, 0).tolist()
+
+
+def test_an_earlier_batch_stays_valid(index):
+    stream = train.batches(make_plan(index), index, CPU, 2)
+    held = [next(stream) for _ in range(6)]
+    again = train.batches(make_plan(index), index, CPU, 2)
+    for batch in held:
+        assert torch.equal(batch.pixels, next(again).pixels)
+
+
+def test_every_step_is_the_same_at_any_ranks_threads_micro_batches_and_start(index):
+    alone = collect(make_plan(index), index, threads=1)
+    assert len(alone) == make_plan(index).steps
+    for world, micro, threads in ((2, 0, 3), (3, 1, 2), (1, 2, 2)):
+        ranks = [collect(make_plan(index, world, r, micro_batch=micro), index, threads) for r in range(world)]
+        for step, expected in alone.items():
+            assert [pair for rank in ranks for pair in rank[step]] == expected
+    late = collect(make_plan(index), index, start_step=4)
+    assert late == {step: pairs for step, pairs in alone.items() if step >= 4}
+
+
+def test_prefetch_depth_does_not_matter(index, monkeypatch):
+    usual = collect(make_plan(index), index)
+    monkeypatch.setattr(train, "PREFETCH", 5)
+    assert collect(make_plan(index), index) == usual
+
+
+def test_crop_resize_and_flip_equal_pils(index):
+    """Without AutoAugment: the planned box by PIL, resized by PIL's bilinear filter, mirrored where planned."""
+    plan = make_plan(index, batch_size=16, augment=Augment(autoaugment="none"), image_size=96)
+    flips = 0
+    for step in range(3):
+        batch = next(train.batches(plan, index, CPU, 2, start_step=step, stop_step=step + 1))
+        numbers = batch.numbers.numpy()
+        draws = plan.draws(step, numbers, index.sizes[numbers])
+        for at, number in enumerate(numbers):
+            top, left, height, width = (int(each) for each in draws.crop[at])
+            image = Image.open(index.paths[number]).convert("RGB").crop((left, top, left + width, top + height))
+            image = image.resize((96, 96), Image.Resampling.BILINEAR)
+            if draws.flip[at]:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            difference = abs(batch.pixels[at].numpy().astype(int) - np.asarray(image).astype(int))
+            assert difference.mean() <= 0.6 and difference.max() <= 24, index.ids[number]
+        flips += int(draws.flip.sum())
+    assert 0 < flips < 48
+
+
+def reference_view(path: str, size: int) -> np.ndarray:
+    """torchvision's Resize and CenterCrop over a PIL image."""
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+    image = Image.open(path).convert("RGB")
+    image = Resize(shorter_edge(size), InterpolationMode.BILINEAR)(image)
+    return np.asarray(CenterCrop(size)(image)).astype(int)
+
+
+@pytest.mark.parametrize("size", [64, 224, 320])
+def test_evaluation_equals_torchvision_and_pil(index, size):
+    means, most = [], 0
+    for batch in Evaluation(index, size, 7, CPU, 2):
+        for pixels, number in zip(batch.pixels.numpy(), batch.numbers.tolist(), strict=True):
+            difference = abs(pixels.astype(int) - reference_view(index.paths[number], size))
+            means.append(difference.mean())
+            most = max(most, difference.max())
+    assert len(means) == len(index)
+    assert np.mean(means) <= 0.3 and most <= 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_takes_every_image_once_in_every_pass(index, world):
+    ranks = [Evaluation(index, 32, 4, CPU, 1, world, rank) for rank in range(world)]
+    for _ in range(3):
+        seen = [number for rank in ranks for batch in rank for number in batch.numbers.tolist()]
+        assert sorted(seen) == list(range(len(index)))
+
+
+def test_exif_orientation_is_left_alone(tmp_path):
+    """As PIL does: an image that asks to be turned is taken as it is stored, in both pipelines."""
+    picture = np.zeros((40, 80, 3), np.uint8)
+    picture[:, :40] = (200, 30, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture).save(tmp_path / name / "turned.jpg", quality=95, exif=exif)
+    index = dataset.scan(tmp_path)
+    assert index.sizes.tolist() == [[40, 80]] * 2
+    batch = next(iter(Evaluation(index, 32, 2, CPU, 1)))
+    assert abs(batch.pixels[0].numpy().astype(int) - reference_view(index.paths[0], 32)).max() <= 2
+    whole = Augment(crop_area=(1.0, 1.0), crop_ratio=(2.0, 2.0), flip=0.0, autoaugment="none")
+    batch = next(train.batches(make_plan(index, batch_size=2, augment=whole), index, CPU, 1))
+    left, right = batch.pixels[0, 32, 10].tolist(), batch.pixels[0, 32, 54].tolist()
+    assert left[0] > 150 and max(right) < 40
+
+
+@pytest.mark.parametrize("policy", ["none", "imagenet"])
+def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy):
+    """The GPU's graph is defined and serialised here, which finds wrong arguments, types and devices; it has the
+    operators of the CPU's, and all that touch pixels are on the GPU."""
+    plan = make_plan(index, augment=Augment(autoaugment=policy))
+    source = train.Source(plan, index, 0, 1)
+    graphs = [train.graph(source, on_gpu, batch_size=6, num_threads=1, device_id=None) for on_gpu in (False, True)]
+    cpu, gpu = (operators(graph) for graph in graphs)
+    assert [name for name, _ in cpu] == [name for name, _ in gpu]
+    assert {device for _, device in cpu} == {"cpu"}
+    on_gpu = {name for name, device in gpu if device == "gpu"}
+    touch_pixels = {"ImageSlice", "Resize"}
+    if policy != "none":
+        touch_pixels |= {"Equalize", "WarpAffine", "Saturation", "Filter", "Mean", "Min", "Max", "Cast", "Merge"}
+    assert touch_pixels <= on_gpu and not touch_pixels & {name for name, device in gpu if device == "cpu"}
+
+
+def operators(pipe) -> list[tuple[str, str]]:
+    """Kind of each operator of a graph and the device of its output, in the graph's order."""
+    assert len(pipe.serialize()) > 1000
+    return [(re.sub(r"^_+|_\d+$", "", op.name), op.spec.OutputDevice(0)) for op in pipe._ops]
+
+
+def test_the_gpu_evaluation_graph_serialises(index):
+    source = Evaluation(index, 64, 4, CPU, 1).source
+    pipe = eval_graph(source, True, batch_size=4, num_threads=1, device_id=None)
+    devices = dict(operators(pipe))
+    assert devices["Image"] == devices["Resize"] == "gpu" and devices["Read"] == "cpu"
+
+
+def broken_files() -> dict[str, bytes]:
+    import io
+
+    rng = np.random.default_rng(0)
+    kinds = {}
+    for suffix, kind in ((".jpg", "JPEG"), (".png", "PNG"), (".webp", "WEBP"), (".bmp", "BMP")):
+        stored = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (60, 60, 3)).astype(np.uint8)).save(stored, kind)
+        kinds[f"truncated{suffix}"] = stored.getvalue()[: len(stored.getvalue()) // 2]
+    return kinds | {"empty.jpg": b"", "text.jpg": b"this is not a picture\n" * 40}
+
+
+@pytest.mark.parametrize("name", [*broken_files(), "missing.jpg"])
+@pytest.mark.parametrize("part", ["training", "evaluation"])
+def test_a_file_that_does_not_decode_is_named(photos, tmp_path, name, part):
+    """The file breaks after the scan, as files do."""
+    shutil.copytree(photos, tmp_path / "set")
+    victim = sorted((tmp_path / "set").rglob("*.jpg"))[3]
+    bad = victim.with_name(name)
+    os.rename(victim, bad)
+    index = dataset.scan(tmp_path / "set")
+    if name == "missing.jpg":
+        bad.unlink()
+    else:
+        bad.write_bytes(broken_files()[name])
+    plan = make_plan(index, augment=Augment(autoaugment="none"))
+    stream = train.batches(plan, index, CPU, 2) if part == "training" else Evaluation(index, 64, 4, CPU, 2)
+    with pytest.raises(RunError, match=re.escape(name)) as caught:
+        for _ in stream:
+            pass
+    assert "\n" not in str(caught.value)

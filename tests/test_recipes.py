@@ -1,0 +1,142 @@
+"""Recipes: the report's numbers, TOML there and back, and errors that name the nearest key."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fasttrain import recipes
+from fasttrain.config import Augment, Data, Mix, Optim, Recipe
+from fasttrain.errors import UserError
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.models import ARCHS
+
+
+@pytest.mark.parametrize(
+    ("arch", "batch", "peak"), [("tresnet_xl", 256, 0.1), ("resnest101e", 128, 0.05), ("seresnext101_32x4d", 128, 0.05)]
+)
+def test_the_reports_recipes_have_its_numbers(arch, batch, peak):
+    recipe = recipes.for_arch(arch)
+    assert (recipe.batch_size, recipe.epochs, recipe.image_size) == (batch, 250, 224)
+    assert recipe.peak_lr == pytest.approx(peak) and recipe.batch_size == ARCHS[arch].batch_size
+    assert recipe.optim == Optim(lr=0.1, lr_batch=256, momentum=0.9, nesterov=False, weight_decay=1e-4, warmup_epochs=1)
+    assert recipe.augment == Augment((0.08, 1.0), (3 / 4, 4 / 3), 0.5, "imagenet-24")
+    assert recipe.mix == Mix(cutmix=0.5, cutmix_alpha=1.0) and recipe.losses == (CrossEntropy(0.1),)
+
+
+def test_any_other_network_has_the_same_rules():
+    other, ours = recipes.for_arch("resnet18"), recipes.for_arch("resnest101e")
+    assert (other.batch_size, other.epochs) == (128, 90) and other.augment.autoaugment == "imagenet"
+    assert replace(other, name=ours.name, arch=ours.arch, epochs=250, augment=ours.augment) == ours
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+def test_every_recipe_survives_toml(name):
+    recipe = recipes.by_name(name)
+    assert recipes.from_toml(recipes.to_toml(recipe)) == recipe
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@given(
+    st.builds(
+        Recipe,
+        name=texts,
+        arch=texts,
+        image_size=st.integers(8, 4096),
+        epochs=st.integers(1, 10**6),
+        losses=st.builds(lambda s, w: (CrossEntropy(s, w),), st.floats(0, 0.99), st.floats(0, 9)),
+        optim=st.builds(Optim, lr=st.floats(1e-9, 1e9), nesterov=st.booleans()),
+        data=st.builds(Data, train=st.lists(texts).map(tuple), val=texts),
+    )
+)
+def test_any_recipe_survives_toml(recipe):
+    assert recipes.from_toml(recipes.to_toml(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("setting", "check"),
+    [
+        ("epochs=3", lambda r: r.epochs == 3),
+        ("optim.weight_decay=5e-5", lambda r: r.optim.weight_decay == 5e-5),
+        ("optim.lr=1", lambda r: r.optim.lr == 1.0 and type(r.optim.lr) is float),
+        ("optim.decay_norm_bias=false", lambda r: r.optim.decay_norm_bias is False),
+        ("augment.crop_area=[0.2, 1]", lambda r: r.augment.crop_area == (0.2, 1.0)),
+        ("augment.autoaugment=none", lambda r: r.augment.autoaugment == "none"),
+        ("losses.cross_entropy.smoothing=0", lambda r: r.losses == (CrossEntropy(0.0),)),
+        ("data.train=['a', 'b']", lambda r: r.data.train == ("a", "b")),
+    ],
+)
+def test_settings_change_one_value(setting, check):
+    before = recipes.for_arch("tresnet_xl")
+    after = recipes.override(before, setting)
+    assert check(after)
+    flat, was = recipes.to_dict(after), recipes.to_dict(before)
+    different = [key for key in flat if flat[key] != was[key]]
+    assert different == [setting.split("=")[0].split(".")[0]]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("epoch=3", "no key 'epoch'; did you mean 'epochs'?"),
+        ("optim.momentun=.5", "no key 'optim.momentun'; did you mean 'optim.momentum'?"),
+        ("optm.lr=.5", "no part 'optm'; did you mean 'optim'?"),
+        ("epochs=soon", "epochs must be a whole number, not 'soon'"),
+        ("epochs=1.5", "epochs must be a whole number, not 1.5"),
+        ("epochs=true", "epochs must be a whole number, not True"),
+        ("epochs=0", "epochs must be 1 or more, not 0"),
+        ("optim.momentum=1.0", "optim.momentum must be in"),
+        ("optim.lr=nan", "optim.lr must be above 0"),
+        ("augment.crop_area=[0.5]", "augment.crop_area must be a list of 2 of float"),
+        ("augment.autoaugment=imagnet", "augment.autoaugment must be one of none, imagenet, imagenet-24"),
+        ("losses.cross_entropy.smoothing=2", "losses.cross_entropy.smoothing must be in"),
+        ("losses.arcfaze.margin=2", "no part 'losses.arcfaze'"),
+        ("optim=3", "'optim' is a part; set one of its keys: optim.lr"),
+        ("epochs", "expected key=value"),
+        ("=3", "expected key=value"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(setting, says):
+    with pytest.raises(UserError) as caught:
+        recipes.override(recipes.for_arch("tresnet_xl"), setting)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arch = 'x'\nepoch = 3", "no key 'epoch'; did you mean 'epochs'?"),
+        ("arch = 'x'\n[optimizer]\nlr = 1", "no key 'optimizer'; did you mean 'optim'?"),
+        ("arch = 'x'\n[losses.crossentropy]", "no loss 'crossentropy'; did you mean 'cross_entropy'?"),
+        ("arch = 'x'\nlosses = 3", "losses must be tables"),
+        ("arch = 'x'\noptim = 3", "optim must be a table"),
+        ("arch = ", "not valid TOML"),
+        ("epochs = 3", "no `arch`"),
+    ],
+)
+def test_wrong_recipe_files_are_refused_in_one_line(tmp_path, text, says):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        recipes.by_name(str(tmp_path / "mine.toml"))
+    assert says in str(caught.value) and "mine.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_short_recipe_file_takes_the_defaults(tmp_path):
+    (tmp_path / "mine.toml").write_text('arch = "resnet18"\n[optim]\nlr = 0.5\n')
+    recipe = recipes.by_name(str(tmp_path / "mine.toml"))
+    expected = recipes.for_arch("resnet18")
+    assert recipe == replace(expected, name="mine", optim=replace(expected.optim, lr=0.5))
+
+
+def test_unknown_recipes_name_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'deepblueai/tresnet_xl-ce'"):
+        recipes.by_name("deepblueai/tresnet-ce")
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipes.for_arch("resnet18").epochs = 3  # type: ignore[misc]

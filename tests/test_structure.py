@@ -1,0 +1,89 @@
+"""The layout: one import name for each part, and imports that run downward only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the top: a part may import from the parts below its own layer, and from its own.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"train", "show", "doctor"},
+    {"evaluate"},
+    {"recipes", "pipelines", "checkpoint", "optim"},
+    {"models", "losses"},
+    {"batch", "config", "dataset", "demo", "distributed", "schedule", "meter", "errors", ""},
+    {"kernels"},
+]
+
+
+def part_of(module: str) -> str:
+    """`fasttrain.pipelines.plan` belongs to `pipelines`, `fasttrain` itself to ``."""
+    return (module.split(".") + [""])[1]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in (ROOT / "fasttrain").rglob("*.py"):
+        found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    for folder in ("pipelines", "kernels"):  # rglob does not follow links
+        for path in (ROOT / folder).glob("*.py"):
+            found[f"fasttrain.{folder}.{path.stem}"] = path
+    return found
+
+
+def imports(path: Path, known: set[str], everywhere: bool) -> set[str]:
+    """fasttrain modules that a file imports: at its top, or everywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{each.name}" for each in node.names}
+            found |= {name if name in known else node.module for name in names}
+    return {each for each in found if each.split(".")[0] == "fasttrain"}
+
+
+def test_every_part_has_its_layer():
+    parts = {part_of(module) for module in modules()}
+    assert parts == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_run_downward(module):
+    depth = {part: at for at, layer in enumerate(LAYERS) for part in layer}
+    known = modules()
+    for imported in imports(known[module], set(known), everywhere=True):
+        assert depth[part_of(imported)] >= depth[part_of(module)], f"{module} imports {imported}, which is above it"
+
+
+def test_no_import_is_circular():
+    known = modules()
+    graph = {module: imports(path, set(known), everywhere=False) & set(known) for module, path in known.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " → ".join([*trail, module])
+        if module not in done:
+            for imported in graph[module] - {module}:
+                visit(imported, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_kernels_import_nothing_of_the_rest():
+    for path in (ROOT / "kernels").glob("*.py"):
+        above = {each for each in imports(path, set(), everywhere=True) if part_of(each) != "kernels"}
+        assert not above, f"{path.name} imports {above}"
+
+
+@pytest.mark.parametrize("folder", ["pipelines", "kernels"])
+def test_top_level_folders_are_reached_through_links(folder):
+    link = ROOT / "fasttrain" / folder
+    assert link.is_symlink() and link.resolve() == ROOT / folder
+    assert not (ROOT / folder / "__init__.py").exists()
