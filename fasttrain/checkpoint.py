@@ -232,4 +232,5 @@ def restore_model(saved: Checkpoint, model: nn.Module) -> None:
     try:
         model.load_state_dict(saved.model)
     except RuntimeError as error:
-        raise UserError(f"{shown(saved.path)} does not fit this network: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{shown(saved.path)} does not fit this network: {reason}") from None

@@ -1,6 +1,7 @@
 """The command line. torch, timm and DALI are imported inside the commands, so that help comes at once."""
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,8 +61,13 @@ _folder = click.Path(file_okay=False)
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and of every random draw.")
 @click.option("--workers", type=click.IntRange(0), help="DALI threads a rank. 0: this rank's share of the cores.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: auto, a GPU where there is one.")
-@click.option("--resume", default="auto", metavar="auto|never|PATH", show_default=True,
-              help="Go on from the run's last checkpoint, start over (the old run is moved aside), or from PATH.")
+@click.option(
+    "--resume",
+    default="auto",
+    metavar="auto|never|PATH",
+    show_default=True,
+    help="Go on from the run's last checkpoint, start over (the old run is moved aside), or from PATH.",
+)
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
 @click.option("--dry-run", is_flag=True, help="Print what would be done and stop.")  # fmt: skip
@@ -103,8 +109,14 @@ def run(
         recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
     if val:
         recipe = replace(recipe, data=replace(recipe.data, val=os.path.abspath(val)))
-    changes = [("epochs", epochs), ("batch_size", batch_size), ("image_size", image_size), ("seed", seed)]
-    changes += [("machine.workers", workers), ("machine.device", device)]
+    changes: list[tuple[str, object]] = [
+        ("epochs", epochs),
+        ("batch_size", batch_size),
+        ("image_size", image_size),
+        ("seed", seed),
+        ("machine.workers", workers),
+        ("machine.device", device),
+    ]
     if compiled is not None:
         changes.append(("machine.compile", "on" if compiled else "off"))
     if lr is not None:
@@ -120,7 +132,7 @@ def run(
         if on_demo and here.first:
             click.echo(
                 f"no --data: training on the demo set, {recipe.image_size} px, {recipe.epochs} epochs. "
-                f"Your own images: fasttrain run --arch {recipe.arch} --data DIR  (DIR/<class>/<image>)",
+                f"Your own images: {_program()} run --arch {recipe.arch} --data DIR  (DIR/<class>/<image>)",
                 err=True,
             )
         recipe = settle(recipe, here.device)
@@ -137,7 +149,16 @@ def run(
                 last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
                 click.echo(f"{last}best top-1 {result.best:.2%}")
             click.echo(f"run folder: {shown}  ({result.steps} steps; best and last checkpoint: {shown}/best, /last)")
-            click.echo(f"next: fasttrain eval {shown} --data {dataset.shown(recipe.data.val or 'DIR')}")
+            click.echo(f"next: {_program()} eval {shown} --data {dataset.shown(recipe.data.val or 'DIR')}")
+
+
+def _program() -> str:
+    """How this command was called, for lines that the user can repeat."""
+    called = sys.argv[0]
+    if called.endswith("__main__.py"):
+        return "python -m fasttrain"
+    on_path = shutil.which("fasttrain")
+    return "fasttrain" if on_path and os.path.abspath(called) == os.path.abspath(on_path) else called
 
 
 def _chosen(arch: str | None, recipe_name: str | None) -> "Recipe":
@@ -153,7 +174,8 @@ def _chosen(arch: str | None, recipe_name: str | None) -> "Recipe":
 
     recipe = recipes.for_arch(arch)
     if arch not in ARCHS and int(os.environ.get("RANK", 0)) == 0:
-        click.echo(f"{arch} has no report recipe: batch {recipe.batch_size}, {recipe.epochs} epochs by default", err=True)
+        rule = f"batch {recipe.batch_size}, {recipe.epochs} epochs by default"
+        click.echo(f"{arch} has no report recipe: {rule}", err=True)
     return recipe
 
 
@@ -182,6 +204,8 @@ def evaluate_(checkpoint_path: Path, data: str, batch_size: int, workers: int, d
 
     CKPT is a checkpoint's folder, `last` or `best`, or a run's folder (its best).
     """
+    import torch
+
     from fasttrain import checkpoint, dataset, recipes
     from fasttrain.distributed import ranks
     from fasttrain.evaluate import evaluate
@@ -197,19 +221,13 @@ def evaluate_(checkpoint_path: Path, data: str, batch_size: int, workers: int, d
         recipe = settle(replace(recipe, precision="auto"), here.device)
         model = Classifier(recipe.arch, len(index.classes))
         checkpoint.restore_model(saved, model)
-        model.to(here.device, memory_format=_channels_last())
+        model.to(here.device).to(memory_format=torch.channels_last)
         batches = Evaluation(
             index, recipe.image_size, batch_size, here.device, here.threads(workers), here.world, here.rank
         )
         scores = evaluate(model, batches, index, here, DTYPES[recipe.precision])
         if here.first:
             click.echo(f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
-
-
-def _channels_last() -> Any:
-    import torch
-
-    return torch.channels_last
 
 
 @main.group("data")
@@ -278,7 +296,8 @@ def show(
     index, _ = dataset.open_data(replace(recipe.data, val=""))
     plan = Plan.of(recipe, len(index))
     if epoch >= plan.epochs or step >= plan.steps_per_epoch:
-        raise UserError(f"--epoch {epoch} --step {step}: there are {plan.epochs} epochs of {plan.steps_per_epoch} steps")
+        span = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps"
+        raise UserError(f"--epoch {epoch} --step {step}: there are {span}")
     draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out)
     click.echo(f"wrote {dataset.shown(out)}")
 

@@ -219,7 +219,7 @@ def _read_sizes(paths: Sequence[str], progress: bool) -> NDArray[np.int32]:
     bad = np.flatnonzero(sizes[:, 0] == 0)
     if len(bad):
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"not a readable image: {shown(paths[bad[0]])}{more}; mend or remove it")
+        raise UserError(f"not a readable image: {shown(paths[int(bad[0])])}{more}; mend or remove it")
     return sizes
 
 
@@ -236,11 +236,11 @@ def _header_size(path: str) -> tuple[int, int]:
 
 def _load_sizes(cache: Path, count: int) -> NDArray[np.int32] | None:
     try:
-        sizes = np.load(cache, allow_pickle=False)
+        with cache.open("rb") as file:
+            sizes = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    fits = isinstance(sizes, np.ndarray) and sizes.shape == (count, 2) and sizes.dtype == np.int32
-    return sizes if fits else None
+    return sizes if sizes.shape == (count, 2) and sizes.dtype == np.int32 else None
 
 
 def _store_sizes(cache: Path, sizes: NDArray[np.int32]) -> None:

@@ -24,6 +24,7 @@ CLASSES = tuple(
     if each not in (("disc", "checks", "blue"), ("triangle", "stripes", "red"))
 )
 TRAIN_PER_CLASS, VAL_PER_CLASS = 50, 25
+Grid = NDArray[np.float64]
 _HUES = {"red": 0.01, "blue": 0.61}
 _MARK = "demo.json"
 
@@ -85,7 +86,8 @@ def draw(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     distance = _distance(shape, turned_y, turned_x, radius)
     inside = np.clip(0.5 - distance, 0, 1)  # a soft edge one pixel wide
     rim = np.clip(0.5 + distance + 0.07 * radius, 0, 1)
-    marks = _texture(texture, *_turn(y, x, rng.uniform(0, 2 * np.pi)), radius / rng.uniform(2.2, 3.0))
+    slanted_y, slanted_x = _turn(y, x, rng.uniform(0, 2 * np.pi))
+    marks = _texture(texture, slanted_y, slanted_x, radius / rng.uniform(2.2, 3.0))
     marks = np.maximum(marks, rim)
     dark = _colour(_HUES[colour] + rng.uniform(-0.04, 0.04), rng.uniform(0.75, 1), rng.uniform(0.6, 0.95))
     light = _colour(_HUES[colour], rng.uniform(0.0, 0.15), rng.uniform(0.9, 1))
@@ -98,37 +100,37 @@ def draw(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 def _size(rng: np.random.Generator) -> tuple[int, int]:
     """Height and width: landscape, portrait or square, the shorter side 80 … 200 pixels."""
-    short, ratio = rng.integers(80, 201), rng.choice([1.0, rng.uniform(1.1, 1.6)])
+    short, ratio = int(rng.integers(80, 201)), rng.choice([1.0, rng.uniform(1.1, 1.6)])
     long = int(short * ratio)
     return (short, long) if rng.random() < 0.6 else (long, short)
 
 
-def _turn(y: NDArray[np.float64], x: NDArray[np.float64], angle: float) -> tuple[NDArray[np.float64], ...]:
+def _turn(y: Grid, x: Grid, angle: float) -> tuple[Grid, Grid]:
     return np.cos(angle) * y + np.sin(angle) * x, np.cos(angle) * x - np.sin(angle) * y
 
 
-def _distance(shape: str, y: NDArray[np.float64], x: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
+def _distance(shape: str, y: Grid, x: Grid, radius: float) -> Grid:
     """Signed distance to the outline, in pixels, negative inside; the outline touches a circle of that radius."""
     if shape == "disc":
         return np.hypot(y, x) - 0.85 * radius
     if shape == "cross":
         long, short = np.maximum(abs(y), abs(x)), np.minimum(abs(y), abs(x))
-        return np.maximum(long - 0.95 * radius, short - 0.37 * radius)
+        return np.maximum(long - 0.95 * radius, short - 0.31 * radius)
     return np.maximum(np.maximum(-x, 0.5 * x - np.sqrt(0.75) * y), 0.5 * x + np.sqrt(0.75) * y) - 0.5 * radius
 
 
-def _texture(texture: str, y: NDArray[np.float64], x: NDArray[np.float64], period: float) -> NDArray[np.float64]:
+def _texture(texture: str, y: Grid, x: Grid, period: float) -> Grid:
     """How much of each pixel is marked, 0 … 1: bands or checks, about half of the area."""
     wave_y, wave_x = np.cos(2 * np.pi * y / period), np.cos(2 * np.pi * x / period)
     wave = wave_y if texture == "stripes" else wave_y + wave_x
     return np.clip(0.5 + wave * period / 6, 0, 1)
 
 
-def _colour(hue: float, saturation: float, value: float) -> NDArray[np.float64]:
+def _colour(hue: float, saturation: float, value: float) -> Grid:
     return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
-def _ground(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
+def _ground(rng: np.random.Generator, height: int, width: int) -> Grid:
     """A muted colour that drifts into another one across the picture."""
     one, other = (_colour(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.2, 0.6)) for _ in range(2))
     drift_y, drift_x = (np.linspace(0, 1, n) for n in (height, width))

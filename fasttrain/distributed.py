@@ -123,7 +123,7 @@ def _first_failure(error: Exception, rank: int) -> Exception:
         if not isinstance(error, UserError):  # broken collectives are what another rank's end looks like from here
             store.wait([_FAILED], timedelta(seconds=3))
         if int(store.add(_FAILED + "/count", 1)) > 1:
-            return PeerFailure("another rank failed")
+            return PeerFailure()
         store.set(_FAILED, str(rank))
     except (RuntimeError, ValueError):  # nobody else failed (the wait timed out), or the store is gone
         return error

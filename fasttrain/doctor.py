@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def _python() -> Finding:
     return Finding("Python", found, good, mend="" if good else "needs Linux on x86-64 and Python 3.11 or newer")
 
 
-def _torch(findings: list[Finding]):  # type: ignore[no-untyped-def]
+def _torch(findings: list[Finding]) -> Any:
     try:
         import torch
     except ImportError as error:
@@ -59,7 +60,7 @@ def _package(name: str, needed: bool = True, mend: str = "pip install fasttrain"
         return Finding(name, f"cannot be imported: {str(error).splitlines()[0]}", False, needed, mend)
 
 
-def _dali(torch) -> Finding:  # type: ignore[no-untyped-def]
+def _dali(torch: Any) -> Finding:
     try:
         from nvidia import dali
     except ImportError as error:
@@ -73,10 +74,10 @@ def _dali(torch) -> Finding:  # type: ignore[no-untyped-def]
     return Finding("DALI", found)
 
 
-def _gpu(torch) -> list[Finding]:  # type: ignore[no-untyped-def]
+def _gpu(torch: Any) -> list[Finding]:
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi")
-        mend = "the driver is older than torch's CUDA: update it" if driver else "without one everything runs on the CPU"
+        mend = "the driver is older than torch's CUDA: update it" if driver else "everything runs on the CPU"
         return [Finding("GPU", "none that torch can use", good=False, needed=False, mend=mend)]
     findings = []
     for number in range(torch.cuda.device_count()):

@@ -14,9 +14,7 @@ from fasttrain.pipelines.train import Images
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[Images], index: Index, ranks: Ranks, precision: torch.dtype
-) -> Scores:
+def evaluate(model: nn.Module, batches: Iterable[Images], index: Index, ranks: Ranks, precision: torch.dtype) -> Scores:
     """Scores of a network (in eval mode meanwhile) over all ranks' batches. With fewer than five classes top-5 is 1.
 
     precision: bfloat16 or float16 for autocast, float32 for none.

@@ -5,13 +5,13 @@ import difflib
 import tomllib
 import types
 import typing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
 
-from fasttrain.config import Augment, Data, Optim, Recipe
+from fasttrain.config import Augment, Data, Recipe
 from fasttrain.errors import UserError
 from fasttrain.losses import LOSSES
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -40,31 +40,20 @@ def for_arch(arch: str) -> Recipe:
     return Recipe(name=arch, arch=arch, losses=(CrossEntropy(smoothing=0.1),))
 
 
-@dataclass(frozen=True)
-class Demo:
-    """The schedule of a run on the demo set: small images and small batches, minutes on a CPU.
-
-    A network of tens of millions of weights gets the few epochs that a CPU has time for; on this set of 500 images a
-    higher learning rate than the report's rule makes something of either number.
-    """
-
-    image_size: int = 64
-    batch_size: int = 25
-    epochs_large: int = 5
-    epochs_small: int = 40
-    large: int = 30_000_000  # parameters
-
-
-def demo(recipe: Recipe, data_dir: Path, parameters: int, schedule: Demo = Demo()) -> Recipe:  # noqa: B008 (frozen)
-    """`recipe` on the demo set in `data_dir`, for a network of so many parameters."""
+def demo(recipe: Recipe, folder: Path, parameters: int) -> Recipe:
+    """`recipe` on the demo set in `folder`, in minutes on a CPU: small images and batches and few epochs, the fewer
+    (at a lower learning rate) for a network of more than 30 million parameters. Crops keep at least half of an
+    image, since of 64 pixels less shows little."""
+    large = parameters > 30_000_000
     return replace(
         recipe,
         name=f"demo-{recipe.arch}",
-        image_size=schedule.image_size,
-        batch_size=schedule.batch_size,
-        epochs=schedule.epochs_large if parameters > schedule.large else schedule.epochs_small,
-        data=Data(train=(str(data_dir / "train"),), val=str(data_dir / "val")),
-        optim=replace(recipe.optim, lr=0.05, lr_batch=0),
+        image_size=64,
+        batch_size=25,
+        epochs=4 if large else 25,
+        optim=replace(recipe.optim, lr=0.01 if large else 0.05, lr_batch=0),
+        augment=replace(recipe.augment, crop_area=(0.5, 1.0)),
+        data=Data(train=(str(folder / "train"),), val=str(folder / "val")),
     )
 
 
@@ -83,7 +72,7 @@ def by_name(name: str) -> Recipe:
 
 def table() -> str:
     """The recipes with what sets them apart, one a line."""
-    rows = [("recipe", "network", "px", "batch", "peak lr", "epochs", "losses")]
+    rows: list[tuple[str, ...]] = [("recipe", "network", "px", "batch", "peak lr", "epochs", "losses")]
     for recipe in RECIPES.values():
         losses = " + ".join(loss.name for loss in recipe.losses)
         numbers = (recipe.image_size, recipe.batch_size, f"{recipe.peak_lr:g}", recipe.epochs)
@@ -125,7 +114,7 @@ def from_dict(table: dict[str, Any], where: str) -> Recipe:
     table.setdefault("losses", {CrossEntropy.name: {}})
     table.setdefault("name", Path(where).stem)
     if "arch" not in table:
-        raise UserError(f"{where}: no `arch`; name the network, as in arch = \"tresnet_xl\"")
+        raise UserError(f'{where}: no `arch`; name the network, as in arch = "tresnet_xl"')
     return _build(Recipe, table, where, "")
 
 
@@ -174,7 +163,7 @@ def _build(cls: type[T], table: dict[str, Any], where: str, prefix: str) -> T:
     for key, value in table.items():
         if key not in fields:
             raise UserError(f"{where}: no key {prefix + key!r}{_nearest(key, fields, prefix)}")
-        if cls is Recipe and key == "losses":
+        if key == "losses":
             values[key] = _losses(value, where)
         else:
             values[key] = _typed(hints[key], value, where, prefix + key)
@@ -209,6 +198,6 @@ def _typed(hint: Any, value: Any, where: str, key: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        article = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-        raise UserError(f"{where}: {key} must be {article[hint.__name__]}, not {value!r}")
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+        raise UserError(f"{where}: {key} must be {kind}, not {value!r}")
     return value

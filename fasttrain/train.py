@@ -60,7 +60,7 @@ def train(
     device, dtype = ranks.device, DTYPES[recipe.precision]
     plan = Plan.of(recipe, len(train_index), ranks.world, ranks.rank)
     torch.manual_seed(recipe.seed)
-    model = Classifier(recipe.arch, len(train_index.classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Classifier(recipe.arch, len(train_index.classes)).to(device).to(memory_format=torch.channels_last)
     optimizer = optim.sgd(model, recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -182,7 +182,7 @@ def _to(values: Tensor, device: torch.device) -> Tensor:
 def _gradients_stay_local(network: nn.Module, local: bool) -> contextlib.AbstractContextManager[None]:
     """Under DDP, whether a backward only adds to this rank's gradients, to be exchanged by a later one."""
     if local and isinstance(network, DistributedDataParallel):
-        return network.no_sync()  # type: ignore[return-value]
+        return network.no_sync()
     return contextlib.nullcontext()
 
 

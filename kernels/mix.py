@@ -71,8 +71,6 @@ def reference(
     return MixOutput(mixed.to(dtype).permute(0, 3, 1, 2), partner, lam)
 
 
-def mix(
-    images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
-) -> MixOutput:
+def mix(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> MixOutput:
     """Normalise, mix and cast a batch; see the contract at the top of this file."""
     return reference(images, params, mean, std, dtype)

@@ -90,7 +90,7 @@ _TABLES = {
     name: _Table(
         np.array([[op for op, _, _ in entry] for entry in entries], np.int32),
         np.array([[p for _, p, _ in entry] for entry in entries]),
-        np.array([[[strength(op, m, sign) for sign in (-1, 1)] for op, _, m in entry] for entry in entries], np.float32),
+        np.array([[[strength(op, m, s) for s in (-1, 1)] for op, _, m in entry] for entry in entries], np.float32),
     )
     for name, entries in POLICIES.items()
 }

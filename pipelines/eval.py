@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
 from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain.dataset import Index
 from fasttrain.pipelines.faults import decode_error

@@ -29,16 +29,14 @@ def decode_error(error: Exception, paths: Sequence[str]) -> RunError:
             pipe.run()
         except OSError as reason:
             return RunError(f"cannot read {shown(path)}: {reason.strerror}")
-        except RuntimeError as reason:
-            return RunError(f"cannot decode {shown(path)}: {_gist(reason)}; mend or remove the file")
+        except RuntimeError:  # DALI's reason is a number, or nothing
+            return RunError(f"cannot decode {shown(path)}: damaged, or no image that DALI reads; mend or remove it")
     few = ", ".join(shown(path) for path in paths[:3])
     return RunError(f"the data pipeline failed on a batch of {len(paths)} files ({few}, …): {_gist(error)}")
 
 
 def _gist(error: Exception) -> str:
-    """The line of DALI's report that says what happened."""
+    """The line of DALI's report that says what happened: the first after `encountered:`, where there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if "nvImageCodec failure" in line or line.lower().startswith(("error ", "failed", "file mapping")):
-            return line.split("]", 1)[-1].strip()
-    return lines[0] if lines else "unknown error"
+    at = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0
+    return lines[at] if lines else "unknown error"

@@ -35,4 +35,4 @@ def uniforms(seed: int, stream: int, epoch: int, items: NDArray[np.int64], count
     counter[3] = stream
     words = philox4x32(counter, seed)  # [4, blocks, n]
     ordered = words.transpose(1, 0, 2).reshape(4 * blocks, len(items))[:count]
-    return (ordered + 0.5) * 2.0**-32
+    return np.multiply(ordered + 0.5, 2.0**-32, dtype=np.float64)

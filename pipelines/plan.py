@@ -33,9 +33,7 @@ class Draws(NamedTuple):
     strength: NDArray[np.float32]
 
 
-def image_draws(
-    seed: int, epoch: int, images: NDArray[np.int64], sizes: NDArray[np.int32], augment: Augment
-) -> Draws:
+def image_draws(seed: int, epoch: int, images: NDArray[np.int64], sizes: NDArray[np.int32], augment: Augment) -> Draws:
     """Draws for images (numbers in the index, int64 [n]) of the given sizes (int32 [n, 2], height and width)."""
     u = uniforms(seed, _IMAGE_STREAM, epoch, images, _CROP_DRAWS + 1 + autoaugment.DRAWS)
     crop = random_resized_crop(u[:_CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
@@ -188,7 +186,8 @@ class Plan:
         if box is None:
             return params, False
         part = 1 + self.rank * self.micro_batches + micro
+        partners = _rng(self.seed, _STEP_STREAM, epoch, position, part).permutation(self.micro_batch)
         params[:, mix_kernel.MODE] = mix_kernel.CUTMIX
-        params[:, mix_kernel.PARTNER] = _rng(self.seed, _STEP_STREAM, epoch, position, part).permutation(self.micro_batch)
+        params[:, mix_kernel.PARTNER] = partners
         params[:, mix_kernel.BOX] = box
         return params, True

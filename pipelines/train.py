@@ -56,7 +56,7 @@ class Source:
         ]
         if self.plan.augment.autoaugment != "none":
             for slot in range(2):
-                op, strength = (np.ascontiguousarray(each[:, slot]) for each in (draws.op, draws.strength))
+                op, strength = draws.op[:, slot].copy(), draws.strength[:, slot].copy()
                 batch += autoaugment.arguments(op, strength, self.plan.image_size)
         return tuple(batch)
 
@@ -146,5 +146,3 @@ def batches(
             suspects = plan.images(*source.position(count))
             raise decode_error(error, [index.paths[each] for each in suspects]) from None
         yield Images(torch.from_dlpack(pixels.as_tensor()), torch.from_dlpack(numbers.as_tensor()))
-
-

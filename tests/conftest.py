@@ -1,4 +1,4 @@
-"""Images that the tests share. FASTTRAIN_PHOTOS may name a folder of class folders of photographs to test on as well."""
+"""Images that the tests share. FASTTRAIN_PHOTOS may name a folder of class folders of photographs to take instead."""
 
 import os
 from pathlib import Path
@@ -55,7 +55,8 @@ def photos(tmp_path_factory) -> Path:
             image = Image.fromarray(picture)
             if height > width:
                 image = image.transpose(Image.Transpose.ROTATE_90)
-            image.resize((width, height), Image.Resampling.LANCZOS).save(folder / name / f"{width}x{height}.jpg", quality=92)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image.save(folder / name / f"{width}x{height}.jpg", quality=92)
     rng = np.random.default_rng(0)
     for number, (height, width) in enumerate([(375, 500), (500, 333), (97, 131), (1023, 255), (64, 64), (241, 777)]):
         name = ("temple", "flower")[number % 2]

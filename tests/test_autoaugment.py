@@ -43,7 +43,8 @@ def test_magnitudes_are_torchvisions():
     for bin_ in range(10):
         for sign in (-1, 1):
             for name in ("Rotate", "ShearX"):
-                assert aa.strength(_SPELT[name], bin_, sign) == pytest.approx(sign * float(space[name][0][bin_]), abs=1e-5)
+                expected = sign * float(space[name][0][bin_])
+                assert aa.strength(_SPELT[name], bin_, sign) == pytest.approx(expected, abs=1e-5)
             for name in ("Color", "Contrast", "Sharpness"):
                 expected = 1 + sign * float(space[name][0][bin_])
                 assert aa.strength(_SPELT[name], bin_, sign) == pytest.approx(expected, abs=1e-6)
@@ -77,7 +78,8 @@ def test_operations_come_as_often_as_the_table_says(policy):
 @pytest.fixture(scope="module")
 def pictures(photos) -> list[np.ndarray]:
     files = sorted(photos.rglob("*.*"))[:16]
-    return [np.asarray(Image.open(each).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for each in files]
+    images = [Image.open(each).convert("RGB") for each in files]
+    return [np.asarray(each.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for each in images]
 
 
 @pipeline_def(enable_conditionals=True, num_threads=2, device_id=None)

@@ -22,9 +22,7 @@ def out(logits) -> Output:
     return Output(logits, logits)
 
 
-@given(
-    st.integers(1, 9), st.integers(2, 40), st.floats(0, 0.9), st.integers(0, 2**31 - 1), st.floats(0.01, 30)
-)
+@given(st.integers(1, 9), st.integers(2, 40), st.floats(0, 0.9), st.integers(0, 2**31 - 1), st.floats(0.01, 30))
 @settings(max_examples=60, deadline=None)
 def test_equals_torch_at_the_other_spelling_of_epsilon(batch, classes, smoothing, seed, scale):
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,9 @@ def test_logits_and_features_are_timms(arch):
     assert output.logits.shape == (2, 7) and output.features.shape == (2, model.backbone.num_features)
 
 
-@pytest.mark.parametrize(("arch", "millions"), [("tresnet_xl", 78.44), ("resnest101e", 48.28), ("seresnext101_32x4d", 48.96)])
+@pytest.mark.parametrize(
+    ("arch", "millions"), [("tresnet_xl", 78.44), ("resnest101e", 48.28), ("seresnext101_32x4d", 48.96)]
+)
 def test_the_reports_networks_have_their_size(arch, millions):
     with torch.device("meta"):
         model = Classifier(arch, 1000)

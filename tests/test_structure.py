@@ -21,7 +21,7 @@ LAYERS = [
 
 def part_of(module: str) -> str:
     """`fasttrain.pipelines.plan` belongs to `pipelines`, `fasttrain` itself to ``."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def modules() -> dict[str, Path]:

@@ -192,7 +192,7 @@ def test_resuming_refuses_another_run_and_names_every_difference(index, tmp_path
     with pytest.raises(UserError, match="the training images are others"):
         run(tiny(epochs=1), tmp_path / "run", other)
     renamed = replace(index, classes=("yak", *index.classes[1:]))
-    with pytest.raises(UserError, match="the classes are others .*yak"):
+    with pytest.raises(UserError, match=r"the classes are others .*yak"):
         run(tiny(epochs=1), tmp_path / "run", renamed)
     run(tiny(epochs=1, micro_batch=10, save=Save(keep=1)), tmp_path / "run", index)
 
@@ -249,9 +249,8 @@ def test_no_step_waits_for_the_device(index, tmp_path, precision):
     """Twice and four times the steps, the same number of log points and checkpoints: the same number of waits."""
     counts = []
     for batch in (20, 10, 5):
-        recipe = tiny(
-            epochs=1, batch_size=batch, precision=precision, machine=Machine(device="cpu", compile="off", log_steps=1000)
-        )
+        quiet = Machine(device="cpu", compile="off", log_steps=1000)
+        recipe = tiny(epochs=1, batch_size=batch, precision=precision, machine=quiet)
         with Syncs() as syncs:
             run(recipe, tmp_path / f"{batch}", index)
         counts.append(syncs.seen)

@@ -1,0 +1,189 @@
+"""The command line, as a user meets it: output, files, exit status, and one line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from fasttrain import __version__, dataset, demo, recipes
+from fasttrain.cli import main
+
+TINY = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--device", "cpu"]
+
+
+def call(*args, status=0):
+    result = CliRunner().invoke(main, [str(each) for each in args])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result
+
+
+def test_help_needs_neither_torch_nor_dali_nor_timm():
+    code = "import sys; from fasttrain.cli import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
+    code += "print([each for each in ('torch', 'timm', 'nvidia.dali', 'numpy', 'PIL') if each in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "--batch-size" in done.stdout
+
+
+def test_every_command_has_help():
+    for name in ("run", "eval", "data", "recipes", "show", "doctor"):
+        assert name in call("--help").output
+        assert "Usage" in call(name, "--help").output
+
+
+def test_run_trains_evaluates_and_goes_on(demo_set, tmp_path):
+    out = tmp_path / "out"
+    first = call("run", *TINY, "--data", demo_set, "--epochs", 1, "--out", out)
+    assert "best top-1" in first.stdout and str(out) in first.stdout and "fasttrain eval" in first.stdout
+    assert "test_resnet has no report recipe" in first.stderr
+    assert (out / "best" / "model.safetensors").is_file()
+    recipe = recipes.by_name(str(out / "recipe.toml"))
+    assert recipe.data.train == (str(demo_set),) and recipe.precision == "fp32" and recipe.epochs == 1
+    again = call("run", *TINY, "--data", demo_set, "--epochs", 1, "--out", out)
+    assert f"{500 // 50} steps" in again.stdout
+    scores = call("eval", out, "--data", demo_set, "--device", "cpu").stdout
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    top1 = next(each["top1"] for each in logged if each["event"] == "eval")
+    assert f"top-1 {top1:.2%}" in scores and "of 250 images" in scores
+
+
+def test_a_runs_recipe_repeats_the_run(demo_set, tmp_path):
+    call("run", *TINY, "--data", demo_set / "train", "--epochs", 1, "--seed", 5, "--out", tmp_path / "one")
+    call("run", "--recipe", tmp_path / "one" / "recipe.toml", "--out", tmp_path / "two")
+    hashes = [json.loads((tmp_path / n / "last" / "meta.json").read_text())["sha256"] for n in ("one", "two")]
+    assert hashes[0] == hashes[1]
+
+
+def test_the_bare_command_uses_the_demo_set_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = call("run", "--arch", "tresnet_xl", "--device", "cpu", "--dry-run")
+    assert "training on the demo set" in result.stderr and "fasttrain run --arch tresnet_xl --data DIR" in result.stderr
+    assert "500 images of 10 classes; validation: 250 images" in result.stdout
+    assert "75.81 M parameters" in result.stdout and "runs/demo-tresnet_xl" in result.stdout
+    assert not (tmp_path / "runs").exists()
+    assert len(dataset.scan(dataset.cache_dir() / "demo-1" / "train").classes) == len(demo.CLASSES)
+
+
+def test_dry_run_says_what_a_run_would_do(demo_set, tmp_path):
+    out = tmp_path / "out"
+    args = [*TINY, "--data", demo_set, "--epochs", 3, "--set", "micro_batch=10", "--out", out, "--dry-run"]
+    text = call("run", *args).stdout
+    for part in ("50 = 1 ranks x 5 micro-batches x 10", "30 = 3 epochs x 10", "peak lr    0.0195312", "[10, 3, 32, 32]",
+                 "logits [10, 10]", "MiB each", "micro_batch = 10"):  # fmt: skip
+        assert part in text
+    assert not out.exists()
+
+
+def test_options_reach_the_recipe(demo_set, tmp_path):
+    text = call(
+        "run", *TINY, "--data", demo_set / "train", "--val", demo_set / "val", "--lr", "0.3", "--seed", 9,
+        "--workers", 3, "--compile", "--set", "optim.momentum=0.5", "--dry-run", "--out", tmp_path / "o",
+    ).stdout  # fmt: skip
+    recipe = recipes.from_toml(text.split("\n\n" + "data ")[0])
+    assert recipe.peak_lr == 0.3 and recipe.seed == 9 and recipe.machine.workers == 3
+    assert recipe.machine.compile == "on" and recipe.optim.momentum == 0.5 and recipe.data.val == str(demo_set / "val")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "name a network with --arch"),
+        (["--arch", "tresnet_x"], "tresnet_xl"),
+        (["--arch", "resnet18", "--recipe", "x"], "exclude each other"),
+        (["--recipe", "nothing"], "no recipe 'nothing'"),
+        (["--recipe", "nothing.toml"], "cannot read the recipe nothing.toml"),
+        (["--arch", "test_resnet", "--data", "nowhere"], "no such folder"),
+        (["--arch", "test_resnet", "--val", "nowhere"], "--val without --data"),
+        (["--arch", "test_resnet", "--set", "epoch=3"], "did you mean 'epochs'?"),
+        (["--arch", "test_resnet", "--lr", "-1"], "--lr: optim.lr must be above 0"),
+        (["--arch", "test_resnet", "--batch-size", "501"], "500 images are fewer than one batch of 501"),
+        (["--arch", "test_resnet", "--resume", "nowhere"], "nowhere is no checkpoint"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("run", *args, status=2)
+    complaint = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(complaint) == 1 and says in complaint[0] and "Traceback" not in result.output
+
+
+def test_a_gpu_that_is_not_there_is_said_so(demo_set, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call("run", "--arch", "test_resnet", "--data", demo_set, "--device", "cuda", status=2)
+    assert "torch sees no GPU" in result.stderr
+
+
+def test_a_file_that_breaks_stops_the_run_by_name(demo_set, tmp_path):
+    import shutil
+
+    shutil.copytree(demo_set / "train", tmp_path / "train")
+    victim = sorted((tmp_path / "train").rglob("*.jpg"))[123]
+    victim.write_bytes(victim.read_bytes()[:900])
+    result = call("run", *TINY, "--data", tmp_path / "train", "--epochs", 1, "--out", tmp_path / "o", status=1)
+    assert str(victim) in result.stderr and "Traceback" not in result.output
+
+
+def test_recipes_are_listed_and_printed():
+    listing = call("recipes").stdout
+    assert all(name in listing for name in recipes.RECIPES)
+    printed = call("recipes", "deepblueai/tresnet_xl-ce").stdout
+    assert recipes.from_toml(printed) == recipes.RECIPES["deepblueai/tresnet_xl-ce"]
+
+
+def test_show_draws_the_batch_of_a_step(demo_set, tmp_path):
+    args = ["show", "--arch", "test_resnet", "--data", demo_set / "train", "--set", "image_size=48"]
+    for name, step in (("a.png", 0), ("b.png", 0), ("c.png", 1)):
+        call(*args, "--set", "batch_size=12", "--step", step, "--out", tmp_path / name)
+    pictures = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")]
+    assert pictures[0] == pictures[1] != pictures[2]
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > 8 * 48 and image.height > 2 * 48
+    assert "there are 90 epochs of 3 steps" in call(*args, "--step", 99, status=2).stderr
+    assert "end the name in .png" in call(*args, "--out", tmp_path / "a.jpg", status=2).stderr
+
+
+def test_data_demo_makes_the_set_once(tmp_path):
+    assert "made" in call("data", "demo", tmp_path / "set").stdout
+    assert "already there" in call("data", "demo", tmp_path / "set").stdout
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("x")
+    assert "is not empty" in call("data", "demo", tmp_path / "mine", status=2).stderr
+
+
+def test_eval_refuses_other_classes_and_what_is_no_checkpoint(demo_set, tmp_path):
+    call("run", *TINY, "--data", demo_set / "train", "--epochs", 1, "--out", tmp_path / "o")
+    other = tmp_path / "other"
+    for name in ("ape", "zebra"):
+        (other / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(other / name / "a.jpg")
+    assert "class 'cross-checks-blue' (and 9 more)" in call("eval", tmp_path / "o", "--data", other, status=2).stderr
+    assert "is no checkpoint" in call("eval", tmp_path, "--data", other, status=2).stderr
+
+
+def test_doctor_reports_every_part():
+    result = CliRunner().invoke(main, ["doctor"])
+    for part in ("Python", "torch", "torchvision", "timm", "DALI"):
+        assert f"ok    {part}" in result.stdout
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("module", ["torch", "nvidia.dali", "timm"])
+def test_a_missing_package_is_one_line(module, tmp_path):
+    """A package that cannot be imported, on a machine set up by halves."""
+    code = f"import sys; sys.modules[{module!r}] = None\nfrom fasttrain.cli import main\n"
+    code += "main(['show', '--arch', 'test_resnet', '--out', 'x.png'])"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "fasttrain doctor" in lines[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "x.png").exists()
+
+
+def test_python_m_fasttrain_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "fasttrain", "--version"], capture_output=True, text=True, check=True)
+    assert __version__ in done.stdout
