@@ -73,4 +73,42 @@ def reference(
 
 def mix(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> MixOutput:
     """Normalise, mix and cast a batch; see the contract at the top of this file."""
+    if images.device.type == "cpu":
+        return _on_cpu(images, params, mean, std, dtype)
     return reference(images, params, mean, std, dtype)
+
+
+def _on_cpu(
+    images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> MixOutput:
+    """One image at a time, so that all work on it stays in the cache; bit-equal to the reference.
+
+    A box is pasted before the arithmetic, on bytes. Shift and scale are spread over a whole row, since an inner loop
+    of three channels would not vectorise.
+    """
+    batch, height, width, channels = images.shape
+    shift = torch.tensor([255 * m for m in mean], dtype=torch.float32).repeat(width)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32).repeat(width)
+    result = torch.empty((batch, height, width * channels), dtype=dtype)
+    pasted = torch.empty((height, width, channels), dtype=torch.uint8)
+    own, other = (torch.empty((height, width * channels), dtype=torch.float32) for _ in range(2))
+    shares = torch.ones(batch, dtype=torch.float32)
+
+    for at, (partner, mode, top, bottom, left, right, lam) in enumerate(params.tolist()):
+        image = images[at]
+        if mode == CUTMIX:
+            rows, columns = slice(int(top), int(bottom)), slice(int(left), int(right))
+            pasted.copy_(image)
+            pasted[rows, columns] = images[int(partner), rows, columns]
+            image = pasted
+            shares[at] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
+        target = result[at] if dtype == torch.float32 else own
+        torch.sub(image.view(height, -1), shift, out=target).mul_(scale)
+        if mode == MIXUP:
+            torch.sub(images[int(partner)].view(height, -1), shift, out=other).mul_(scale)
+            target.mul_(lam).add_(other.mul_(1 - lam))
+            shares[at] = lam
+        if target is own:
+            result[at].copy_(own)
+    pixels = result.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return MixOutput(pixels, params[:, PARTNER].long(), shares)

@@ -63,6 +63,15 @@ def test_equals_a_naive_loop(case):
     assert result.images.dtype == torch.float32 and result.partner.dtype == torch.int64
 
 
+@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+@settings(max_examples=80, deadline=None)
+def test_the_cpu_path_is_bit_equal_to_the_reference(case, dtype):
+    images, params = map(torch.from_numpy, case)
+    ours, theirs = (f(images, params, MEAN, STD, dtype) for f in (mix.mix, mix.reference))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype and one.stride() == other.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_result_is_channels_last_and_cast_once(dtype):
     images = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8)

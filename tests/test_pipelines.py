@@ -191,9 +191,9 @@ def broken_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", [*broken_files(), "missing.jpg"])
 @pytest.mark.parametrize("part", ["training", "evaluation"])
-def test_a_file_that_does_not_decode_is_named(photos, tmp_path, name, part):
+def test_a_file_that_does_not_decode_is_named(demo_set, tmp_path, name, part):
     """The file breaks after the scan, as files do."""
-    shutil.copytree(photos, tmp_path / "set")
+    shutil.copytree(demo_set / "val", tmp_path / "set")
     victim = sorted((tmp_path / "set").rglob("*.jpg"))[3]
     bad = victim.with_name(name)
     os.rename(victim, bad)
