@@ -9,7 +9,7 @@ from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
 
-_CAPTION = 14  # pixels under each image
+_LINE = 12  # pixels; two lines of text are under each image
 
 
 def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
@@ -22,17 +22,18 @@ def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
     pictures = ((mixed.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     count, size = min(most, len(pictures)), plan.image_size
-    cell = max(size, 96)
+    across, down = max(size, 96) + 6, size + 2 * _LINE + 8
     columns = min(count, 8)
-    sheet = Image.new("RGB", (columns * (cell + 4), -(-count // columns) * (size + _CAPTION + 6)), "white")
+    sheet = Image.new("RGB", (columns * across, -(-count // columns) * down), "white")
     pen = ImageDraw.Draw(sheet)
     for at in range(count):
-        left, top = at % columns * (cell + 4) + 2, at // columns * (size + _CAPTION + 6) + 2
+        left, top = at % columns * across + 3, at // columns * down + 2
         sheet.paste(Image.fromarray(pictures[at].numpy()), (left, top))
-        own, other = (index.classes[index.labels[numbers[each]]] for each in (at, int(mixed.partner[at])))
-        lam = float(mixed.lam[at])
-        caption = own if lam == 1 else f"{lam:.2f} {own} + {1 - lam:.2f} {other}"
-        pen.text((left, top + size + 1), _fit(pen, shown(caption), cell), fill="black")
+        own, other = (shown(index.classes[index.labels[numbers[each]]]) for each in (at, int(mixed.partner[at])))
+        share = float(mixed.lam[at])
+        lines = [own] if share == 1 else [f"{share:.2f} {own}", f"{1 - share:.2f} {other}"]
+        for row, line in enumerate(lines):
+            pen.text((left, top + size + 1 + row * _LINE), _fit(pen, line, across - 6), fill="black")
     return sheet
 
 
