@@ -1,0 +1,631 @@
+"""Batch-hard triplet loss (Hermans et al. 2017, arXiv 1703.07737): mining, distances, loss and gradient.
+
+Contract of `batch_hard_triplet(embeddings, labels, *, candidates, candidate_labels, self_offset, margin, squared)`
+    embeddings        [B, D] float32, float16 or bfloat16: the anchors
+    labels            int64 [B]
+    candidates        [N, D], of the anchors' dtype: where positives and negatives come from, such as a batch gathered
+                      over ranks; default: the anchors themselves
+    candidate_labels  int64 [N]
+    self_offset       anchor i is candidate i + self_offset, which is never its own positive
+    margin            of the hinge max(0, margin + d⁺ − d⁻); None: the soft margin ln(1 + exp(d⁺ − d⁻))
+    squared           squared Euclidean distances instead of Euclidean ones
+    returns           TripletOutput, see there
+    raises            ValueError where shapes, dtypes or devices are others, or there is no row
+
+The hardest positive is the farthest candidate of an anchor's label, the hardest negative the nearest of another label;
+of equals the first. An anchor that lacks either is left out. The loss is the mean over the others, 0 and still part
+of the graph when there are none. Differentiable once, by embeddings and candidates, and through `loss` alone; the root
+of a distance of 0 has gradient 0. Distances and loss are float32 and computed by direct difference, whatever the
+mining did. An embedding that is not finite makes the loss of each anchor that meets it not finite; indices stay in
+range. Autocast changes nothing. The same input gives the same bits, always.
+
+On a GPU: three launches forward, one backward, no B x N matrix in memory, and no waiting for the device. Mining scores
+‖c‖² − 2·a·c tile by tile: float32 embeddings are first shifted by the tile's first anchor, without which the
+subtraction cancels once embeddings collapse, and multiplied as three TF32 products; half-precision ones are multiplied
+as they are, exactly, with float32 sums. Never as a half-precision Gram matrix, which mines a third of anchors wrong.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TripletOutput(NamedTuple):
+    """loss: float32 scalar. d_pos, d_neg: float32 [B], distances to the hardest positive and negative (squared ones
+    with squared=True), 0 where there is none. i_pos, i_neg: int64 [B], their numbers among the candidates, −1 where
+    there is none. valid: int64 scalar, the anchors with both. Over those: active, the share with a loss above 0, and
+    the means of d_pos and d_neg; float32 scalars, 0 when there are none."""
+
+    loss: Tensor
+    d_pos: Tensor
+    d_neg: Tensor
+    i_pos: Tensor
+    i_neg: Tensor
+    valid: Tensor
+    active: Tensor
+    mean_pos: Tensor
+    mean_neg: Tensor
+
+
+def batch_hard_triplet(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    candidates: Tensor | None = None,
+    candidate_labels: Tensor | None = None,
+    self_offset: int = 0,
+    margin: float | None = 0.3,
+    squared: bool = False,
+) -> TripletOutput:
+    """Batch-hard triplet loss; see the contract at the top of this file."""
+    if (candidates is None) != (candidate_labels is None):
+        raise ValueError("candidates and candidate_labels go together")
+    candidates = None if candidates is None else candidates.contiguous()
+    stats, valid, distances, indices, _ = _triplet(
+        embeddings.contiguous(), labels, candidates, candidate_labels, self_offset, margin, squared
+    )
+    told, (d_pos, d_neg), (i_pos, i_neg) = stats.detach(), distances.detach(), indices
+    return TripletOutput(stats[0], d_pos, d_neg, i_pos, i_neg, valid[0], told[1], told[2], told[3])
+
+
+def reference(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    candidates: Tensor | None = None,
+    candidate_labels: Tensor | None = None,
+    self_offset: int = 0,
+    margin: float | None = 0.3,
+    squared: bool = False,
+) -> TripletOutput:
+    """The contract above in plain torch, through the whole [B, N, D] array of differences, in the embeddings' dtype
+    (float64 too). Its gradients are autograd's."""
+    if candidates is None or candidate_labels is None:
+        candidates, candidate_labels = embeddings, labels
+    anchors, numbers = torch.arange(len(embeddings)), torch.arange(len(candidates))
+    with torch.no_grad():
+        distance = (embeddings[:, None] - candidates[None]).square().sum(2)
+        same = labels[:, None] == candidate_labels[None]
+        positive = same & (numbers[None] != anchors[:, None] + self_offset)
+        i_pos = distance.masked_fill(~positive, -1).argmax(1).masked_fill(~positive.any(1), -1)
+        i_neg = distance.masked_fill(same, torch.inf).argmin(1).masked_fill(same.all(1), -1)
+
+    def away(index: Tensor) -> Tensor:
+        square = (embeddings - candidates[index.clamp(min=0)]).square().sum(1)
+        if not squared:
+            apart = square > 0
+            square = torch.where(apart, torch.where(apart, square, 1).sqrt(), square)
+        return torch.where(index >= 0, square, 0)
+
+    d_pos, d_neg = away(i_pos), away(i_neg)
+    both = (i_pos >= 0) & (i_neg >= 0)
+    gap = d_pos - d_neg
+    each = torch.nn.functional.softplus(gap) if margin is None else (gap + margin).relu()
+    count = both.sum()
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(both, values, 0).sum() / count.clamp(min=1)
+
+    active = mean((each > 0).to(each.dtype))
+    return TripletOutput(mean(each), d_pos, d_neg, i_pos, i_neg, count, active, mean(d_pos), mean(d_neg))
+
+
+# ---------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _hardest(score, allowed, column, FARTHEST: tl.constexpr, NONE: tl.constexpr):
+    """Greatest (or least) allowed score of each row, and the first column that has it, NONE where none is allowed.
+    A score that is not a number wins, so that it reaches the loss."""
+    worst = float("-inf") if FARTHEST else float("inf")
+    best = float("inf") if FARTHEST else float("-inf")
+    score = tl.where(score == score, score, best)
+    score = tl.where(allowed, score, worst)
+    top = tl.max(score, axis=1) if FARTHEST else tl.min(score, axis=1)
+    first = tl.min(tl.where(allowed & (score == top[:, None]), column, NONE), axis=1)
+    return top, first
+
+
+@triton.jit
+def mine_kernel(
+    anchors,  # [B, D]
+    labels,  # int64 [B]
+    candidates,  # [N, D]
+    candidate_labels,  # int64 [N]
+    tops,  # float32 [2, tiles, B]: the hardest score in each tile of candidates, for positives and negatives
+    firsts,  # int32 [2, tiles, B]: its candidate
+    batch,
+    count,
+    self_offset,
+    tiles,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CENTRED: tl.constexpr,  # shift by the tile's first anchor, then multiply as three TF32 products
+    UPCAST: tl.constexpr,  # multiply in float32 (always where CENTRED)
+):
+    """One tile of anchors by candidates: scores in registers, of which only each anchor's hardest leave."""
+    none: tl.constexpr = 2147483647
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = anchors + tl.program_id(0).to(tl.int64) * BLOCK_B * D
+    row_live, column_live = row < batch, column < count
+    dots = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    norms = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        d_live = d < D
+        a = tl.load(
+            anchors + row.to(tl.int64)[:, None] * D + d[None, :], mask=row_live[:, None] & d_live[None, :], other=0.0
+        )
+        c = tl.load(
+            candidates + column.to(tl.int64)[:, None] * D + d[None, :],
+            mask=column_live[:, None] & d_live[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            a, c = a.to(tl.float32), c.to(tl.float32)
+        if CENTRED:
+            centre = tl.load(first + d, mask=d_live, other=0.0).to(tl.float32)
+            centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)  # one bad row must not spoil all
+            a, c = a - centre[None, :], c - centre[None, :]
+        wide = c.to(tl.float32)
+        norms += tl.sum(wide * wide, axis=1)
+        dots = tl.dot(a, tl.trans(c), dots, input_precision="tf32x3")
+    score = norms[None, :] - 2 * dots
+
+    own = tl.load(labels + row, mask=row_live, other=0)
+    theirs = tl.load(candidate_labels + column, mask=column_live, other=0)
+    same = own[:, None] == theirs[None, :]
+    other_row = column[None, :] != row[:, None] + self_offset
+    live = row_live[:, None] & column_live[None, :]
+    far, far_at = _hardest(score, live & same & other_row, column[None, :], True, none)
+    near, near_at = _hardest(score, live & (own[:, None] != theirs[None, :]), column[None, :], False, none)
+    place = tl.program_id(1) * batch + row
+    tl.store(tops + place, far, mask=row_live)
+    tl.store(firsts + place, far_at, mask=row_live)
+    tl.store(tops + tiles * batch + place, near, mask=row_live)
+    tl.store(firsts + tiles * batch + place, near_at, mask=row_live)
+
+
+@triton.jit
+def _chosen(top, first, FARTHEST: tl.constexpr, NONE: tl.constexpr):
+    """The winner among an anchor's tiles: the first candidate with the hardest score; NONE where there is none."""
+    real = first < NONE
+    top = tl.where(real, top, float("-inf") if FARTHEST else float("inf"))
+    best = tl.max(top, axis=0) if FARTHEST else tl.min(top, axis=0)
+    return tl.min(tl.where(real & (top == best), first, NONE), axis=0)
+
+
+@triton.jit
+def loss_kernel(
+    anchors,  # [B, D]
+    candidates,  # [N, D]
+    tops,  # float32 [2, tiles, B]
+    firsts,  # int32 [2, tiles, B]
+    distances,  # float32 [2, B]
+    indices,  # int64 [2, B]
+    losses,  # float32 [B]
+    slopes,  # float32 [2, B]: what a unit of loss makes of the differences to the positive and to the negative
+    batch,
+    tiles,
+    margin,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOFT: tl.constexpr,
+    SQUARED: tl.constexpr,
+):
+    """One anchor: its hardest pair out of the tiles, their distances by direct difference, its loss and slopes."""
+    none: tl.constexpr = 2147483647
+    i = tl.program_id(0)
+    t = tl.arange(0, BLOCK_T)
+    place = t * batch + i
+    far = tl.load(tops + place, mask=t < tiles, other=0.0)
+    far_at = tl.load(firsts + place, mask=t < tiles, other=none)
+    near = tl.load(tops + tiles * batch + place, mask=t < tiles, other=0.0)
+    near_at = tl.load(firsts + tiles * batch + place, mask=t < tiles, other=none)
+    p = _chosen(far, far_at, True, none)
+    n = _chosen(near, near_at, False, none)
+    has_p, has_n = p < none, n < none
+    p, n = tl.where(has_p, p, 0), tl.where(has_n, n, 0)
+
+    sum_p = tl.zeros((BLOCK_D,), tl.float32)
+    sum_n = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        live = d < D
+        a = tl.load(anchors + i.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+        to_p = a - tl.load(candidates + p.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+        to_n = a - tl.load(candidates + n.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+        sum_p += to_p * to_p
+        sum_n += to_n * to_n
+    d_p, d_n = tl.sum(sum_p, axis=0), tl.sum(sum_n, axis=0)
+    if SQUARED:
+        slope_p, slope_n = d_p * 0 + 2, d_n * 0 + 2
+    else:
+        d_p, d_n = tl.math.sqrt_rn(d_p), tl.math.sqrt_rn(d_n)
+        slope_p = tl.where(d_p == 0, 0.0, 1 / d_p)
+        slope_n = tl.where(d_n == 0, 0.0, 1 / d_n)
+    gap = d_p - d_n
+    if SOFT:
+        tail = tl.exp(-tl.abs(gap))
+        loss = tl.maximum(gap, 0.0) + tl.where(tail < 1e-4, tail, tl.log(1 + tail))
+        active = 1 / (1 + tl.exp(-gap))
+    else:
+        hinge = gap + margin
+        loss = tl.where(hinge <= 0, 0.0, hinge)  # not a maximum, which could lose what is not a number
+        active = tl.where(hinge <= 0, 0.0, tl.where(hinge > 0, 1.0, hinge))
+    # Distances that are not finite must show, also where the hinge would hide them (a negative infinitely far away).
+    finite = d_p + d_n < float("inf")
+    loss, active = tl.where(finite, loss, d_p + d_n), tl.where(finite, active, float("nan"))
+    both = has_p & has_n
+    tl.store(distances + i, tl.where(has_p, d_p, 0.0))
+    tl.store(distances + batch + i, tl.where(has_n, d_n, 0.0))
+    tl.store(indices + i, tl.where(has_p, p, -1).to(tl.int64))
+    tl.store(indices + batch + i, tl.where(has_n, n, -1).to(tl.int64))
+    tl.store(losses + i, tl.where(both, loss, 0.0))
+    tl.store(slopes + i, tl.where(both, active * slope_p, 0.0))
+    tl.store(slopes + batch + i, tl.where(both, active * slope_n, 0.0))
+
+
+@triton.jit
+def mean_kernel(
+    distances,  # float32 [2, B]
+    indices,  # int64 [2, B]
+    losses,  # float32 [B]
+    stats,  # float32 [4]: loss, share of active anchors, mean distances to positives and negatives
+    valid,  # int64 [1]
+    BATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums over all anchors, by one program, in a fixed order."""
+    lane = tl.arange(0, BLOCK)
+    loss = tl.zeros((BLOCK,), tl.float32)
+    active = tl.zeros((BLOCK,), tl.float32)
+    d_p = tl.zeros((BLOCK,), tl.float32)
+    d_n = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, BATCH, BLOCK):
+        i = start + lane
+        live = i < BATCH
+        p = tl.load(indices + i, mask=live, other=-1)
+        n = tl.load(indices + BATCH + i, mask=live, other=-1)
+        both = (p >= 0) & (n >= 0)
+        each = tl.load(losses + i, mask=both, other=0.0)
+        loss += each
+        active += tl.where(both & (each > 0), 1.0, 0.0)
+        d_p += tl.load(distances + i, mask=both, other=0.0)
+        d_n += tl.load(distances + BATCH + i, mask=both, other=0.0)
+        count += both.to(tl.int32)
+    total = tl.sum(count, axis=0)
+    share = 1 / tl.maximum(total, 1).to(tl.float32)
+    tl.store(stats + 0, tl.sum(loss, axis=0) * share)
+    tl.store(stats + 1, tl.sum(active, axis=0) * share)
+    tl.store(stats + 2, tl.sum(d_p, axis=0) * share)
+    tl.store(stats + 3, tl.sum(d_n, axis=0) * share)
+    tl.store(valid, total.to(tl.int64))
+
+
+@triton.jit
+def gradient_kernel(
+    anchors,  # [B, D]
+    candidates,  # [N, D]
+    indices,  # int64 [2, B]
+    slopes,  # float32 [2, B]
+    valid,  # int64 [1]
+    upstream,  # float32 [1]
+    anchor_gradient,  # [B, D]
+    candidate_gradient,  # [N, D]; the anchors' where ITSELF
+    count,
+    BATCH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ITSELF: tl.constexpr,  # the candidates are the anchors
+):
+    """One row of a gradient, gathered: what it has as an anchor, and what it has as somebody's positive or negative.
+    Rows below `count` are candidates, the others anchors."""
+    program = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = d < D
+    total = tl.load(valid)
+    scale = tl.load(upstream) / tl.maximum(total, 1).to(tl.float32)
+    gradient = tl.zeros((BLOCK_D,), tl.float32)
+    is_candidate = program < count
+    if is_candidate:
+        mine = tl.load(candidates + program.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+        lane = tl.arange(0, CHUNK)
+        for start in range(0, BATCH, CHUNK):
+            i = start + lane
+            p = tl.load(indices + i, mask=i < BATCH, other=-1)
+            n = tl.load(indices + BATCH + i, mask=i < BATCH, other=-1)
+            hits = ((p == program) | (n == program)).to(tl.int32)
+            if tl.sum(hits, axis=0) > 0:
+                for offset in range(0, CHUNK):
+                    j = start + offset
+                    if tl.sum(tl.where(lane == offset, hits, 0), axis=0) > 0:
+                        a = tl.load(anchors + j.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+                        weight_p = tl.load(slopes + j) * (tl.load(indices + j) == program).to(tl.float32)
+                        weight_n = tl.load(slopes + BATCH + j) * (tl.load(indices + BATCH + j) == program).to(
+                            tl.float32
+                        )
+                        weight = weight_n - weight_p
+                        gradient += tl.where(weight == 0, 0.0, weight * (a - mine))
+    if (program >= count) | ITSELF:
+        i = program if ITSELF else program - count
+        p = tl.load(indices + i)
+        n = tl.load(indices + BATCH + i)
+        a = tl.load(anchors + i.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+        to_p = a - tl.load(candidates + tl.maximum(p, 0) * D + d, mask=live, other=0.0).to(tl.float32)
+        to_n = a - tl.load(candidates + tl.maximum(n, 0) * D + d, mask=live, other=0.0).to(tl.float32)
+        weight_p, weight_n = tl.load(slopes + i), tl.load(slopes + BATCH + i)
+        # An anchor that is left out takes nothing, not even from a row that is not finite.
+        counted = (p >= 0) & (n >= 0) & ((weight_p != 0) | (weight_n != 0))
+        gradient += tl.where(counted, weight_p * to_p - weight_n * to_n, 0.0)
+    gradient *= scale
+    if is_candidate:
+        target = candidate_gradient + program.to(tl.int64) * D + d
+        tl.store(target, gradient.to(candidate_gradient.dtype.element_ty), mask=live)
+    else:
+        target = anchor_gradient + (program - count).to(tl.int64) * D + d
+        tl.store(target, gradient.to(anchor_gradient.dtype.element_ty), mask=live)
+
+
+def launch(
+    anchors: Tensor,
+    labels: Tensor,
+    candidates: Tensor,
+    candidate_labels: Tensor,
+    self_offset: int,
+    margin: float | None,
+    squared: bool,
+    upcast: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The contract's forward, by Triton, in three launches: stats [4] (loss, active, mean_pos, mean_neg), valid [1],
+    distances [2, B], indices [2, B], slopes [2, B]. upcast: multiply half precision in float32 too."""
+    batch, width = anchors.shape
+    count = len(candidates)
+    block_b, block_n, block_d, warps = (16, 16, 64, 2) if batch < 1024 else (64, 128, 32, 8)
+    tiles = triton.cdiv(count, block_n)
+    centred = anchors.dtype == torch.float32
+    tops = anchors.new_empty((2, tiles, batch), dtype=torch.float32)
+    firsts = anchors.new_empty((2, tiles, batch), dtype=torch.int32)
+    mine_kernel[(triton.cdiv(batch, block_b), tiles)](
+        anchors,
+        labels,
+        candidates,
+        candidate_labels,
+        tops,
+        firsts,
+        batch,
+        count,
+        self_offset,
+        tiles,
+        D=width,
+        BLOCK_B=block_b,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        CENTRED=centred,
+        UPCAST=centred or upcast,
+        num_warps=warps,
+        num_stages=2,
+    )
+    stats, valid, distances, indices, slopes = _empty(anchors)
+    losses = anchors.new_empty(batch, dtype=torch.float32)
+    loss_kernel[(batch,)](
+        anchors,
+        candidates,
+        tops,
+        firsts,
+        distances,
+        indices,
+        losses,
+        slopes,
+        batch,
+        tiles,
+        0.0 if margin is None else margin,
+        D=width,
+        BLOCK_T=triton.next_power_of_2(tiles),
+        BLOCK_D=min(1024, triton.next_power_of_2(width)),
+        SOFT=margin is None,
+        SQUARED=squared,
+        num_warps=4,
+    )
+    mean_kernel[(1,)](distances, indices, losses, stats, valid, BATCH=batch, BLOCK=1024, num_warps=4)
+    return stats, valid, distances, indices, slopes
+
+
+def launch_gradient(
+    upstream: Tensor, anchors: Tensor, candidates: Tensor | None, indices: Tensor, slopes: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The contract's gradient, by Triton, in one launch: by anchors and by candidates (empty where they are the
+    anchors themselves). upstream: float32, its first element is the gradient of the loss."""
+    batch, width = anchors.shape
+    itself = candidates is None
+    pool = anchors if candidates is None else candidates
+    by_anchor = torch.empty_like(anchors)
+    by_candidate = by_anchor if itself else torch.empty_like(pool)
+    block = min(1024, triton.next_power_of_2(width))
+    gradient_kernel[(len(pool) if itself else len(pool) + batch, triton.cdiv(width, block))](
+        anchors,
+        pool,
+        indices,
+        slopes,
+        valid,
+        upstream,
+        by_anchor,
+        by_candidate,
+        len(pool),
+        BATCH=batch,
+        D=width,
+        BLOCK_D=block,
+        CHUNK=32,
+        ITSELF=itself,
+        num_warps=4,
+    )
+    return by_anchor, anchors.new_empty(0) if itself else by_candidate
+
+
+def _empty(anchors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward's results, not yet filled."""
+    batch, floats = len(anchors), torch.float32
+    return (
+        anchors.new_empty(4, dtype=floats),
+        anchors.new_empty(1, dtype=torch.int64),
+        anchors.new_empty((2, batch), dtype=floats),
+        anchors.new_empty((2, batch), dtype=torch.int64),
+        anchors.new_empty((2, batch), dtype=floats),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- CPU
+
+
+def on_cpu(
+    anchors: Tensor,
+    labels: Tensor,
+    candidates: Tensor,
+    candidate_labels: Tensor,
+    self_offset: int,
+    margin: float | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `launch` gives, by one matrix product in float32 about the first anchor, and gathers."""
+    a, c = anchors.float(), candidates.float()
+    centre = a[0].nan_to_num(0, 0, 0)
+    from_centre = c - centre
+    score = torch.addmm(from_centre.square().sum(1), a - centre, from_centre.T, alpha=-2)
+    same = labels[:, None] == candidate_labels[None]
+    numbers, rows = torch.arange(len(c)), torch.arange(len(a))
+    positive = same & (numbers[None] != rows[:, None] + self_offset)
+    # Both take the first of equals, and a score that is not a number before all others.
+    i_pos = torch.where(positive, score, -torch.inf).argmax(1)
+    i_neg = torch.where(same, torch.inf, score).argmin(1)
+    has_pos, has_neg = positive[rows, i_pos], ~same[rows, i_neg]
+    d_pos, d_neg = ((a - c[each]).square().sum(1) for each in (i_pos, i_neg))
+    if squared:
+        slope_pos, slope_neg = torch.full_like(d_pos, 2), torch.full_like(d_neg, 2)
+    else:
+        d_pos, d_neg = d_pos.sqrt(), d_neg.sqrt()
+        slope_pos, slope_neg = (torch.where(d == 0, 0, 1 / d) for d in (d_pos, d_neg))
+    gap = d_pos - d_neg
+    if margin is None:
+        loss, active = torch.nn.functional.softplus(gap), gap.sigmoid()
+    else:
+        hinge = gap + margin
+        loss, active = torch.where(hinge <= 0, 0, hinge), torch.where(hinge <= 0, 0, hinge / hinge)
+    finite = d_pos + d_neg < torch.inf
+    loss, active = torch.where(finite, loss, d_pos + d_neg), torch.where(finite, active, torch.nan)
+    both = has_pos & has_neg
+    count = both.sum()
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(both, values, 0).sum() / count.clamp(min=1)
+
+    stats = torch.stack([mean(loss), mean((loss > 0).float()), mean(d_pos), mean(d_neg)])
+    distances = torch.stack([torch.where(has_pos, d_pos, 0), torch.where(has_neg, d_neg, 0)])
+    indices = torch.stack([torch.where(has_pos, i_pos, -1), torch.where(has_neg, i_neg, -1)])
+    slopes = torch.where(both, torch.stack([active * slope_pos, active * slope_neg]), 0)
+    return stats, count[None], distances, indices, slopes
+
+
+def gradient_on_cpu(
+    upstream: Tensor, anchors: Tensor, candidates: Tensor | None, indices: Tensor, slopes: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `launch_gradient` gives."""
+    a = anchors.float()
+    c = a if candidates is None else candidates.float()
+    counted = ((indices >= 0).all(0) & (slopes != 0).any(0)).nonzero()[:, 0]  # the others take no part
+    i_pos, i_neg = indices[:, counted]
+    weight = slopes[:, counted, None] * (upstream[0] / valid.clamp(min=1))
+    to_pos, to_neg = weight[0] * (a[counted] - c[i_pos]), weight[1] * (a[counted] - c[i_neg])
+    by_anchor = torch.zeros_like(a).index_add_(0, counted, to_pos - to_neg)
+    by_candidate = by_anchor if candidates is None else torch.zeros_like(c)
+    by_candidate.index_add_(0, i_pos, -to_pos).index_add_(0, i_neg, to_neg)
+    empty = anchors.new_empty(0)
+    return by_anchor.to(anchors.dtype), empty if candidates is None else by_candidate.to(anchors.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- dispatch
+
+
+def _check(anchors: Tensor, labels: Tensor, candidates: Tensor, candidate_labels: Tensor) -> None:
+    for name, each, its in (("embeddings", anchors, labels), ("candidates", candidates, candidate_labels)):
+        if each.ndim != 2 or each.dtype not in DTYPES or not each.is_contiguous() or not each.numel():
+            kinds = "contiguous, not empty, float32, float16 or bfloat16 [rows, D]"
+            raise ValueError(f"{name} must be {kinds}, not {each.dtype} {list(each.shape)}")
+        if its.dtype != torch.int64 or its.shape != each.shape[:1] or not its.is_contiguous():
+            raise ValueError(f"labels of {name} must be int64 [{len(each)}], not {its.dtype} {list(its.shape)}")
+    if candidates.dtype != anchors.dtype or candidates.shape[1] != anchors.shape[1]:
+        raise ValueError(f"candidates must be {anchors.dtype} [N, {anchors.shape[1]}] like the embeddings")
+    if len({each.device for each in (anchors, labels, candidates, candidate_labels)}) > 1:
+        raise ValueError("embeddings, candidates and labels must be on one device")
+
+
+@torch.library.custom_op("fasttrain::triplet", mutates_args=(), device_types="cuda")
+def _triplet(
+    anchors: Tensor,
+    labels: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    self_offset: int,
+    margin: float | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pool, pool_labels = (
+        (anchors, labels) if candidates is None or candidate_labels is None else (candidates, candidate_labels)
+    )
+    _check(anchors, labels, pool, pool_labels)
+    return launch(anchors, labels, pool, pool_labels, self_offset, margin, squared)
+
+
+@_triplet.register_kernel("cpu")
+def _(anchors, labels, candidates, candidate_labels, self_offset, margin, squared):  # type: ignore[no-untyped-def]
+    pool, pool_labels = (anchors, labels) if candidates is None else (candidates, candidate_labels)
+    _check(anchors, labels, pool, pool_labels)
+    return on_cpu(anchors, labels, pool, pool_labels, self_offset, margin, squared)
+
+
+@_triplet.register_fake
+def _(anchors, labels, candidates, candidate_labels, self_offset, margin, squared):  # type: ignore[no-untyped-def]
+    return _empty(anchors)
+
+
+@torch.library.custom_op("fasttrain::triplet_backward", mutates_args=(), device_types="cuda")
+def _triplet_backward(
+    upstream: Tensor, anchors: Tensor, candidates: Tensor | None, indices: Tensor, slopes: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    return launch_gradient(upstream.contiguous(), anchors, candidates, indices, slopes, valid)
+
+
+@_triplet_backward.register_kernel("cpu")
+def _(upstream, anchors, candidates, indices, slopes, valid):  # type: ignore[no-untyped-def]
+    return gradient_on_cpu(upstream, anchors, candidates, indices, slopes, valid)
+
+
+@_triplet_backward.register_fake
+def _(upstream, anchors, candidates, indices, slopes, valid):  # type: ignore[no-untyped-def]
+    empty = anchors.new_empty(0) if candidates is None else torch.empty_like(candidates)
+    return torch.empty_like(anchors), empty
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    anchors, _, candidates, *_ = inputs
+    _, valid, _, indices, slopes = output
+    ctx.save_for_backward(anchors, candidates, indices, slopes, valid)
+
+
+def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+    anchors, candidates, indices, slopes, valid = ctx.saved_tensors
+    by_anchor, by_candidate = _triplet_backward(upstream, anchors, candidates, indices, slopes, valid)
+    return by_anchor, None, None if candidates is None else by_candidate, None, None, None, None
+
+
+_triplet.register_autograd(_backward, setup_context=_keep)
