@@ -38,7 +38,16 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "scipy", "scikit-learn", "pytorch-metric-learning", "mypy", "ruff"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis>=6.100",
+            "scipy",
+            "scikit-learn",
+            "pytorch-metric-learning",
+            "mypy",
+            "ruff",
+        ],
     },
     entry_points={"console_scripts": ["fasttrain = fasttrain.cli:main"]},
 )

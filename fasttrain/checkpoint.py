@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fasttrain import __version__
 from fasttrain.dataset import shown
-from fasttrain.errors import UserError
+from fasttrain.errors import RunError, UserError
 
 FORMAT = 1
 _MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
@@ -77,13 +77,13 @@ def save(
 ) -> Path:
     """Write the state after `step` steps, point `last` (and `best`) to it, and remove what is older than `keep`.
 
-    meta: what else meta.json shall hold, as JSON values. Raises OSError where the disk does not take it.
+    meta: what else meta.json shall hold, as JSON values. Raises RunError where the disk does not take it.
     """
     home = out / "checkpoints"
     final = home / f"step-{step:08}"
     aside = home / f".{final.name}.{os.getpid()}.partial"
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         save_file(_on_cpu(model.state_dict()), aside / _MODEL)
         save_file(_on_cpu(_momentum(model, optimizer)), aside / _TRAIN)
         content = {
@@ -101,11 +101,13 @@ def save(
             shutil.rmtree(final)
         aside.rename(final)
         _sync(home)
+        _link(out / "last", final)
+        if improved:
+            _link(out / "best", final)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write a checkpoint to {shown(home)}: {error}; the one before is whole") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _link(out / "last", final)
-    if improved:
-        _link(out / "best", final)
     _prune(out, home, keep)
     return final
 

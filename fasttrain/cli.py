@@ -302,6 +302,30 @@ def show(
     click.echo(f"wrote {dataset.shown(out)}")
 
 
+@main.group()
+def bench() -> None:
+    """Measure this machine, always beside peers in the same run."""
+
+
+@bench.command("kernels")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Turns that each contender has.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw the figures.")
+def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path | None) -> None:
+    """Mix and triplet kernels beside eager, compiled and library versions of the same work."""
+    from fasttrain import bench
+    from fasttrain.distributed import ranks
+
+    with ranks(device) as here:
+        rows = bench.kernels(here.device, rounds)
+        click.echo(bench.table(rows))
+        if json_path:
+            bench.write_json(json_path, here.device, rows)
+        if plot:
+            bench.write_plot(plot, rows)
+
+
 @main.command()
 def doctor() -> None:
     """Say what this machine has and lacks, with the line that mends it."""

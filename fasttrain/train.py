@@ -1,16 +1,17 @@
 """Training: one function, read from top to bottom."""
 
-import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain import __version__, checkpoint, optim, recipes
-from fasttrain.batch import Batch
+from fasttrain.batch import Batch, Output
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from fasttrain.dataset import Index, shown
 from fasttrain.distributed import Ranks
@@ -78,17 +79,20 @@ def train(
         if start >= plan.steps:
             return Result(start, None, best)
 
-    network: nn.Module = model
-    if recipe.machine.compile == "on":
-        network = torch.compile(model)  # type: ignore[assignment]
+    network: Callable[[Tensor], Output] = model.train()
+    without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
+    compiled = recipe.machine.compile == "on"
     if ranks.world > 1:
         network = DistributedDataParallel(
-            network,
+            model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            static_graph=plan.micro_batches == 1,  # together with accumulation torch aborts
+            # With accumulation torch aborts; compiled, it is what cuts the graph at the buckets that has to know.
+            static_graph=plan.micro_batches == 1 and not compiled,
         )
-    network.train()
+        without_exchange = network.no_sync
+    if compiled:
+        network = torch.compile(network)
 
     threads = ranks.threads(recipe.machine.workers)
     labels = torch.from_numpy(train_index.labels)
@@ -127,7 +131,7 @@ def train(
                 batch = Batch(own, own[mixed.partner], mixed.lam, mixing)
 
                 last = micro == plan.micro_batches - 1
-                with _gradients_stay_local(network, not last):
+                with nullcontext() if last else without_exchange():
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         output = network(mixed.images)
                     terms = {loss.name: loss(output, batch) for loss in recipe.losses}
@@ -177,13 +181,6 @@ def train(
 def _to(values: Tensor, device: torch.device) -> Tensor:
     """A small CPU tensor on the device, without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-
-def _gradients_stay_local(network: nn.Module, local: bool) -> contextlib.AbstractContextManager[None]:
-    """Under DDP, whether a backward only adds to this rank's gradients, to be exchanged by a later one."""
-    if local and isinstance(network, DistributedDataParallel):
-        return network.no_sync()
-    return contextlib.nullcontext()
 
 
 def out_of_memory(plan: Plan) -> RunError:

@@ -266,13 +266,13 @@ def _mix(
 
 
 @_mix.register_kernel("cpu")
-def _(images, params, mean, std, dtype):  # type: ignore[no-untyped-def]
+def _(images, params, mean, std, dtype):
     _check(images, params, mean, std, dtype)
     return on_cpu(images, params, mean, std, dtype)
 
 
 @_mix.register_fake
-def _(images, params, mean, std, dtype):  # type: ignore[no-untyped-def]
+def _(images, params, mean, std, dtype):
     batch, height, width, channels = images.shape
     result = images.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
     return result, params.new_empty(batch, dtype=torch.int64), params.new_empty(batch, dtype=torch.float32)

@@ -351,12 +351,10 @@ def gradient_kernel(
                 for offset in range(0, CHUNK):
                     j = start + offset
                     if tl.sum(tl.where(lane == offset, hits, 0), axis=0) > 0:
-                        a = tl.load(anchors + j.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
-                        weight_p = tl.load(slopes + j) * (tl.load(indices + j) == program).to(tl.float32)
-                        weight_n = tl.load(slopes + BATCH + j) * (tl.load(indices + BATCH + j) == program).to(
-                            tl.float32
-                        )
-                        weight = weight_n - weight_p
+                        a = tl.load(anchors + tl.cast(j, tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+                        as_p = (tl.load(indices + j) == program).to(tl.float32)
+                        as_n = (tl.load(indices + BATCH + j) == program).to(tl.float32)
+                        weight = as_n * tl.load(slopes + BATCH + j) - as_p * tl.load(slopes + j)
                         gradient += tl.where(weight == 0, 0.0, weight * (a - mine))
     if (program >= count) | ITSELF:
         i = program if ITSELF else program - count
@@ -587,14 +585,14 @@ def _triplet(
 
 
 @_triplet.register_kernel("cpu")
-def _(anchors, labels, candidates, candidate_labels, self_offset, margin, squared):  # type: ignore[no-untyped-def]
+def _(anchors, labels, candidates, candidate_labels, self_offset, margin, squared):
     pool, pool_labels = (anchors, labels) if candidates is None else (candidates, candidate_labels)
     _check(anchors, labels, pool, pool_labels)
     return on_cpu(anchors, labels, pool, pool_labels, self_offset, margin, squared)
 
 
 @_triplet.register_fake
-def _(anchors, labels, candidates, candidate_labels, self_offset, margin, squared):  # type: ignore[no-untyped-def]
+def _(anchors, labels, candidates, candidate_labels, self_offset, margin, squared):
     return _empty(anchors)
 
 
@@ -606,23 +604,23 @@ def _triplet_backward(
 
 
 @_triplet_backward.register_kernel("cpu")
-def _(upstream, anchors, candidates, indices, slopes, valid):  # type: ignore[no-untyped-def]
+def _(upstream, anchors, candidates, indices, slopes, valid):
     return gradient_on_cpu(upstream, anchors, candidates, indices, slopes, valid)
 
 
 @_triplet_backward.register_fake
-def _(upstream, anchors, candidates, indices, slopes, valid):  # type: ignore[no-untyped-def]
+def _(upstream, anchors, candidates, indices, slopes, valid):
     empty = anchors.new_empty(0) if candidates is None else torch.empty_like(candidates)
     return torch.empty_like(anchors), empty
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):
     anchors, _, candidates, *_ = inputs
     _, valid, _, indices, slopes = output
     ctx.save_for_backward(anchors, candidates, indices, slopes, valid)
 
 
-def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, upstream, *_):
     anchors, candidates, indices, slopes, valid = ctx.saved_tensors
     by_anchor, by_candidate = _triplet_backward(upstream, anchors, candidates, indices, slopes, valid)
     return by_anchor, None, None if candidates is None else by_candidate, None, None, None, None

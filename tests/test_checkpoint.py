@@ -7,7 +7,7 @@ import torch
 
 from fasttrain import checkpoint, optim
 from fasttrain.config import Optim
-from fasttrain.errors import UserError
+from fasttrain.errors import RunError, UserError
 from fasttrain.models import Classifier
 
 META = {"recipe": {"arch": "test_resnet"}, "classes": ["a", "b"], "data": "0", "best": None}
@@ -109,7 +109,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="No space left on device; the one before is whole"):
         save(tmp_path, 2)
     assert checkpoint.load(tmp_path / "last").meta["step"] == 1
     assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

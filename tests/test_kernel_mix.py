@@ -103,3 +103,65 @@ def test_agrees_with_timm_cutmix():
         ours = mix.mix(images, torch.from_numpy(params), MEAN, STD, torch.float32)
         torch.testing.assert_close(ours.images, mixed, rtol=0, atol=2e-6)
         torch.testing.assert_close(ours.lam.double(), targets.diagonal().double(), rtol=0, atol=1e-6)
+
+
+def small_case() -> tuple[torch.Tensor, torch.Tensor]:
+    params = mix.plain_params(4)
+    params[:, mix.PARTNER] = (1, 2, 3, 0)
+    params[:, mix.MODE] = (0, 1, 2, 1)
+    params[:, mix.BOX] = (1, 4, 2, 5)
+    params[:, mix.LAM] = 0.25
+    return torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8), torch.from_numpy(params)
+
+
+def test_opcheck():
+    images, params = small_case()
+    torch.library.opcheck(torch.ops.fasttrain.mix.default, (images, params, list(MEAN), list(STD), torch.bfloat16))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_and_gives_the_same(dynamic):
+    def step(images, params):
+        mixed = mix.mix(images, params, MEAN, STD, torch.float32)
+        return mixed.images * 2, mixed.partner + 1, mixed.lam
+
+    case = small_case()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for one, other in zip(step(*case), compiled(*case), strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+def test_autocast_changes_nothing():
+    images, params = small_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = mix.mix(images, params, MEAN, STD, torch.float32)
+    plain = mix.mix(images, params, MEAN, STD, torch.float32)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(plain, inside, strict=True))
+
+
+def test_a_cpu_tensor_takes_the_cpu_path(monkeypatch):
+    taken = []
+    honest = mix.on_cpu
+    monkeypatch.setattr(mix, "on_cpu", lambda *args: taken.append("cpu") or honest(*args))
+    monkeypatch.setattr(mix, "launch", lambda *args: taken.append("triton"))
+    mix.mix(*small_case(), MEAN, STD, torch.float32)
+    assert taken == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"images": torch.zeros(4, 6, 5, 3)}, "contiguous uint8"),
+        ({"images": torch.zeros(4, 3, 6, 5, dtype=torch.uint8).permute(0, 2, 3, 1)}, "contiguous uint8"),
+        ({"images": torch.zeros(4, 6, 5, 5, dtype=torch.uint8)}, "at most 4"),
+        ({"images": torch.zeros(4, 6, 5, 1, dtype=torch.uint8)}, "as many means and stds"),
+        ({"params": torch.zeros(4, 6)}, r"float32 \[4, 7\]"),
+        ({"params": torch.zeros(4, 7, dtype=torch.float64)}, "float32"),
+        ({"dtype": torch.float64}, "dtype must be one of"),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(change, says):
+    images, params = small_case()
+    arguments = {"images": images, "params": params, "mean": MEAN, "std": STD, "dtype": torch.float32} | change
+    with pytest.raises(ValueError, match=says):
+        mix.mix(**arguments)

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -41,7 +44,8 @@ def test_all_cases_pass_in_the_interpreter():
 # ------------------------------------------------------------------------------------------------------------- mix
 
 
-def mix_case(batch, height, width, channels, seed):
+def mix_case(shape: Sequence[int], channels: int, seed: int) -> tuple[Tensor, Tensor]:
+    batch, height, width = shape
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (batch, height, width, channels)).astype(np.uint8)
     params = mix.plain_params(batch)
@@ -54,7 +58,8 @@ def mix_case(batch, height, width, channels, seed):
     return torch.from_numpy(images).to(DEVICE), torch.from_numpy(params).to(DEVICE)
 
 
-def check_mix(images, params, dtype):
+def check_mix(case: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    images, params = case
     channels = images.shape[3]
     mean, std = (0.48, 0.45, 0.4, 0.5)[:channels], (0.22, 0.23, 0.24, 0.25)[:channels]
     pixels, partner, lam = mix.launch(images, params, mean, std, dtype)
@@ -76,13 +81,13 @@ SHAPES = [(1, 1, 1), (3, 7, 5), (2, 16, 16), (4, 9, 32), (1, 33, 17), (5, 12, 10
 @pytest.mark.parametrize("dtype", mix.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mix_equals_the_reference(shape, dtype):
-    check_mix(*mix_case(*shape, channels=3, seed=sum(shape)), dtype)
+    check_mix(mix_case(shape, 3, sum(shape)), dtype)
 
 
 @on_device
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_mix_takes_other_channels(channels):
-    check_mix(*mix_case(3, 10, 12, channels, seed=channels), torch.float16)
+    check_mix(mix_case((3, 10, 12), channels, channels), torch.float16)
 
 
 @on_device
@@ -91,24 +96,26 @@ def test_mix_takes_other_channels(channels):
 )
 @settings(max_examples=40, deadline=None)
 def test_mix_equals_the_reference_at_any_shape(batch, height, width, dtype, seed):
-    check_mix(*mix_case(batch, height, width, 3, seed), dtype)
+    check_mix(mix_case((batch, height, width), 3, seed), dtype)
 
 
 @on_device
 def test_mix_boxes_at_every_column():
     """Boxes whose edges cut through the groups of bytes that a thread moves."""
-    images, params = mix_case(2, 4, 16, 3, seed=0)
+    images, params = mix_case((2, 4, 16), 3, 0)
     for left in range(17):
         for right in range(left, 17):
             params[:, mix.MODE] = mix.CUTMIX
             params[:, mix.BOX] = torch.tensor([1.0, 3.0, left, right])
-            check_mix(images, params, torch.float16)
+            check_mix((images, params), torch.float16)
 
 
 # --------------------------------------------------------------------------------------------------------- triplet
 
 
-def triplet_case(batch, width, classes, dtype=torch.float32, seed=0, pool=0, before=0):
+def triplet_case(
+    batch: int, width: int, classes: int, dtype: torch.dtype = torch.float32, seed=0, pool=0, before=0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchors and labels, and with pool > 0 candidates of which rows before … before + batch are the anchors."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(max(batch, pool), width, generator=generator).to(dtype)
@@ -127,7 +134,7 @@ def check_triplet(case, offset=0, margin=0.3, squared=False, gather=False):
     extra = {"candidates": exact_in[1], "candidate_labels": labels.cpu(), "self_offset": offset} if gather else {}
     exact = triplet.reference(exact_in[0], own.cpu(), margin=margin, squared=squared, **extra)
     assert torch.equal(indices.cpu(), torch.stack([exact.i_pos, exact.i_neg]))
-    close = {"rtol": 2e-5, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 2e-5, "atol": 1e-6}
     torch.testing.assert_close(distances.cpu().double(), torch.stack([exact.d_pos, exact.d_neg]).detach(), **close)
     told = torch.stack([exact.loss, exact.active, exact.mean_pos, exact.mean_neg]).detach()
     torch.testing.assert_close(stats.cpu().double(), told, **close)
@@ -136,7 +143,9 @@ def check_triplet(case, offset=0, margin=0.3, squared=False, gather=False):
     upstream = torch.full((4,), 1.5, device=DEVICE)
     found = triplet.launch_gradient(upstream, anchors, pool if gather else None, indices, slopes, valid)
     (1.5 * exact.loss).backward()
-    tolerance = {"rtol": 1e-4, "atol": 1e-6} if anchors.dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    tolerance: dict[str, Any] = (
+        {"rtol": 1e-4, "atol": 1e-6} if anchors.dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    )
     for ours, theirs in zip(found, exact_in, strict=False):
         expected = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)
         torch.testing.assert_close(ours.cpu().double(), expected, **tolerance)
@@ -154,7 +163,7 @@ def test_triplet_equals_the_reference(shape, squared, margin):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", [(9, 8, 3), (40, 65, 5)])
 def test_triplet_in_half_precision(shape, dtype):
-    check_triplet(triplet_case(*shape, dtype=dtype))
+    check_triplet(triplet_case(shape[0], shape[1], shape[2], dtype))
 
 
 @on_device
@@ -214,8 +223,8 @@ def test_triplet_survives_a_common_offset():
 
 @on_device
 def test_triplet_gives_the_same_bits_again():
-    case = triplet_case(50, 30, 5)
-    runs = [triplet.launch(*case, 0, 0.3, False, INTERPRETED) for _ in range(2)]
+    anchors, own, *_ = triplet_case(50, 30, 5)
+    runs = [triplet.launch(anchors, own, anchors, own, 0, 0.3, False, INTERPRETED) for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
@@ -235,7 +244,7 @@ def launched(function) -> list[str]:
 @on_device
 @on_gpu_only
 def test_the_ops_take_the_triton_path_in_few_launches():
-    images, params = mix_case(4, 32, 32, 3, seed=0)
+    images, params = mix_case((4, 32, 32), 3, 0)
     assert launched(lambda: mix.mix(images, params, MEAN, STD, torch.bfloat16)) == ["mix_kernel"]
     anchors, own, *_ = triplet_case(64, 128, 8, dtype=torch.bfloat16)
     forward = launched(lambda: triplet.batch_hard_triplet(anchors, own))
@@ -248,7 +257,7 @@ def test_the_ops_take_the_triton_path_in_few_launches():
 @on_device
 @on_gpu_only
 def test_nothing_waits_for_the_device():
-    images, params = mix_case(4, 32, 32, 3, seed=0)
+    images, params = mix_case((4, 32, 32), 3, 0)
     anchors, own, *_ = triplet_case(64, 128, 8)
     anchors.requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
@@ -262,7 +271,7 @@ def test_nothing_waits_for_the_device():
 @on_device
 @on_gpu_only
 def test_both_replay_in_a_cuda_graph():
-    images, params = mix_case(4, 24, 24, 3, seed=0)
+    images, params = mix_case((4, 24, 24), 3, 0)
     anchors, own, *_ = triplet_case(64, 96, 8)
     anchors.requires_grad_()
 
@@ -280,7 +289,7 @@ def test_both_replay_in_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    fresh, table = mix_case(4, 24, 24, 3, seed=1)
+    fresh, table = mix_case((4, 24, 24), 3, 1)
     images.copy_(fresh)
     params.copy_(table)
     with torch.no_grad():

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train", "show", "doctor"},
+    {"train", "show", "doctor", "bench"},
     {"evaluate"},
     {"recipes", "pipelines", "checkpoint", "optim"},
     {"models", "losses"},

@@ -244,7 +244,7 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_step_waits_for_the_device(index, tmp_path, precision):
     """Twice and four times the steps, the same number of log points and checkpoints: the same number of waits."""
     counts = []

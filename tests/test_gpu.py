@@ -1,0 +1,78 @@
+"""The training path on a GPU: pytest -m gpu. The kernels' own cases are in test_kernels_triton.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fasttrain import checkpoint, dataset, meter, recipes
+from fasttrain import train as training
+from fasttrain.config import Augment, Machine
+from fasttrain.distributed import Ranks
+from fasttrain.pipelines import train as pipeline
+from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.plan import Plan
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def index(demo_set):
+    return dataset.scan(demo_set / "train")
+
+
+def tiny(**changes):
+    machine = Machine(device="cuda", compile="off", log_steps=1000)
+    recipe = replace(
+        recipes.for_arch("test_resnet"), image_size=64, batch_size=50, epochs=1, machine=machine, **changes
+    )
+    return training.settle(recipe, GPU)
+
+
+@pytest.mark.parametrize("policy", ["none", "imagenet"])
+def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy):
+    """nvJPEG rounds otherwise than libjpeg-turbo; without AutoAugment, which may amplify it, pixels stay close."""
+    plan = Plan.of(tiny(augment=Augment(autoaugment=policy)), len(index))
+    for ours, theirs in zip(
+        pipeline.batches(plan, index, GPU, 4, stop_step=4),
+        pipeline.batches(plan, index, torch.device("cpu"), 4, stop_step=4),
+        strict=True,
+    ):
+        assert ours.pixels.device == GPU and ours.pixels.dtype == torch.uint8 and ours.pixels.is_contiguous()
+        assert torch.equal(ours.numbers, theirs.numbers)
+        difference = (ours.pixels.cpu().int() - theirs.pixels.int()).abs().float().mean()
+        assert difference < (2 if policy == "none" else 12)
+
+
+def test_evaluation_is_near_the_cpus(index):
+    on_gpu, on_cpu = (Evaluation(index, 64, 100, device, 4) for device in (GPU, torch.device("cpu")))
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert (ours.pixels.cpu().int() - theirs.pixels.int()).abs().float().mean() < 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("micro", [0, 10])
+def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, precision, micro):
+    """torch raises at any synchronisation between a batch's arrival and the log point at the epoch's end."""
+    honest_batches, honest_read = training.batches, meter.Meter.read
+
+    def watched(*args):
+        for batch in honest_batches(*args):
+            torch.cuda.set_sync_debug_mode("error")
+            yield batch
+            torch.cuda.set_sync_debug_mode("default")
+
+    def read(self, ranks):
+        torch.cuda.set_sync_debug_mode("default")
+        return honest_read(self, ranks)
+
+    monkeypatch.setattr(training, "batches", watched)
+    monkeypatch.setattr(meter.Meter, "read", read)
+    recipe = tiny(precision=precision, micro_batch=micro)
+    start = checkpoint.open_run(tmp_path / "run", "auto", recipes.to_toml(recipe))
+    try:
+        result = training.train(recipe, tmp_path / "run", index, None, Ranks(0, 1, 0, 1, GPU), start)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.steps == 10
