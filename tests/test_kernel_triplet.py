@@ -35,7 +35,8 @@ def naive(embeddings, labels, candidates=None, candidate_labels=None, self_offse
     for far, near in found:
         if far[1] >= 0 and near[1] >= 0:
             gap = far[0] - near[0]
-            terms.append(math.log1p(math.exp(gap)) if margin is None else max(0.0, margin + gap))
+            soft = max(gap, 0.0) + math.log1p(math.exp(-abs(gap)))
+            terms.append(soft if margin is None else max(0.0, margin + gap))
     return sum(terms) / len(terms) if terms else 0.0, found, terms
 
 
