@@ -22,6 +22,7 @@ On a GPU it is one launch and one pass: every output byte is written once, and w
 that are a permutation every input byte is read once (twice in the few bytes beside a box's left and right edge).
 """
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -210,12 +211,13 @@ def on_cpu(
     """The contract, one image at a time, so that all work on it stays in the cache.
 
     A box is pasted before the arithmetic, on bytes. Shift and scale are spread over a whole row, since an inner loop
-    of three channels would not vectorise.
+    of three channels would not vectorise. Results lie in memory that is used again once nobody holds them: to get
+    fresh memory from the system takes longer than all the work on it.
     """
     batch, height, width, channels = images.shape
     shift = torch.tensor([255 * m for m in mean], dtype=torch.float32).repeat(width)
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32).repeat(width)
-    result = torch.empty((batch, height, width * channels), dtype=dtype)
+    result = _memory(batch * height * width * channels, dtype).view(batch, height, width * channels)
     pasted = torch.empty((height, width, channels), dtype=torch.uint8)
     own, other = (torch.empty((height, width * channels), dtype=torch.float32) for _ in range(2))
     shares = torch.ones(batch, dtype=torch.float32)
@@ -229,15 +231,42 @@ def on_cpu(
             image = pasted
             shares[at] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
         target = result[at] if dtype == torch.float32 else own
-        torch.sub(image.view(height, -1), shift, out=target).mul_(scale)
+        target.copy_(image.view(height, -1)).sub_(shift).mul_(scale)
         if mode == MIXUP:
-            torch.sub(images[int(partner)].view(height, -1), shift, out=other).mul_(scale)
+            other.copy_(images[int(partner)].view(height, -1)).sub_(shift).mul_(scale)
             target.mul_(lam).add_(other.mul_(1 - lam))
             shares[at] = lam
         if target is own:
             result[at].copy_(own)
     pixels = result.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return pixels, params[:, PARTNER].long(), shares
+
+
+_POOL: list[NDArray[np.uint8]] = []
+_POOL_SIZE = 4
+
+
+def _references(pool: list[NDArray[np.uint8]], at: int) -> int:
+    return sys.getrefcount(pool[at])
+
+
+_UNUSED = _references([np.empty(1, np.uint8)], 0)  # how many references an array has that only its pool holds
+
+
+def _memory(count: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of `count` elements, not initialised, in pooled memory that no other tensor shares. A tensor made of an
+    array holds it until the last one that shares its storage is gone, so the array's references tell."""
+    size = count * dtype.itemsize
+    unused = [at for at in range(len(_POOL)) if _references(_POOL, at) == _UNUSED]
+    fitting = [at for at in unused if _POOL[at].nbytes == size]
+    if fitting:
+        array = _POOL[fitting[0]]
+    else:
+        array = np.empty(size, np.uint8)
+        if len(_POOL) == _POOL_SIZE:
+            _POOL.pop(unused[0] if unused else 0)
+        _POOL.append(array)
+    return torch.from_numpy(array).view(dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- dispatch

@@ -498,40 +498,37 @@ def on_cpu(
     """What `launch` gives, by one matrix product in float32 about the first anchor, and gathers."""
     a, c = anchors.float(), candidates.float()
     centre = a[0].nan_to_num(0, 0, 0)
-    from_centre = c - centre
-    score = torch.addmm(from_centre.square().sum(1), a - centre, from_centre.T, alpha=-2)
+    c_centred = c - centre
+    a_centred = c_centred if candidates is anchors else a - centre
+    score = torch.addmm(c_centred.square().sum(1), a_centred, c_centred.T, alpha=-2)
     same = labels[:, None] == candidate_labels[None]
-    numbers, rows = torch.arange(len(c)), torch.arange(len(a))
-    positive = same & (numbers[None] != rows[:, None] + self_offset)
+    rows = torch.arange(len(a))
+    positive = same & (torch.arange(len(c)) != rows[:, None] + self_offset)
     # Both take the first of equals, and a score that is not a number before all others.
     i_pos = torch.where(positive, score, -torch.inf).argmax(1)
     i_neg = torch.where(same, torch.inf, score).argmin(1)
-    has_pos, has_neg = positive[rows, i_pos], ~same[rows, i_neg]
-    d_pos, d_neg = ((a - c[each]).square().sum(1) for each in (i_pos, i_neg))
+    index = torch.stack([i_pos, i_neg])  # [2, B], as is all that follows
+    has = torch.stack([positive[rows, i_pos], ~same[rows, i_neg]])
+    distance = torch.linalg.vector_norm(c[index].sub_(a), dim=2)
     if squared:
-        slope_pos, slope_neg = torch.full_like(d_pos, 2), torch.full_like(d_neg, 2)
+        distance = distance.square()
+        slope = torch.full_like(distance, 2)
     else:
-        d_pos, d_neg = d_pos.sqrt(), d_neg.sqrt()
-        slope_pos, slope_neg = (torch.where(d == 0, 0, 1 / d) for d in (d_pos, d_neg))
-    gap = d_pos - d_neg
+        slope = torch.where(distance == 0, 0, 1 / distance)
+    gap = distance[0] - distance[1]
     if margin is None:
         loss, active = torch.nn.functional.softplus(gap), gap.sigmoid()
     else:
         hinge = gap + margin
         loss, active = torch.where(hinge <= 0, 0, hinge), torch.where(hinge <= 0, 0, hinge / hinge)
-    finite = d_pos + d_neg < torch.inf
-    loss, active = torch.where(finite, loss, d_pos + d_neg), torch.where(finite, active, torch.nan)
-    both = has_pos & has_neg
+    total = distance.sum(0)
+    loss, active = torch.where(total < torch.inf, loss, total), torch.where(total < torch.inf, active, torch.nan)
+    both = has.all(0)
     count = both.sum()
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(both, values, 0).sum() / count.clamp(min=1)
-
-    stats = torch.stack([mean(loss), mean((loss > 0).float()), mean(d_pos), mean(d_neg)])
-    distances = torch.stack([torch.where(has_pos, d_pos, 0), torch.where(has_neg, d_neg, 0)])
-    indices = torch.stack([torch.where(has_pos, i_pos, -1), torch.where(has_neg, i_neg, -1)])
-    slopes = torch.where(both, torch.stack([active * slope_pos, active * slope_neg]), 0)
-    return stats, count[None], distances, indices, slopes
+    told = torch.stack([loss, (loss > 0).float(), distance[0], distance[1]])
+    stats = torch.where(both, told, 0).sum(1) / count.clamp(min=1)
+    slopes = torch.where(both, active * slope, 0)
+    return stats, count[None], torch.where(has, distance, 0), torch.where(has, index, -1), slopes
 
 
 def gradient_on_cpu(
@@ -541,12 +538,14 @@ def gradient_on_cpu(
     a = anchors.float()
     c = a if candidates is None else candidates.float()
     counted = ((indices >= 0).all(0) & (slopes != 0).any(0)).nonzero()[:, 0]  # the others take no part
-    i_pos, i_neg = indices[:, counted]
-    weight = slopes[:, counted, None] * (upstream[0] / valid.clamp(min=1))
-    to_pos, to_neg = weight[0] * (a[counted] - c[i_pos]), weight[1] * (a[counted] - c[i_neg])
-    by_anchor = torch.zeros_like(a).index_add_(0, counted, to_pos - to_neg)
+    everything = len(counted) == len(a)
+    index, slope, own = (indices, slopes, a) if everything else (indices[:, counted], slopes[:, counted], a[counted])
+    weight = slope * (upstream[0] / valid.clamp(min=1))
+    to_pos, to_neg = c[index].sub_(own).mul_(weight[..., None])
+    pull = to_neg - to_pos
+    by_anchor = pull if everything else torch.zeros_like(a).index_add_(0, counted, pull)
     by_candidate = by_anchor if candidates is None else torch.zeros_like(c)
-    by_candidate.index_add_(0, i_pos, -to_pos).index_add_(0, i_neg, to_neg)
+    by_candidate.index_add_(0, index[0], to_pos).index_add_(0, index[1], to_neg, alpha=-1)
     empty = anchors.new_empty(0)
     return by_anchor.to(anchors.dtype), empty if candidates is None else by_candidate.to(anchors.dtype)
 

@@ -114,6 +114,30 @@ def small_case() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8), torch.from_numpy(params)
 
 
+@given(st.lists(st.tuples(st.sampled_from([4, 5]), st.booleans()), max_size=25))
+@settings(max_examples=40, deadline=None)
+def test_results_that_are_held_never_change(calls):
+    """Memory is used again, but not while anything (a view is enough) looks at it."""
+    held = []
+    for size, keep in calls:
+        images = torch.randint(0, 256, (2, size, 8, 3), dtype=torch.uint8)
+        params = torch.from_numpy(mix.plain_params(2))
+        result = mix.mix(images, params, MEAN, STD, torch.bfloat16).images
+        if keep:
+            held.append((result[1:, :2], images))
+    for view, images in held:
+        params = torch.from_numpy(mix.plain_params(2))
+        assert torch.equal(view, mix.reference(images, params, MEAN, STD, torch.bfloat16).images[1:, :2])
+
+
+def test_memory_that_nobody_holds_is_used_again():
+    images, params = small_case()
+    addresses = set()
+    for _ in range(20):
+        addresses.add(mix.mix(images, params, MEAN, STD, torch.float32).images.data_ptr())
+    assert len(addresses) == 1
+
+
 def test_opcheck():
     images, params = small_case()
     torch.library.opcheck(torch.ops.fasttrain.mix.default, (images, params, list(MEAN), list(STD), torch.bfloat16))
