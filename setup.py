@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
+        "plot": ["matplotlib"],
         "test": [
             "pytest>=8",
             "pytest-timeout",

@@ -25,7 +25,7 @@ def examine() -> list[Finding]:
     if torch is not None:
         findings += [_package("torchvision"), _package("timm"), _package("triton", needed=False)]
         findings += _gpu(torch)
-    findings += [_dali(torch), _package("tensorboard", needed=False, mend='pip install "fasttrain[tensorboard]"')]
+    findings += [_dali(torch), _package("tensorboard", needed=False, mend="pip install tensorboard")]
     return findings
 
 
@@ -39,7 +39,7 @@ def _torch(findings: list[Finding]) -> Any:
     try:
         import torch
     except ImportError as error:
-        findings.append(Finding("torch", str(error), good=False, mend="pip install fasttrain"))
+        findings.append(Finding("torch", str(error), good=False, mend="pip install ."))
         return None
     version = torch.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
@@ -52,7 +52,7 @@ def _torch(findings: list[Finding]) -> Any:
     return torch
 
 
-def _package(name: str, needed: bool = True, mend: str = "pip install fasttrain") -> Finding:
+def _package(name: str, needed: bool = True, mend: str = "pip install .") -> Finding:
     try:
         __import__(name)
         return Finding(name, importlib.metadata.version(name))

@@ -1,0 +1,45 @@
+"""Write README.md's tables anew from the results under scripts/results: python scripts/readme_tables.py"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def kernels(path: Path) -> str:
+    """A line a case: each contender's milliseconds, and how many times the project's own that is."""
+    cases: dict[str, list[dict]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        cases.setdefault(f"{row['work']} {row['case']}", []).append(row)
+    lines = ["| work | fasttrain | others |", "| --- | --- | --- |"]
+    for case, (own, *others) in cases.items():
+        told = [f"{each['contender']} {each['seconds'] / own['seconds']:.1f}x" for each in others]
+        lines.append(f"| {case} | {own['seconds'] * 1e3:.1f} ms | {', '.join(told)} |")
+    return "\n".join(lines)
+
+
+def pipeline(path: Path) -> str:
+    """A line a policy: images a second of both loaders."""
+    lines = ["| AutoAugment | fasttrain | timm, PIL | ratio |", "| --- | --- | --- | --- |"]
+    for each in json.loads(path.read_text(encoding="utf-8"))["results"]:
+        ours, theirs = (sorted(each["images_per_s"][name]) for name in ("fasttrain", "timm"))
+        middle = [f"{rates[len(rates) // 2]:.0f} img/s" for rates in (ours, theirs)]
+        lines.append(f"| {each['autoaugment']} | {middle[0]} | {middle[1]} | {each['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, table in (("kernels", kernels), ("pipeline", pipeline)):
+        made = table(ROOT / "scripts" / "results" / f"{name}-cpu.json")
+        found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = found.subn(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
+        if count != 1:
+            raise SystemExit(f"README.md must have one place for the table {name!r}")
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
