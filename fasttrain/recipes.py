@@ -50,7 +50,7 @@ def demo(recipe: Recipe, folder: Path, parameters: int) -> Recipe:
         name=f"demo-{recipe.arch}",
         image_size=64,
         batch_size=25,
-        epochs=4 if large else 36,
+        epochs=4 if large else 32,
         optim=replace(recipe.optim, lr=0.01 if large else 0.05, lr_batch=0),
         augment=replace(recipe.augment, crop_area=(0.5, 1.0)),
         data=Data(train=(str(folder / "train"),), val=str(folder / "val")),
