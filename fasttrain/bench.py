@@ -192,8 +192,8 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in func.name():
             self.count += 1
-            touched = tree_leaves((args, kwargs, result))
-            # The same storage twice, as in an operation in place, is read once and written once.
+            read = args[1:] if func is torch.ops.aten.copy_.default else args  # a copy does not read its target
+            touched = tree_leaves((read, kwargs, result))
             self.bytes += sum(each.nbytes for each in touched if isinstance(each, Tensor))
         return result
 

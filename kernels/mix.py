@@ -291,7 +291,8 @@ def _mix(
     images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(images, params, mean, std, dtype)
-    return launch(images, params, mean, std, dtype)
+    with torch.cuda.device_of(images):
+        return launch(images, params, mean, std, dtype)
 
 
 @_mix.register_kernel("cpu")

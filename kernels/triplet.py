@@ -580,7 +580,8 @@ def _triplet(
         (anchors, labels) if candidates is None or candidate_labels is None else (candidates, candidate_labels)
     )
     _check(anchors, labels, pool, pool_labels)
-    return launch(anchors, labels, pool, pool_labels, self_offset, margin, squared)
+    with torch.cuda.device_of(anchors):
+        return launch(anchors, labels, pool, pool_labels, self_offset, margin, squared)
 
 
 @_triplet.register_kernel("cpu")
@@ -599,7 +600,8 @@ def _(anchors, labels, candidates, candidate_labels, self_offset, margin, square
 def _triplet_backward(
     upstream: Tensor, anchors: Tensor, candidates: Tensor | None, indices: Tensor, slopes: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return launch_gradient(upstream.contiguous(), anchors, candidates, indices, slopes, valid)
+    with torch.cuda.device_of(anchors):
+        return launch_gradient(upstream.contiguous(), anchors, candidates, indices, slopes, valid)
 
 
 @_triplet_backward.register_kernel("cpu")

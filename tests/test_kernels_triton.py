@@ -315,8 +315,9 @@ def test_triplet_at_full_width(batch, dtype):
     others = same & ~torch.eye(batch, dtype=torch.bool, device=DEVICE)
     far = exact.masked_fill(~others, 0).amax(1)
     near = exact.masked_fill(same, math.inf).amin(1)
-    torch.testing.assert_close(output.d_pos.double(), far, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(output.d_neg.double(), near, rtol=1e-6, atol=1e-6)
+    # Of two pairs whose distances agree to float32's rounding of a sum of 2048 products, mining may take either.
+    torch.testing.assert_close(output.d_pos.double(), far, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.d_neg.double(), near, rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------- ahead of time
