@@ -115,7 +115,7 @@ def _augment(images: Any, args: Any, size: int, on_gpu: bool) -> Any:
     return autoaugment.apply(images, arguments, size)
 
 
-def build(source: Source, device: torch.device, threads: int, prefetch: int = PREFETCH) -> Pipeline:
+def build(source: Source, device: torch.device, threads: int) -> Pipeline:
     """The pipeline, not yet running. device: where the images come out."""
     on_gpu = device.type == "cuda"
     return graph(
@@ -124,7 +124,7 @@ def build(source: Source, device: torch.device, threads: int, prefetch: int = PR
         batch_size=source.plan.micro_batch,
         num_threads=threads,
         device_id=device.index or 0 if on_gpu else None,
-        prefetch_queue_depth=prefetch,
+        prefetch_queue_depth=PREFETCH,
     )
 
 

@@ -75,8 +75,14 @@ def test_every_step_is_the_same_at_any_ranks_threads_micro_batches_and_start(ind
 
 def test_prefetch_depth_does_not_matter(index, monkeypatch):
     usual = collect(make_plan(index), index)
+    depths = []
+    honest = train.graph
+    monkeypatch.setattr(
+        train, "graph", lambda *args, **kw: depths.append(kw["prefetch_queue_depth"]) or honest(*args, **kw)
+    )
     monkeypatch.setattr(train, "PREFETCH", 5)
     assert collect(make_plan(index), index) == usual
+    assert depths == [5]
 
 
 def test_crop_resize_and_flip_equal_pils(index):
