@@ -1,7 +1,10 @@
-"""What flows between the parts: a Batch into the losses, an Output out of the network, and the Loss protocol."""
+"""What flows between the parts: a Batch into the losses, an Output out of the network, and what a loss is."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -12,24 +15,69 @@ class Batch(NamedTuple):
     lam: float32 [B], the share of `labels` in the image (1 where nothing was mixed in).
     mixed: whether this step mixes at all. It is known on the host before the step, so a loss can leave itself out
     without asking the device.
+    teacher_logits: [B, K], what the teacher says of the same images, where a loss asks for a teacher.
     """
 
     labels: Tensor
     labels_mixed: Tensor
     lam: Tensor
     mixed: bool
+    teacher_logits: Tensor | None = None
 
 
 class Output(NamedTuple):
-    """What a network gives: logits [B, K] and pooled, pre-classifier features [B, D], in the autocast dtype."""
+    """What a network gives, in the autocast dtype: logits [B, K] and pooled, pre-classifier features [B, D]; and from
+    a cosine head, in float32 and only in training, cosine [B, K], of the angle to each class's weight."""
 
     logits: Tensor
     features: Tensor
+    cosine: Tensor | None = None
+
+
+class Term(NamedTuple):
+    """What a loss gives for a batch. loss: scalar float32, already weighted. stats: scalars by name, detached and on
+    the device, to be logged beside it."""
+
+    loss: Tensor
+    stats: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Loss(Protocol):
-    """A frozen dataclass: its fields are its settings, calling it gives a scalar float32 loss (already weighted)."""
+    """A frozen dataclass: its fields are its settings, and calling it gives its Term, or None for a batch for which
+    it has none.
+
+    name: in recipes and logs. fine_tunes: it does not converge from random weights. cosine_head: it reads
+    `Output.cosine`. groups: it needs several images of each class in a batch. stats: names of the Term's.
+    """
 
     name: ClassVar[str]
+    fine_tunes: ClassVar[bool] = False
+    cosine_head: ClassVar[bool] = False
+    groups: ClassVar[bool] = False
+    stats: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, output: Output, batch: Batch) -> Tensor: ...
+    def __call__(self, output: Output, batch: Batch) -> Term | None: ...
+
+    def collapsed(self, losses: list[float]) -> bool:
+        """Whether an epoch's logged means of this loss say that the network has stopped telling images apart."""
+        return False
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is: what losses compute in."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def over_both_labels(against: "Against", batch: Batch) -> Tensor:
+    """λ·L(own label) + (1−λ)·L(label mixed in) for each image, [B]; without the second where the step does not mix."""
+    loss = against(batch.labels)
+    if not batch.mixed:
+        return loss
+    lam = batch.lam.to(loss.dtype)
+    return lam * loss + (1 - lam) * against(batch.labels_mixed)
+
+
+class Against(Protocol):
+    """The loss of each image against labels int64 [B], as [B]."""
+
+    def __call__(self, labels: Tensor, /) -> Tensor: ...

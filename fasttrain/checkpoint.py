@@ -1,7 +1,8 @@
 """Checkpoints: folders of safetensors and JSON, written aside and renamed, checked by hash when read.
 
 `OUT/checkpoints/step-00000100/` holds model.safetensors (weights and buffers by name), train.safetensors (the
-optimizer's momentum by parameter name) and meta.json. `OUT/last` and `OUT/best` are links to such folders.
+optimizer's momentum by parameter name, and the averaged weights where the run has such) and meta.json. `OUT/last` and
+`OUT/best` are links to such folders.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fasttrain import __version__
+from fasttrain import __version__, recipes
+from fasttrain.config import Init, Recipe
 from fasttrain.dataset import shown
+from fasttrain.ema import Ema
 from fasttrain.errors import RunError, UserError
+from fasttrain.models import Classifier
 
 FORMAT = 1
 _MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
@@ -70,6 +75,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    ema: Ema | None = None,
     *,
     improved: bool,
     keep: int,
@@ -85,7 +91,8 @@ def save(
     try:
         aside.mkdir(parents=True)
         save_file(_on_cpu(model.state_dict()), aside / _MODEL)
-        save_file(_on_cpu(_momentum(model, optimizer)), aside / _TRAIN)
+        averaged = {f"ema.{name}": each for name, each in ema.model.named_parameters()} if ema else {}
+        save_file(_on_cpu(_momentum(model, optimizer) | averaged), aside / _TRAIN)
         content = {
             "format": FORMAT,
             "step": step,
@@ -184,7 +191,7 @@ def load(path: Path) -> Checkpoint:
 
 
 # A run may go on with other values of these: none changes which images a step takes or what is done to them.
-_FREE = ("name", "micro_batch", "save", "data", "machine")
+_FREE = ("name", "micro_batch", "init", "save", "data", "machine")
 
 
 def refuse_other(saved: Checkpoint, identity: dict[str, Any]) -> None:
@@ -218,7 +225,11 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def restore(
-    saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    saved: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: Ema | None = None,
 ) -> None:
     """Put a checkpoint's whole state back. UserError when the network's tensors are others."""
     restore_model(saved, model)
@@ -226,13 +237,72 @@ def restore(
         momentum = saved.train.get(f"momentum.{name}")
         if momentum is not None:  # in the parameter's own memory layout, which the fused step needs
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum).detach()
+    if ema:
+        restore_model(saved, ema.model, averaged=True)
     scaler.load_state_dict(saved.meta["scaler"])
 
 
-def restore_model(saved: Checkpoint, model: nn.Module) -> None:
-    """Put a checkpoint's weights and buffers back. UserError when the network's tensors are others."""
+def restore_model(saved: Checkpoint, model: nn.Module, averaged: bool = False) -> None:
+    """Put a checkpoint's weights and buffers back; averaged: with the averaged weights. UserError when the network's
+    tensors are others, or there are no averaged ones."""
+    if averaged and not has_average(saved):
+        raise UserError(f"{shown(saved.path)} has no averaged weights; its run had ema.decay=0")
     try:
-        model.load_state_dict(saved.model)
+        model.load_state_dict(_weights(saved, averaged))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{shown(saved.path)} does not fit this network: {reason}") from None
+
+
+def has_average(saved: Checkpoint) -> bool:
+    """Whether a checkpoint holds averaged weights beside the raw ones."""
+    return any(key.startswith("ema.") for key in saved.train)
+
+
+def network(path: Path, averaged: bool | None = None) -> tuple[Classifier, Recipe, list[str]]:
+    """A checkpoint's network, on the CPU, in eval mode, with the recipe and the class names it was trained on.
+
+    averaged: with the averaged weights (None: where there are such). Raises UserError like `load`.
+    """
+    saved = load(path)
+    recipe = recipes.from_dict(saved.meta["recipe"], where=shown(saved.path))
+    model = Classifier.of(recipe, len(saved.meta["classes"]))
+    restore_model(saved, model, averaged=has_average(saved) if averaged is None else averaged)
+    return model.eval(), recipe, saved.meta["classes"]
+
+
+def initialise(model: Classifier, init: Init, arch: str, classes: Sequence[str]) -> str:
+    """Start a network from a checkpoint's weights; gives a line that says which, and which stay random.
+
+    Only heads may stay random: a cosine head that the checkpoint lacks, and the classifier where the classes are
+    others. Heads of the checkpoint that the network lacks are left behind. UserError, naming the first tensor, where
+    anything else does not fit.
+    """
+    path = Path(init.weights)
+    saved = load(path)
+    was = saved.meta["recipe"]["arch"]
+    if was != arch:
+        raise UserError(f"--init {shown(path)} holds a {was}, and this run trains a {arch}; they have to be the same")
+    averaged = init.averaged and has_average(saved)
+    tensors, own = _weights(saved, averaged), model.state_dict()
+    same_classes = saved.meta["classes"] == list(classes)
+    fits = {}
+    for name in sorted({*own, *tensors}):
+        shapes = [str(list(each[name].shape)) if name in each else "not there" for each in (tensors, own)]
+        head = name.startswith("cosine.") or name.startswith(model.classifier_prefix)
+        if shapes[0] == shapes[1] and (same_classes or not head):
+            fits[name] = tensors[name]
+        elif not (name.startswith("cosine.") or (head and not same_classes)):
+            raise UserError(f"--init {shown(path)}: {name} is {shapes[0]} in it and {shapes[1]} in this network")
+    model.load_state_dict(fits, strict=False)
+    kind = "averaged weights" if averaged else "weights"
+    return (
+        f"init: {len(fits)} of {len(own)} tensors, {kind} of step {saved.meta['step']}, from {shown(saved.path)}; "
+        f"starting random: {', '.join(sorted(own.keys() - fits)) or 'none'}"
+    )
+
+
+def _weights(saved: Checkpoint, averaged: bool) -> dict[str, Tensor]:
+    if not averaged:
+        return saved.model
+    return saved.model | {key.removeprefix("ema."): each for key, each in saved.train.items() if key.startswith("ema.")}

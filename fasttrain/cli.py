@@ -1,5 +1,6 @@
 """The command line. torch, timm and DALI are imported inside the commands, so that help comes at once."""
 
+import json
 import os
 import shutil
 import sys
@@ -44,6 +45,7 @@ def main() -> None:
     """Train image classifiers from scratch, with NVIDIA DALI pipelines and a channels-last mixed-precision loop."""
 
 
+COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # those of recipes.py, which would import torch
 _SET_HELP = "A setting of the recipe: key=value or part.key=value. Repeatable."
 _folder = click.Path(file_okay=False)
 
@@ -51,6 +53,9 @@ _folder = click.Path(file_okay=False)
 @main.command()
 @click.option("--arch", metavar="A", help="Network: tresnet_xl, resnest101e, seresnext101_32x4d or any other of timm.")
 @click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe instead of a network's own.")
+@click.option("--loss", type=click.Choice(COMBINATIONS), default=None,
+              help="With --arch: which of the report's losses. Default: ce; the others go on from --init.")  # fmt: skip
+@click.option("--init", metavar="CKPT", help="Start from these weights: a checkpoint or a run (its best).")
 @click.option("--data", multiple=True, type=_folder, metavar="DIR", help="Training images; repeatable. None: demo set.")
 @click.option("--val", type=_folder, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
 @click.option("--out", type=_folder, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
@@ -74,6 +79,8 @@ _folder = click.Path(file_okay=False)
 def run(
     arch: str | None,
     recipe_name: str | None,
+    loss: str | None,
+    init: str | None,
     data: tuple[str, ...],
     val: str | None,
     out: str | None,
@@ -98,7 +105,7 @@ def run(
     from fasttrain.distributed import ranks
     from fasttrain.train import settle, summary, train
 
-    recipe = _chosen(arch, recipe_name)
+    recipe = _chosen(arch, recipe_name, loss)
     on_demo = not data and not recipe.data.train
     if on_demo:
         if val:
@@ -116,6 +123,7 @@ def run(
         ("seed", seed),
         ("machine.workers", workers),
         ("machine.device", device),
+        ("init.weights", init and json.dumps(os.path.abspath(init))),
     ]
     if compiled is not None:
         changes.append(("machine.compile", "on" if compiled else "off"))
@@ -123,7 +131,8 @@ def run(
         changes += [("optim.lr", lr), ("optim.lr_batch", 0)]
     for key, value in changes:
         if value is not None:
-            recipe = recipes.override(recipe, f"{key}={value}", by="--" + key.split(".")[-1].replace("_", "-"))
+            by = "--init" if init and key == "init.weights" else "--" + key.split(".")[-1].replace("_", "-")
+            recipe = recipes.override(recipe, f"{key}={value}", by=by)
     for setting in settings:
         recipe = recipes.override(recipe, setting)
     folder = Path(out or Path("runs", recipe.name))
@@ -161,18 +170,18 @@ def _program() -> str:
     return "fasttrain" if on_path and os.path.abspath(called) == os.path.abspath(on_path) else called
 
 
-def _chosen(arch: str | None, recipe_name: str | None) -> "Recipe":
+def _chosen(arch: str | None, recipe_name: str | None, loss: str | None = None) -> "Recipe":
     from fasttrain import recipes
 
-    if arch and recipe_name:
-        raise UserError("--arch and --recipe exclude each other: a recipe names its network")
+    if recipe_name and (arch or loss):
+        raise UserError("--recipe excludes --arch and --loss: a recipe names its network and its losses")
     if recipe_name:
         return recipes.by_name(recipe_name)
     if not arch:
         raise UserError("name a network with --arch (such as tresnet_xl) or a recipe with --recipe")
     from fasttrain.models import ARCHS
 
-    recipe = recipes.for_arch(arch)
+    recipe = recipes.for_arch(arch, loss or "ce")
     if arch not in ARCHS and int(os.environ.get("RANK", 0)) == 0:
         rule = f"batch {recipe.batch_size}, {recipe.epochs} epochs by default"
         click.echo(f"{arch} has no report recipe: {rule}", err=True)
@@ -216,7 +225,7 @@ def evaluate_(checkpoint_path: Path, data: str, batch_size: int, workers: int, d
     saved = checkpoint.load(checkpoint_path)
     recipe = recipes.from_dict(saved.meta["recipe"], where=dataset.shown(saved.path))
     index = dataset.open_labelled(data)
-    dataset.require_classes(index, saved.meta["classes"], data, checkpoint_path)
+    dataset.require_classes(saved.meta["classes"], checkpoint_path, index.classes, data)
     with ranks(device) as here:
         recipe = settle(replace(recipe, precision="auto"), here.device)
         model = Classifier(recipe.arch, len(index.classes))
@@ -294,7 +303,7 @@ def show(
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {dataset.shown(out)}: the picture is a PNG; end the name in .png")
     index, _ = dataset.open_data(replace(recipe.data, val=""))
-    plan = Plan.of(recipe, len(index))
+    plan = Plan.of(recipe, index)
     if epoch >= plan.epochs or step >= plan.steps_per_epoch:
         span = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps"
         raise UserError(f"--epoch {epoch} --step {step}: there are {span}")

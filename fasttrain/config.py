@@ -25,22 +25,32 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """SGD with momentum; warm-up from 0 and a cosine to 0, both per step.
+    """SGD with momentum; a warm-up from 0, then a cosine to 0, both per step, or steps.
 
-    The peak learning rate is lr · global batch / lr_batch (linear scaling), or lr itself where lr_batch is 0.
-    decay_norm_bias=false takes weight decay off every parameter with at most one dimension (biases, norm weights).
+    The peak learning rate is lr_scale · lr · global batch / lr_batch (linear scaling), or lr_scale · lr where lr_batch
+    is 0. schedule `step` multiplies the rate by step_factor at the start of each epoch of step_epochs, which count
+    from the start of the run. decay_norm_bias=false takes weight decay off every parameter with at most one dimension
+    (biases, norm weights).
     """
 
     lr: float = 0.1
     lr_batch: int = 256
+    lr_scale: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
     decay_norm_bias: bool = True
     warmup_epochs: float = 1.0
+    schedule: str = "cosine"
+    step_epochs: tuple[int, ...] = (30, 60, 90)
+    step_factor: float = 0.1
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", "above 0", self.lr)
+        _require(self.lr_scale > 0, "lr_scale", "above 0", self.lr_scale)
+        _require(self.schedule in ("cosine", "step"), "schedule", "cosine or step", self.schedule)
+        _require(all(each >= 1 for each in self.step_epochs), "step_epochs", "epochs from 1 on", self.step_epochs)
+        _require(0 < self.step_factor < 1, "step_factor", "in (0, 1)", self.step_factor)
         _require(self.lr_batch >= 0, "lr_batch", "0 or more", self.lr_batch)
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
@@ -70,14 +80,46 @@ class Augment:
 
 @dataclass(frozen=True)
 class Mix:
-    """Per batch: CutMix with probability `cutmix`, its λ drawn from Beta(cutmix_alpha, cutmix_alpha)."""
+    """Per batch: CutMix with probability `cutmix`, its λ drawn from Beta(cutmix_alpha, cutmix_alpha), or mixup with
+    probability `mixup` and λ from Beta(mixup_alpha, mixup_alpha), or neither."""
 
     cutmix: float = 0.5
     cutmix_alpha: float = 1.0
+    mixup: float = 0.0
+    mixup_alpha: float = 0.2
 
     def __post_init__(self) -> None:
-        _require(0 <= self.cutmix <= 1, "cutmix", "a probability in [0, 1]", self.cutmix)
-        _require(self.cutmix_alpha > 0, "cutmix_alpha", "above 0", self.cutmix_alpha)
+        for key in ("cutmix", "mixup"):
+            _require(0 <= getattr(self, key) <= 1, key, "a probability in [0, 1]", getattr(self, key))
+            alpha = getattr(self, f"{key}_alpha")
+            _require(alpha > 0, f"{key}_alpha", "above 0", alpha)
+        _require(
+            self.cutmix + self.mixup <= 1, "mixup", f"at most {1 - self.cutmix:g}: cutmix has the rest", self.mixup
+        )
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where weights come from: random, or those of a checkpoint (its folder, `last` or `best`, or a run's folder),
+    the averaged ones where it has such, unless averaged=false.
+
+    A recipe whose losses do not converge from random weights refuses to start without such, unless force_scratch.
+    """
+
+    weights: str = ""
+    averaged: bool = True
+    force_scratch: bool = False
+
+
+@dataclass(frozen=True)
+class Ema:
+    """An exponential moving average of the weights, evaluated and saved beside them, with the given decay a step (0:
+    none). In the first steps it is the plain mean of the weights so far: decay min(1 − 1/(step + 1), decay)."""
+
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
 
 
 @dataclass(frozen=True)
@@ -116,23 +158,29 @@ class Machine:
 class Recipe:
     """A run.
 
-    batch_size is global: images a step over all ranks. micro_batch is images a rank puts through the network at once
-    (0: its whole share of the batch); a smaller one accumulates gradients. precision `auto` is bf16 on a GPU that has
-    it (fp16 on an older one) and fp32 on a CPU.
+    batch_size is global: images a step over all ranks. images_per_class makes batches of that many images of each of
+    batch_size / images_per_class classes (0: images at random). micro_batch is images a rank puts through the network
+    at once (0: its whole share of the batch); a smaller one accumulates gradients. precision `auto` is bf16 on a GPU
+    that has it (fp16 on an older one) and fp32 on a CPU. zero_gamma starts the last norm of each residual block at 0,
+    in networks where timm does that; false starts all norms at 1.
     """
 
     name: str
     arch: str
     image_size: int = 224
     batch_size: int = 128
+    images_per_class: int = 0
     micro_batch: int = 0
     epochs: int = 90
     seed: int = 0
     precision: str = "auto"
+    zero_gamma: bool = True
     losses: tuple[Loss, ...] = ()
+    init: Init = field(default_factory=Init)
     optim: Optim = field(default_factory=Optim)
     augment: Augment = field(default_factory=Augment)
     mix: Mix = field(default_factory=Mix)
+    ema: Ema = field(default_factory=Ema)
     save: Save = field(default_factory=Save)
     data: Data = field(default_factory=Data)
     machine: Machine = field(default_factory=Machine)
@@ -142,13 +190,20 @@ class Recipe:
         _require(bool(self.arch), "arch", "the name of a network", self.arch)
         _require(8 <= self.image_size <= 4096, "image_size", "8 to 4096 pixels", self.image_size)
         _require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+        _require(self.images_per_class >= 0, "images_per_class", "0 or more", self.images_per_class)
         _require(self.micro_batch >= 0, "micro_batch", "0 or more", self.micro_batch)
         _require(self.epochs >= 1, "epochs", "1 or more", self.epochs)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
-        _require(len(self.losses) > 0, "losses", "at least one loss", self.losses)
+        names = [loss.name for loss in self.losses]
+        trains_classifier = not all(loss.fine_tunes for loss in self.losses)
+        _require(trains_classifier, "losses", "cross_entropy or distillation, alone or beside others", names)
+        for loss in self.losses:
+            if loss.groups:
+                rule = f"2 or more with the loss {loss.name}, and a divisor of batch_size"
+                _require(self.images_per_class >= 2, "images_per_class", rule, self.images_per_class)
 
     @property
     def peak_lr(self) -> float:
         scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
-        return self.optim.lr * scale
+        return self.optim.lr_scale * self.optim.lr * scale

@@ -83,7 +83,7 @@ def open_data(data: Data) -> tuple[Index, Index | None]:
     if Path(val).resolve() in resolved:
         raise UserError(f"--val {shown(val)} is also trained on; give a folder of other images, or none")
     val_index = scan(val)
-    _same_classes(train_index.classes, folders[0], val_index.classes, Path(val))
+    require_classes(train_index.classes, folders[0], val_index.classes, val)
     return train_index, val_index
 
 
@@ -93,9 +93,16 @@ def open_labelled(folder: str) -> Index:
     return scan(inside if _is_split(inside) and _is_split(Path(folder, "train")) else folder)
 
 
-def require_classes(index: Index, classes: Sequence[str], folder: str | Path, checkpoint: str | Path) -> None:
-    """UserError that names a class, unless the index has just the classes that a checkpoint was trained on."""
-    _same_classes(classes, Path(checkpoint), index.classes, Path(folder))
+def require_classes(ours: Sequence[str], ours_in: str | Path, theirs: Sequence[str], theirs_in: str | Path) -> None:
+    """UserError that names a class which is in one place (a folder, a checkpoint) and not in the other."""
+    for names, place, others, other in ((ours, ours_in, theirs, theirs_in), (theirs, theirs_in, ours, ours_in)):
+        missing = sorted(set(names) - set(others))
+        if missing:
+            count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UserError(
+                f"class {shown(missing[0])!r}{count} is in {shown(place)} but not in {shown(other)}; "
+                "both need the same classes"
+            )
 
 
 def _is_split(folder: Path) -> bool:
@@ -106,7 +113,7 @@ def merge(indices: Sequence[Index], folders: Sequence[Path]) -> Index:
     """One index of all images, in the order given. All must have the same classes; UserError names the first other."""
     first = indices[0]
     for index, folder in zip(indices[1:], folders[1:], strict=True):
-        _same_classes(first.classes, folders[0], index.classes, folder)
+        require_classes(first.classes, folders[0], index.classes, folder)
     return Index(
         paths=tuple(path for index in indices for path in index.paths),
         ids=tuple(each for index in indices for each in index.ids),
@@ -114,17 +121,6 @@ def merge(indices: Sequence[Index], folders: Sequence[Path]) -> Index:
         sizes=np.concatenate([index.sizes for index in indices]),
         classes=first.classes,
     )
-
-
-def _same_classes(ours: Sequence[str], ours_in: Path, theirs: Sequence[str], theirs_in: Path) -> None:
-    for names, folder, others, other in ((ours, ours_in, theirs, theirs_in), (theirs, theirs_in, ours, ours_in)):
-        missing = sorted(set(names) - set(others))
-        if missing:
-            count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UserError(
-                f"class {shown(missing[0])!r}{count} is in {shown(folder)} but not in {shown(other)}; "
-                "both need the same class folders"
-            )
 
 
 def scan(folder: str | Path, *, progress: bool = True) -> Index:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,43 @@ class Ranks:
         result: list[object] = [work() if self.first else None]
         dist.broadcast_object_list(result, 0)
         return result[0]  # type: ignore[return-value]
+
+
+def rank_of_world() -> tuple[int, int]:
+    """(rank, world) of the process group that this process is in; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over ranks of a tensor, as a new one, outside of any graph."""
+    value = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The ranks' rows [B, ...] one rank after another, [world · B, ...]; B must be the same on all of them.
+
+    Differentiable where the rows are: a rank's gradient is the sum of what all ranks ask of its rows.
+    """
+    return _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.size = len(rows)
+        gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        start = dist.get_rank() * ctx.size
+        return gradient[start : start + ctx.size]
 
 
 @contextmanager

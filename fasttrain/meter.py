@@ -71,30 +71,38 @@ class Log:
         if self.open:
             self.bar.update()
 
-    def train(self, epoch: int, step: int, lr: float, terms: dict[str, float]) -> None:
-        """A log point of training, `step` steps done; terms: `loss` and its parts. The rate is that since the point
-        before."""
+    def train(self, epoch: int, step: int, lr: float, means: dict[str, float]) -> None:
+        """A log point of training, `step` steps done; means: `loss`, its terms by name, and what they tell of
+        themselves as `term/stat`. The rate is that since the point before."""
         if not self.open:
             return
         now = time.perf_counter()
         rate = (step - self.last_step) * self.batch_size / (now - self.last_time)
         self.last_step, self.last_time = step, now
-        terms = dict(terms)
-        loss = terms.pop("loss")
-        self.event("train", epoch=epoch, step=step, lr=lr, loss=loss, terms=terms, images_per_s=round(rate, 1))
+        loss = means["loss"]
+        terms = {name: each for name, each in means.items() if name != "loss" and "/" not in name}
+        stats = {name: each for name, each in means.items() if "/" in name}
+        told = {"terms": terms, "stats": stats} if stats else {"terms": terms}
+        self.event("train", epoch=epoch, step=step, lr=lr, loss=loss, **told, images_per_s=round(rate, 1))
         line = f"loss {loss:.3f} lr {lr:.4f} {rate:.0f} img/s"
         self.bar.set_description(f"epoch {epoch}", refresh=False)
         self.bar.set_postfix_str(line)
         if not self.on_terminal:
             print(f"step {step} of {self.steps}: epoch {epoch} {line}", file=sys.stderr)
-        self._scalars(step, {"loss": loss, "lr": lr, "images_per_s": rate} | {f"loss/{k}": v for k, v in terms.items()})
+        self._scalars(step, {"lr": lr, "images_per_s": rate, "loss": loss})
+        self._scalars(step, {f"loss/{name}": each for name, each in (terms | stats).items()})
 
-    def evaluation(self, epoch: int, step: int, scores: Scores) -> None:
+    def evaluation(self, epoch: int, step: int, scores: Scores, averaged: Scores | None) -> None:
+        """Scores of the weights and, where the run averages them, of the averaged ones."""
         if not self.open:
             return
-        self.event("eval", epoch=epoch, step=step, **scores._asdict())
-        self.say(f"epoch {epoch}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+        ema = {"ema": averaged._asdict()} if averaged else {}
+        self.event("eval", epoch=epoch, step=step, **scores._asdict(), **ema)
+        of_ema = f"; averaged weights: {averaged.top1:.2%}, {averaged.top5:.2%}" if averaged else ""
+        self.say(f"epoch {epoch}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images{of_ema}")
         self._scalars(step, {"top1": scores.top1, "top5": scores.top5})
+        if averaged:
+            self._scalars(step, {"ema/top1": averaged.top1, "ema/top5": averaged.top5})
 
     def resume_clock(self) -> None:
         """Leave the time since the last log point (evaluation, a checkpoint) out of the rate."""

@@ -11,33 +11,110 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from fasttrain.config import Augment, Data, Recipe
+from fasttrain.batch import Loss
+from fasttrain.config import Augment, Data, Mix, Optim, Recipe
 from fasttrain.errors import UserError
 from fasttrain.losses import LOSSES
+from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.distillation import Distillation
+from fasttrain.losses.triplet import Triplet
 
 T = TypeVar("T")
+
+# What `--loss` names: the losses of the report's three combinations.
+COMBINATIONS: dict[str, tuple[Loss, ...]] = {
+    "ce": (CrossEntropy(smoothing=0.1),),
+    "ce+triplet": (CrossEntropy(smoothing=0.1), Triplet(margin=0.3)),
+    "ce+arcface": (CrossEntropy(smoothing=0.1), ArcFace(scale=30.0, margin_rad=0.5)),
+}
+
+
+def second_stage(recipe: Recipe, combination: str) -> Recipe:
+    """The recipe that goes on from `recipe`'s weights with another loss added, for four fifths of its epochs (200 of
+    the report's 250): warm-up, cosine and learning rate start again. Triplet has 4 images of each class in a batch."""
+    return replace(
+        recipe,
+        name=recipe.name.removesuffix("-ce") + f"-{combination}",
+        epochs=recipe.epochs * 4 // 5,
+        losses=COMBINATIONS[combination],
+        images_per_class=4 if combination == "ce+triplet" else 0,
+    )
+
+
+# ---- DeepBlueAI (Luo, Li and Zhang, "A Technical Report for VIPriors Image Classification Challenge", 2020)
 
 _RESNEST = Recipe(
     name="deepblueai/resnest101e-ce",
     arch="resnest101e",
     batch_size=128,
     epochs=250,
-    losses=(CrossEntropy(smoothing=0.1),),
+    losses=COMBINATIONS["ce"],
     augment=Augment(autoaugment="imagenet-24"),
 )
 _SERESNEXT = replace(_RESNEST, name="deepblueai/seresnext101_32x4d-ce", arch="seresnext101_32x4d")
 _TRESNET = replace(_RESNEST, name="deepblueai/tresnet_xl-ce", arch="tresnet_xl", batch_size=256)
+_SEVEN = (
+    _RESNEST,
+    second_stage(_RESNEST, "ce+triplet"),
+    second_stage(_RESNEST, "ce+arcface"),
+    _TRESNET,
+    second_stage(_TRESNET, "ce+triplet"),
+    _SERESNEXT,
+    second_stage(_SERESNEXT, "ce+arcface"),
+)
+ENSEMBLE = tuple(recipe.name for recipe in _SEVEN)
+# The report's text says that this model was trained at 448 pixels, its table mostly has 224.
+_RESNEST_448 = replace(_RESNEST, name="deepblueai/resnest101e-ce-448", image_size=448)
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (_TRESNET, _RESNEST, _SERESNEXT)}
+# ---- Bag of Tricks (He et al. 2018, arXiv 1812.01187): ResNet-50 at batch 1024, each recipe one rung above another
+
+_EFFICIENT = Recipe(
+    name="bag_of_tricks/efficient",
+    arch="resnet50",
+    batch_size=1024,
+    epochs=120,
+    losses=(CrossEntropy(smoothing=0.0),),
+    optim=Optim(nesterov=True, decay_norm_bias=False, warmup_epochs=5.0, schedule="step"),
+    augment=Augment(autoaugment="none"),
+    mix=Mix(cutmix=0.0),
+)
+_BASELINE = replace(
+    _EFFICIENT,
+    name="bag_of_tricks/baseline",
+    batch_size=256,
+    precision="fp32",
+    zero_gamma=False,
+    optim=replace(_EFFICIENT.optim, decay_norm_bias=True, warmup_epochs=0.0),
+)
+_D = replace(_EFFICIENT, name="bag_of_tricks/resnet-d", arch="resnet50d")
+_COSINE = replace(_D, name="bag_of_tricks/cosine", optim=replace(_D.optim, schedule="cosine"))
+_SMOOTHING = replace(_COSINE, name="bag_of_tricks/smoothing", losses=(CrossEntropy(smoothing=0.1),))
+_DISTILLED = replace(
+    _SMOOTHING, name="bag_of_tricks/distillation", losses=(*_SMOOTHING.losses, Distillation(temperature=20.0))
+)
+_MIXUP = replace(_SMOOTHING, name="bag_of_tricks/mixup", mix=Mix(cutmix=0.0, mixup=1.0, mixup_alpha=0.2), epochs=200)
+_BOTH = replace(_MIXUP, name="bag_of_tricks/mixup-distillation", losses=_DISTILLED.losses)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        *_SEVEN,
+        _RESNEST_448,
+        *(_BASELINE, _EFFICIENT, _D, _COSINE, _SMOOTHING, _DISTILLED, _MIXUP, _BOTH),
+    )
+}
 
 
-def for_arch(arch: str) -> Recipe:
-    """The report's recipe of a network, or the defaults (batch 128, 90 epochs, the same rules) for any other."""
-    for recipe in RECIPES.values():
-        if recipe.arch == arch:
-            return recipe
-    return Recipe(name=arch, arch=arch, losses=(CrossEntropy(smoothing=0.1),))
+def for_arch(arch: str, combination: str = "ce") -> Recipe:
+    """The report's recipe of a network and a key of COMBINATIONS. Where it has none, the same rules: stage 1 with
+    batch 128 and 90 epochs for a network that is not the report's, and stage 2 from there as in `second_stage`."""
+    report = {recipe.name: recipe for recipe in _SEVEN}
+    name = f"deepblueai/{arch}-{combination}"
+    if name in report:
+        return report[name]
+    first = report.get(f"deepblueai/{arch}-ce") or Recipe(name=arch, arch=arch, losses=COMBINATIONS["ce"])
+    return first if combination == "ce" else second_stage(first, combination)
 
 
 def demo(recipe: Recipe, folder: Path, parameters: int) -> Recipe:
@@ -45,11 +122,13 @@ def demo(recipe: Recipe, folder: Path, parameters: int) -> Recipe:
     (at a lower learning rate) for a network of more than 30 million parameters. Crops keep at least half of an
     image, since of 64 pixels less shows little."""
     large = parameters > 30_000_000
+    suffix = "".join(f"+{loss.name}" for loss in recipe.losses[1:])
     return replace(
         recipe,
-        name=f"demo-{recipe.arch}",
+        name=f"demo-{recipe.arch}{suffix}",
         image_size=64,
-        batch_size=25,
+        batch_size=20 if recipe.images_per_class else 25,  # of ten classes; a multiple of images_per_class
+        images_per_class=min(recipe.images_per_class, 4),
         epochs=4 if large else 32,
         optim=replace(recipe.optim, lr=0.01 if large else 0.05, lr_batch=0),
         augment=replace(recipe.augment, crop_area=(0.5, 1.0)),

@@ -1,6 +1,6 @@
 """Training: one function, read from top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,25 +11,27 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain import __version__, checkpoint, optim, recipes
-from fasttrain.batch import Batch, Output
+from fasttrain.batch import Batch, Loss, Output, Term
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe
-from fasttrain.dataset import Index, shown
+from fasttrain.dataset import Index, require_classes, shown
 from fasttrain.distributed import Ranks
-from fasttrain.errors import RunError
+from fasttrain.ema import Ema
+from fasttrain.errors import RunError, UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.kernels.mix import mix
+from fasttrain.losses.distillation import Distillation
 from fasttrain.meter import Log, Meter, Scores
 from fasttrain.models import Classifier
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
-from fasttrain.schedule import lr_at
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Result(NamedTuple):
-    """steps: done in all. scores: of the last evaluation, or None without validation images. best: best top-1."""
+    """steps: done in all. scores: of the last evaluation, or None without validation images. best: best top-1. Both
+    are those of the averaged weights where the run averages them."""
 
     steps: int
     scores: Scores | None
@@ -53,15 +55,23 @@ def train(
     ranks: Ranks,
     resume_from: Path | None = None,
 ) -> Result:
-    """Train a settled recipe into the run's folder `out`, from a checkpoint or from scratch.
+    """Train a settled recipe into the run's folder `out`: on from its checkpoint, or from other weights, or scratch.
 
     Every rank calls this with the same arguments but its own `ranks`. Raises UserError where the settings, the data
     or the checkpoint do not fit together, and RunError where a file cannot be decoded or the memory does not suffice.
     """
     device, dtype = ranks.device, DTYPES[recipe.precision]
-    plan = Plan.of(recipe, len(train_index), ranks.world, ranks.rank)
+    plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
+    teacher = load_teacher(recipe, train_index.classes, device)
     torch.manual_seed(recipe.seed)
-    model = Classifier(recipe.arch, len(train_index.classes)).to(device).to(memory_format=torch.channels_last)
+    model = Classifier.of(recipe, len(train_index.classes))
+    came_from = ""
+    if resume_from is None:
+        require_init(recipe)
+        if recipe.init.weights:
+            came_from = checkpoint.initialise(model, recipe.init, recipe.arch, train_index.classes)
+    model.to(device).to(memory_format=torch.channels_last)
+    ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
     optimizer = optim.sgd(model, recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -74,7 +84,7 @@ def train(
     if resume_from is not None:
         saved = checkpoint.load(resume_from)
         checkpoint.refuse_other(saved, identity)
-        checkpoint.restore(saved, model, optimizer, scaler)
+        checkpoint.restore(saved, model, optimizer, scaler, ema)
         start, best = saved.meta["step"], saved.meta["best"]
         if start >= plan.steps:
             return Result(start, None, best)
@@ -101,7 +111,7 @@ def train(
         evaluation = Evaluation(
             val_index, recipe.image_size, plan.micro_batch, device, threads, ranks.world, ranks.rank
         )
-    meter = Meter(["loss", *(loss.name for loss in recipe.losses)], device)
+    meter = Meter(["loss", *(name for loss in recipe.losses for name in names_of(loss))], device)
     log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size)
     log.event(
         "resume" if start else "start",
@@ -112,12 +122,16 @@ def train(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={"fasttrain": __version__, "torch": torch.__version__},
     )
+    for line in filter(None, (came_from, about_groups(plan))):
+        log.event("note", text=line)
+        log.say(line)
     stream = batches(plan, train_index, device, threads, start)
-    warmup = round(recipe.optim.warmup_epochs * plan.steps_per_epoch)
+    lr_at = optim.rate(recipe, plan.steps_per_epoch)
+    logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
     try:
         for step in range(start, plan.steps):
             epoch = step // plan.steps_per_epoch
-            lr = lr_at(step, steps=plan.steps, warmup_steps=warmup, peak=recipe.peak_lr)
+            lr = lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # Dropout and the like draw from a generator that knows the step, so no state has to be saved.
@@ -128,32 +142,52 @@ def train(
                 params, mixing = plan.mix_params(step, micro)
                 own = _to(labels[numbers], device)
                 mixed = mix(pixels, _to(torch.from_numpy(params), device), IMAGENET_MEAN, IMAGENET_STD, dtype)
-                batch = Batch(own, own[mixed.partner], mixed.lam, mixing)
+                autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+                told = None
+                if teacher is not None:
+                    with torch.no_grad(), autocast:
+                        told = teacher(mixed.images).logits
+                batch = Batch(own, own[mixed.partner], mixed.lam, mixing, told)
 
                 last = micro == plan.micro_batches - 1
                 with nullcontext() if last else without_exchange():
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    with autocast:
                         output = network(mixed.images)
-                    terms = {loss.name: loss(output, batch) for loss in recipe.losses}
-                    loss = torch.stack(list(terms.values())).sum()
+                    terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
+                    loss = torch.stack([term.loss for term in terms.values()]).sum()
                     scaler.scale(loss / plan.micro_batches).backward()
-                meter.add({"loss": loss, **terms}, 1 / plan.micro_batches)
+                meter.add(values_of(loss, terms), 1 / plan.micro_batches)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             done = step + 1
+            if ema:
+                ema.update(model, done)
             log.advance()
             epoch_ends = done % plan.steps_per_epoch == 0
             if done % recipe.machine.log_steps == 0 or epoch_ends:
-                log.train(epoch, done, lr, meter.read(ranks))
+                means = meter.read(ranks)
+                log.train(epoch, done, lr, means)
+                for name in logged.keys() & means:
+                    logged[name].append(means[name])
             if not epoch_ends:
                 continue
+            for each in recipe.losses:
+                if each.collapsed(logged[each.name]):
+                    log.event("collapsed", epoch=epoch, step=done, loss=each.name, values=logged[each.name])
+                    log.say(f"epoch {epoch}: {each.name} has collapsed: {COLLAPSED}")
+                logged[each.name].clear()
             if evaluation is not None:
-                ranks.share_buffers(model)
                 assert val_index is not None
-                scores = evaluate(model, evaluation, val_index, ranks, dtype)
-                log.evaluation(epoch, done, scores)
+                ranks.share_buffers(model)
+                raw = evaluate(model, evaluation, val_index, ranks, dtype)
+                averaged = None
+                if ema:
+                    ranks.share_buffers(ema.model)
+                    averaged = evaluate(ema.model, evaluation, val_index, ranks, dtype)
+                log.evaluation(epoch, done, raw, averaged)
+                scores = averaged or raw
             if (epoch + 1) % recipe.save.every_epochs == 0 or done == plan.steps:
                 improved = scores is None or best is None or scores.top1 > best
                 best = scores.top1 if scores and improved else best
@@ -164,6 +198,7 @@ def train(
                         model,
                         optimizer,
                         scaler,
+                        ema,
                         improved=improved,
                         keep=recipe.save.keep,
                         meta={**identity, "best": best, "scores": scores._asdict() if scores else None},
@@ -176,6 +211,55 @@ def train(
     finally:
         log.close()
     return Result(plan.steps, scores, best)
+
+
+COLLAPSED = "its mean stayed at the margin, as if all images were one; lower lr_scale or the loss's weight"
+
+
+def require_init(recipe: Recipe) -> None:
+    """UserError where a recipe's losses do not converge from random weights and it names no others to start from."""
+    needy = [loss.name for loss in recipe.losses if loss.fine_tunes]
+    if needy and not recipe.init.weights and not recipe.init.force_scratch:
+        raise UserError(
+            f"{' and '.join(needy)} does not converge from random weights: train the network with cross entropy first "
+            "and name that run with --init RUN, or insist with --set init.force_scratch=true"
+        )
+
+
+def load_teacher(recipe: Recipe, classes: Sequence[str], device: torch.device) -> Classifier | None:
+    """The frozen network that a recipe distils from, or None. UserError where it does not know just these classes."""
+    for loss in recipe.losses:
+        if isinstance(loss, Distillation):
+            if not loss.teacher:
+                raise UserError("distillation needs a teacher: --set losses.distillation.teacher=CKPT")
+            model, _, knows = checkpoint.network(Path(loss.teacher))
+            require_classes(knows, loss.teacher, classes, "the training images")
+            return model.requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+    return None
+
+
+def about_groups(plan: Plan) -> str:
+    """What a run with P x K batches says of itself at its start."""
+    if not plan.groups:
+        return ""
+    used = plan.steps_per_epoch * plan.batch_size
+    line = f"batches of {plan.groups.p} classes x {plan.groups.k} images; {used} of {plan.count} images an epoch"
+    if plan.micro_batches > 1:
+        line += f"; mined within each micro-batch of {plan.micro_batch * plan.world}, not within the batch"
+    return line
+
+
+def names_of(loss: Loss) -> list[str]:
+    """Names under which a loss and its stats are metered."""
+    return [loss.name, *(f"{loss.name}/{stat}" for stat in loss.stats)]
+
+
+def values_of(loss: Tensor, terms: dict[str, Term]) -> dict[str, Tensor]:
+    """Everything that a step's terms tell, by the names of `names_of`, and the whole loss."""
+    values = {"loss": loss}
+    for name, term in terms.items():
+        values |= {name: term.loss, **{f"{name}/{stat}": each for stat, each in term.stats.items()}}
+    return values
 
 
 def _to(values: Tensor, device: torch.device) -> Tensor:
@@ -193,9 +277,9 @@ def out_of_memory(plan: Plan) -> RunError:
 
 def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks, out: Path) -> str:
     """What `train` would do, as text, found without running anything. Raises UserError like `train`."""
-    plan = Plan.of(recipe, len(train_index), ranks.world, ranks.rank)
+    plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
     with torch.device("meta"):
-        model = Classifier(recipe.arch, len(train_index.classes))
+        model = Classifier.of(recipe, len(train_index.classes))
         output = model.eval()(torch.empty(plan.micro_batch, 3, recipe.image_size, recipe.image_size))
     weights = sum(each.numel() for each in model.parameters())
     state = sum(each.nbytes for each in model.state_dict().values()) + sum(each.nbytes for each in model.parameters())

@@ -4,6 +4,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+# Draws for different things never meet: the order of an epoch, an image in an epoch, a step.
+ORDER, IMAGE, STEP = range(3)
+
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -36,3 +39,8 @@ def uniforms(seed: int, stream: int, epoch: int, items: NDArray[np.int64], count
     words = philox4x32(counter, seed)  # [4, blocks, n]
     ordered = words.transpose(1, 0, 2).reshape(4 * blocks, len(items))[:count]
     return np.multiply(ordered + 0.5, 2.0**-32, dtype=np.float64)
+
+
+def generator(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
+    """A numpy generator of its own for one thing that happens once a step or once an epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, step, part]))

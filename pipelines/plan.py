@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.config import Augment, Mix, Recipe
+from fasttrain.dataset import Index
 from fasttrain.errors import UserError
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import autoaugment
-from fasttrain.pipelines.philox import uniforms
+from fasttrain.pipelines.groups import Groups
+from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, uniforms
 
 _TRIES = 10
-_ORDER_STREAM, _IMAGE_STREAM, _STEP_STREAM = 0, 1, 2
 _CROP_DRAWS = 2 * _TRIES + 2
 
 
@@ -35,7 +36,7 @@ class Draws(NamedTuple):
 
 def image_draws(seed: int, epoch: int, images: NDArray[np.int64], sizes: NDArray[np.int32], augment: Augment) -> Draws:
     """Draws for images (numbers in the index, int64 [n]) of the given sizes (int32 [n, 2], height and width)."""
-    u = uniforms(seed, _IMAGE_STREAM, epoch, images, _CROP_DRAWS + 1 + autoaugment.DRAWS)
+    u = uniforms(seed, IMAGE, epoch, images, _CROP_DRAWS + 1 + autoaugment.DRAWS)
     crop = random_resized_crop(u[:_CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
     flip = u[_CROP_DRAWS] < augment.flip
     if augment.autoaugment == "none":
@@ -73,15 +74,10 @@ def random_resized_crop(
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
-def _rng(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
-    """A generator of its own for one thing that happens once a step or once an epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, step, part]))
-
-
 @functools.lru_cache(maxsize=4)  # two epochs overlap while batches are prefetched, in training and in a benchmark
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """The order in which an epoch takes the images 0 … count−1, int64 [count], read-only."""
-    order = _rng(seed, _ORDER_STREAM, epoch).permutation(count)
+    order = generator(seed, ORDER, epoch).permutation(count)
     order.setflags(write=False)
     return order
 
@@ -95,25 +91,32 @@ class Box(NamedTuple):
     right: int
 
 
-def cutmix_box(seed: int, epoch: int, step: int, size: int, mix: Mix) -> Box | None:
-    """The global step's box in an image of size x size pixels, or None for a step that does not mix.
-
-    λ ~ Beta(α, α), sides size·√(1−λ), the centre uniform over pixels, clipped to the image (Yun et al. 2019).
-    """
-    rng = _rng(seed, _STEP_STREAM, epoch, step)
-    if rng.random() >= mix.cutmix:
-        return None
-    half = int(size * np.sqrt(1 - rng.beta(mix.cutmix_alpha, mix.cutmix_alpha))) // 2
+def cutmix_box(rng: np.random.Generator, size: int, alpha: float) -> Box:
+    """A box in an image of size x size pixels: λ ~ Beta(α, α), sides size·√(1−λ), the centre uniform over pixels,
+    clipped to the image (Yun et al. 2019)."""
+    half = int(size * np.sqrt(1 - rng.beta(alpha, alpha))) // 2
     y, x = rng.integers(size, size=2)
     return Box(*(int(np.clip(edge, 0, size)) for edge in (y - half, y + half, x - half, x + half)))
+
+
+def step_mix(seed: int, epoch: int, step: int, size: int, mix: Mix) -> Box | float | None:
+    """What the global step mixes by: CutMix's box, mixup's λ ~ Beta(α, α) (Zhang et al. 2018), or None."""
+    rng = generator(seed, STEP, epoch, step)
+    choice = rng.random()
+    if choice < mix.cutmix:
+        return cutmix_box(rng, size, mix.cutmix_alpha)
+    if choice < mix.cutmix + mix.mixup:
+        return float(rng.beta(mix.mixup_alpha, mix.mixup_alpha))
+    return None
 
 
 @dataclass(frozen=True)
 class Plan:
     """What rank `rank` of `world` does at every step of a run over `count` images.
 
-    Each epoch takes the global batches one after another from its own order and drops the last partial batch. A rank
-    has an equal, contiguous share of each, in micro-batches of `micro_batch` images.
+    Each epoch takes the global batches one after another from its own order and drops the last partial batch; with
+    `groups` the batches are P x K ones. A rank has an equal, contiguous share of each, in micro-batches of
+    `micro_batch` images.
     """
 
     seed: int
@@ -124,15 +127,17 @@ class Plan:
     epochs: int
     augment: Augment
     mix: Mix
+    groups: Groups | None = None
     world: int = 1
     rank: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe, count: int, world: int = 1, rank: int = 0) -> "Plan":
-        """The plan of a recipe over `count` images; UserError where the batch does not divide among the ranks."""
-        batch, micro = recipe.batch_size, recipe.micro_batch
-        if count < batch:
-            raise UserError(f"{count} images are fewer than one batch of {batch}; set --batch-size {count} or less")
+    def of(cls, recipe: Recipe, index: Index, world: int = 1, rank: int = 0) -> "Plan":
+        """The plan of a recipe; UserError where batches cannot be made, or do not divide among ranks."""
+        batch, micro, k = recipe.batch_size, recipe.micro_batch, recipe.images_per_class
+        if len(index) < batch:
+            least = f"{len(index)} images are fewer than one batch of {batch}"
+            raise UserError(f"{least}; set --batch-size {len(index)} or less")
         if batch % world:
             raise UserError(f"batch_size {batch} does not divide among {world} ranks; set a multiple of {world}")
         share = batch // world
@@ -140,22 +145,29 @@ class Plan:
             raise UserError(
                 f"micro_batch {micro} does not divide a rank's {share} images of a batch; set a divisor of {share}"
             )
+        groups = Groups.of(index, k, batch) if k else None
+        if k and (micro or share) % k:
+            raise UserError(
+                f"a rank's {micro or share} images at once are not a multiple of images_per_class {k}, so that a "
+                f"class would be cut in two; set another {'micro_batch' if micro else '--batch-size'}"
+            )
         return cls(
             seed=recipe.seed,
-            count=count,
+            count=len(index),
             image_size=recipe.image_size,
             batch_size=batch,
             micro_batch=micro or share,
             epochs=recipe.epochs,
             augment=recipe.augment,
             mix=recipe.mix,
+            groups=groups,
             world=world,
             rank=rank,
         )
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.count // self.batch_size
+        return self.groups.batches if self.groups else self.count // self.batch_size
 
     @property
     def steps(self) -> int:
@@ -170,7 +182,8 @@ class Plan:
         """Numbers of the images in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size + self.rank * (self.batch_size // self.world) + micro * self.micro_batch
-        return epoch_order(self.seed, epoch, self.count)[start : start + self.micro_batch]
+        order = self.groups.order(self.seed, epoch) if self.groups else epoch_order(self.seed, epoch, self.count)
+        return order[start : start + self.micro_batch]
 
     def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32]) -> Draws:
         return image_draws(self.seed, step // self.steps_per_epoch, images, sizes, self.augment)
@@ -178,16 +191,19 @@ class Plan:
     def mix_params(self, step: int, micro: int) -> tuple[NDArray[np.float32], bool]:
         """The mix kernel's table for this rank's micro-batch, and whether this step mixes at all.
 
-        The box is the global step's own; the partners are a permutation of the micro-batch.
+        The box, or λ, is the global step's own; the partners are a permutation of the micro-batch.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
-        box = cutmix_box(self.seed, epoch, position, self.image_size, self.mix)
+        by = step_mix(self.seed, epoch, position, self.image_size, self.mix)
         params = mix_kernel.plain_params(self.micro_batch)
-        if box is None:
+        if by is None:
             return params, False
         part = 1 + self.rank * self.micro_batches + micro
-        partners = _rng(self.seed, _STEP_STREAM, epoch, position, part).permutation(self.micro_batch)
-        params[:, mix_kernel.MODE] = mix_kernel.CUTMIX
-        params[:, mix_kernel.PARTNER] = partners
-        params[:, mix_kernel.BOX] = box
+        params[:, mix_kernel.PARTNER] = generator(self.seed, STEP, epoch, position, part).permutation(self.micro_batch)
+        if isinstance(by, Box):
+            params[:, mix_kernel.MODE] = mix_kernel.CUTMIX
+            params[:, mix_kernel.BOX] = by
+        else:
+            params[:, mix_kernel.MODE] = mix_kernel.MIXUP
+            params[:, mix_kernel.LAM] = by
         return params, True

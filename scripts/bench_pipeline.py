@@ -44,7 +44,7 @@ def ours(index: dataset.Index, policy: str, args: argparse.Namespace) -> Iterato
         epochs=10**6,
         augment=Augment(autoaugment=policy),
     )
-    plan = Plan.of(recipe, len(index))
+    plan = Plan.of(recipe, index)
     for batch in batches(plan, index, torch.device("cpu"), args.workers):
         yield normalised(batch.pixels, torch.float32)
 

@@ -1,5 +1,5 @@
 """The same training in plain torch with timm's PIL loader, to compare with: same network, schedule, crops, flips,
-AutoAugment, CutMix and smoothing, the same number of epochs.
+smoothing and number of epochs, and AutoAugment and CutMix unless left out.
 
 usage: python scripts/train_with_timm.py --data DIR --arch resnet18 --image-size 64 --epochs 10 --lr 0.05
 
@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--crop-area", type=float, default=0.08, help="smallest share of the image that a crop has")
+    parser.add_argument("--no-autoaugment", action="store_true")
+    parser.add_argument("--cutmix", type=float, default=0.5, help="probability a batch")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -45,12 +47,13 @@ def main() -> None:
     }
     files = ImageDataset(f"{args.data}/train")
     classes = len(files.reader.class_to_idx)
+    policy = None if args.no_autoaugment else "original"
     train = create_loader(
-        files, is_training=True, scale=(args.crop_area, 1.0), auto_augment="original", color_jitter=None, **common
+        files, is_training=True, scale=(args.crop_area, 1.0), auto_augment=policy, color_jitter=None, **common
     )
     crop = args.image_size / shorter_edge(args.image_size)
     val = create_loader(ImageDataset(f"{args.data}/val"), is_training=False, crop_pct=crop, **common)
-    mixup = Mixup(mixup_alpha=0, cutmix_alpha=1.0, prob=0.5, label_smoothing=0.1, num_classes=classes)
+    mixup = Mixup(mixup_alpha=0, cutmix_alpha=1.0, prob=args.cutmix, label_smoothing=0.1, num_classes=classes)
 
     model = timm.create_model(args.arch, num_classes=classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True)

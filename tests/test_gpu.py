@@ -33,7 +33,7 @@ def tiny(**changes):
 @pytest.mark.parametrize("policy", ["none", "imagenet"])
 def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy):
     """nvJPEG rounds otherwise than libjpeg-turbo; without AutoAugment, which may amplify it, pixels stay close."""
-    plan = Plan.of(tiny(augment=Augment(autoaugment=policy)), len(index))
+    plan = Plan.of(tiny(augment=Augment(autoaugment=policy)), index)
     for ours, theirs in zip(
         pipeline.batches(plan, index, GPU, 4, stop_step=4),
         pipeline.batches(plan, index, torch.device("cpu"), 4, stop_step=4),

@@ -31,7 +31,7 @@ def test_equals_torch_at_the_other_spelling_of_epsilon(batch, classes, smoothing
     theirs_epsilon = smoothing * classes / (classes - 1)
     if theirs_epsilon > 1:
         return
-    ours = CrossEntropy(smoothing)(out(logits), batch_of(labels))
+    ours = CrossEntropy(smoothing)(out(logits), batch_of(labels)).loss
     theirs = F.cross_entropy(logits, labels, label_smoothing=theirs_epsilon)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9, abs=1e-9)
 
@@ -50,7 +50,7 @@ def test_equals_a_naive_loop_under_a_mix(batch, classes, smoothing, seed):
             for k in range(classes):
                 q = 1 - smoothing if k == label else smoothing / (classes - 1)
                 expected -= share * q * (float(logits[row, k]) - total) / batch
-    ours = CrossEntropy(smoothing)(out(logits), batch_of(own, other, lam))
+    ours = CrossEntropy(smoothing)(out(logits), batch_of(own, other, lam)).loss
     assert ours.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -58,20 +58,20 @@ def test_gradient_is_right():
     logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     own, other = torch.tensor([0, 3, 6, 2]), torch.tensor([1, 3, 0, 5])
     lam = torch.tensor([0.25, 1.0, 0.5, 0.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: CrossEntropy(0.1)(out(x), batch_of(own, other, lam)), logits)
+    assert torch.autograd.gradcheck(lambda x: CrossEntropy(0.1)(out(x), batch_of(own, other, lam)).loss, logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_computes_in_float32_and_is_finite_at_large_logits(dtype):
     logits = torch.tensor([[6e4, -6e4, 0.0], [-6e4, 6e4, 6e4]], dtype=dtype, requires_grad=True)
-    loss = CrossEntropy(0.1)(out(logits), batch_of(torch.tensor([1, 0])))
+    loss = CrossEntropy(0.1)(out(logits), batch_of(torch.tensor([1, 0]))).loss
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
 
 
 def test_weight_scales_and_smoothing_is_checked():
     logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
-    plain = CrossEntropy(0.1)(out(logits), batch_of(labels))
-    assert torch.equal(CrossEntropy(0.1, weight=2.0)(out(logits), batch_of(labels)), 2 * plain)
+    plain = CrossEntropy(0.1)(out(logits), batch_of(labels)).loss
+    assert torch.equal(CrossEntropy(0.1, weight=2.0)(out(logits), batch_of(labels)).loss, 2 * plain)
     with pytest.raises(ValueError, match="smoothing"):
         CrossEntropy(1.0)

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def make_plan(index, world=1, rank=0, **changes) -> Plan:
     settings = {"image_size": 64, "batch_size": 6, "epochs": 3} | changes
-    return Plan.of(replace(recipes.for_arch("resnet18"), **settings), len(index), world, rank)
+    return Plan.of(replace(recipes.for_arch("resnet18"), **settings), index, world, rank)
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,28 @@ from torchvision.transforms import RandomResizedCrop
 
 from fasttrain import recipes
 from fasttrain.config import Augment, Mix
+from fasttrain.dataset import Index
 from fasttrain.errors import UserError
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import plan as planning
 from fasttrain.pipelines.philox import philox4x32, uniforms
-from fasttrain.pipelines.plan import Plan, cutmix_box, epoch_order, image_draws, random_resized_crop
+from fasttrain.pipelines.plan import Box, Plan, epoch_order, image_draws, random_resized_crop, step_mix
 
 ks_2samp: Any = stats.ks_2samp  # its stubs do not know the result's fields
 RECIPE = recipes.for_arch("resnet18")
 
 
+def images(*sizes: int) -> Index:
+    """An index of classes of so many images."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    names = tuple(f"{label}/{number}.jpg" for number, label in enumerate(labels))
+    shapes = np.tile(np.array([64, 64], np.int32), (len(labels), 1))
+    return Index(names, names, labels, shapes, tuple(map(str, range(len(sizes)))))
+
+
 def make_plan(**changes) -> Plan:
     settings_ = {"image_size": 64, "batch_size": 8, "epochs": 3}
-    return Plan.of(replace(RECIPE, **(settings_ | changes)), 50)
+    return Plan.of(replace(RECIPE, **(settings_ | changes)), images(50))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,9 @@ def test_global_batches_are_the_same_at_any_number_of_ranks(world, micro):
     for step in range(alone.steps):
         parts = []
         for rank in range(world):
-            plan = Plan.of(replace(RECIPE, image_size=64, batch_size=8, epochs=3, micro_batch=micro), 50, world, rank)
+            plan = Plan.of(
+                replace(RECIPE, image_size=64, batch_size=8, epochs=3, micro_batch=micro), images(50), world, rank
+            )
             parts += [plan.images(step, each) for each in range(plan.micro_batches)]
         assert np.concatenate(parts).tolist() == alone.images(step, 0).tolist()
 
@@ -144,15 +155,15 @@ def test_an_epoch_drops_only_its_last_partial_batch():
 )
 def test_batches_that_do_not_work_out_are_refused(changes, world, says):
     with pytest.raises(UserError, match=says):
-        Plan.of(replace(RECIPE, **({"batch_size": 8} | changes)), 50, world)
+        Plan.of(replace(RECIPE, **({"batch_size": 8} | changes)), images(50), world)
 
 
 def test_cutmix_boxes_have_the_papers_distribution():
     """Against the paper's own code, drawn from numpy: box areas by KS, and the mean share of E[λ] ≈ 0.68."""
     size, count = 224, 4000
-    boxes = [cutmix_box(1, 0, step, size, Mix(cutmix=1.0)) for step in range(count)]
-    assert all(box is not None for box in boxes)
-    ours = np.array([(b.bottom - b.top) * (b.right - b.left) for b in boxes if b]) / size**2
+    boxes = [step_mix(1, 0, step, size, Mix(cutmix=1.0)) for step in range(count)]
+    assert all(isinstance(box, Box) for box in boxes)
+    ours = np.array([(b.bottom - b.top) * (b.right - b.left) for b in boxes if isinstance(b, Box)]) / size**2
     rng = np.random.default_rng(0)
     theirs = np.empty(count)
     for at in range(count):
@@ -166,9 +177,11 @@ def test_cutmix_boxes_have_the_papers_distribution():
 
 
 def test_half_of_the_steps_mix_and_the_box_is_the_steps_own():
-    mixing = [cutmix_box(2, 0, step, 64, Mix()) is not None for step in range(2000)]
+    mixing = [step_mix(2, 0, step, 64, Mix()) is not None for step in range(2000)]
     assert stats.binomtest(sum(mixing), 2000).pvalue > 1e-4
-    two = [Plan.of(replace(RECIPE, image_size=64, batch_size=8, epochs=3, micro_batch=2), 50, 2, r) for r in (0, 1)]
+    two = [
+        Plan.of(replace(RECIPE, image_size=64, batch_size=8, epochs=3, micro_batch=2), images(50), 2, r) for r in (0, 1)
+    ]
     partners = set()
     for step in range(18):
         tables = [plan.mix_params(step, micro) for plan in two for micro in range(2)]

@@ -12,7 +12,7 @@ LAYERS = [
     {"cli"},
     {"train", "show", "doctor", "bench"},
     {"evaluate"},
-    {"recipes", "pipelines", "checkpoint", "optim"},
+    {"recipes", "pipelines", "checkpoint", "optim", "ema"},
     {"models", "losses"},
     {"batch", "config", "dataset", "demo", "distributed", "schedule", "meter", "errors", ""},
     {"kernels"},

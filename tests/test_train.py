@@ -272,7 +272,7 @@ def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"micro_batch=20 at 32 pixels; try --set micro_batch=10") as caught:
         run(tiny(), tmp_path / "run", index)
     assert caught.value.exit_status == 1
-    plan = Plan.of(tiny(micro_batch=1), 100)
+    plan = Plan.of(tiny(micro_batch=1), index)
     assert "smaller --image-size" in str(training.out_of_memory(plan))
     assert "micro_batch=3" in str(training.out_of_memory(replace(plan, micro_batch=9)))
 

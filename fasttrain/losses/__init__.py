@@ -1,5 +1,8 @@
 """The losses, one file each. `LOSSES` maps the name used in recipes and logs to the class."""
 
+from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.distillation import Distillation
+from fasttrain.losses.triplet import Triplet
 
-LOSSES = {CrossEntropy.name: CrossEntropy}
+LOSSES = {each.name: each for each in (CrossEntropy, Triplet, ArcFace, Distillation)}

@@ -1,17 +1,18 @@
 """Cross entropy with the report's label smoothing."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Output
+from fasttrain.batch import Batch, Loss, Output, Term, over_both_labels
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Loss):
     """Mean over the batch of λ·L(a) + (1−λ)·L(b), where L is cross entropy against smoothed labels.
 
     The smoothed label of class y among K is 1−ε at y and ε/(K−1) elsewhere (DeepBlueAI report, section II-B). torch
@@ -28,14 +29,10 @@ class CrossEntropy:
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
 
-    def __call__(self, output: Output, batch: Batch) -> Tensor:
+    def __call__(self, output: Output, batch: Batch) -> Term:
         logits = output.logits
         log_probs = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        loss = self._against(log_probs, batch.labels)
-        if batch.mixed:
-            lam = batch.lam.to(loss.dtype)
-            loss = lam * loss + (1 - lam) * self._against(log_probs, batch.labels_mixed)
-        return self.weight * loss.mean()
+        return Term(self.weight * over_both_labels(partial(self._against, log_probs), batch).mean())
 
     def _against(self, log_probs: Tensor, labels: Tensor) -> Tensor:
         own = -log_probs.gather(1, labels[:, None])[:, 0]

@@ -1,0 +1,36 @@
+"""Knowledge distillation: what a trained teacher says of the same images."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn import functional as F
+
+from fasttrain.batch import Batch, Loss, Output, Term, at_least_float32
+
+
+@dataclass(frozen=True)
+class Distillation(Loss):
+    """Mean over the batch of T²·KL(softmax(teacher/T) ‖ softmax(student/T)), T the temperature.
+
+    teacher: a checkpoint (its folder, `last` or `best`, or a run's folder) of any network with the same classes. It is
+    frozen, in eval mode, and sees the very images that the student sees, mixed or not. Computed in float32. Hinton et
+    al. 2015 (arXiv 1503.02531); Bag of Tricks, section 5.3, has T = 20.
+    """
+
+    teacher: str = ""
+    temperature: float = 20.0
+    weight: float = 1.0
+
+    name: ClassVar[str] = "distillation"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+
+    def __call__(self, output: Output, batch: Batch) -> Term:
+        if batch.teacher_logits is None:
+            raise ValueError("Distillation needs the teacher's logits")
+        student = F.log_softmax(at_least_float32(output.logits) / self.temperature, dim=1)
+        teacher = F.log_softmax(at_least_float32(batch.teacher_logits) / self.temperature, dim=1)
+        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return Term(self.weight * self.temperature**2 * divergence)

@@ -1,0 +1,84 @@
+"""P x K batches: K images of each of P classes, which is what triplet mining needs to find a positive for every image.
+
+An epoch cuts each class's images, in an order of the epoch's own, into groups of K, and deals the groups to batches so
+that no class is in a batch twice. What does not work out evenly rests for that epoch, other images each time: the last
+n mod K images of a class of n; groups of a class that has more of them than there are batches; and the few groups
+that remain when batches of P are full.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.dataset import Index, shown
+from fasttrain.errors import UserError
+from fasttrain.pipelines.philox import ORDER, generator
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """labels: int64 [N], the class of each image. k: images a class and batch; p: classes a batch. batches: how many
+    an epoch has. groups: int64 [classes], how many groups of each class could be in one epoch."""
+
+    labels: NDArray[np.int64]
+    k: int
+    p: int
+    batches: int
+    groups: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, index: Index, k: int, batch_size: int) -> "Groups":
+        """UserError, with the numbers, where batches of P x K = batch_size images cannot be made."""
+        if batch_size % k:
+            raise UserError(
+                f"batch_size {batch_size} is not a multiple of images_per_class {k}; set --batch-size to one"
+            )
+        sizes = np.bincount(index.labels, minlength=len(index.classes))
+        short = np.flatnonzero(sizes < k)
+        if len(short):
+            more = f" (and {len(short) - 1} more classes)" if len(short) > 1 else ""
+            raise UserError(
+                f"images_per_class is {k}, but class {shown(index.classes[short[0]])!r} has {sizes[short[0]]}{more}; "
+                f"set images_per_class={sizes.min()} or less, or add images"
+            )
+        p = batch_size // k
+        if len(sizes) < p:
+            raise UserError(
+                f"a batch of {batch_size} with images_per_class {k} takes {p} classes, but there are {len(sizes)}; "
+                f"set --batch-size {len(sizes) * k} or less"
+            )
+        whole = sizes // k
+        # A class has at most one group in a batch, so of B batches it fills B places at most.
+        batches = next(b for b in range(int(whole.sum()) // p, 0, -1) if np.minimum(whole, b).sum() >= p * b)
+        return cls(index.labels, k, p, batches, np.minimum(whole, batches))
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (two epochs overlap; the plan that has it lives as long as its run)
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The epoch's images, batch after batch and group after group, int64 [batches · p · k], read-only."""
+        rng = generator(seed, ORDER, epoch)
+        shuffled = rng.permutation(len(self.labels))
+        by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]
+        sizes = np.bincount(self.labels, minlength=len(self.groups))
+        first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+        left = self.groups.copy()
+        spare = int(left.sum()) - self.batches * self.p
+        if spare:
+            left -= np.bincount(rng.permutation(np.repeat(np.arange(len(left)), left))[:spare], minlength=len(left))
+        taken = np.zeros_like(left)
+        order = np.empty((self.batches, self.p, self.k), np.int64)
+        for batch in range(self.batches):
+            # A class with as many groups left as there are batches has to be in this one. The others are drawn with
+            # weights of how many they have left (Efraimidis and Spirakis 2006), so that all last to the epoch's end.
+            arrival = rng.exponential(size=len(left)) / np.maximum(left, 1e-300)
+            arrival[left == self.batches - batch] = -1
+            classes = np.argsort(arrival, kind="stable")[: self.p]
+            start = first[classes] + taken[classes] * self.k
+            order[batch] = by_class[start[:, None] + np.arange(self.k)]
+            taken[classes] += 1
+            left[classes] -= 1
+        flat = order.reshape(-1)
+        flat.setflags(write=False)
+        return flat
