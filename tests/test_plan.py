@@ -176,6 +176,23 @@ def test_cutmix_boxes_have_the_papers_distribution():
     assert 1 - ours.mean() == pytest.approx(0.68, abs=0.02)
 
 
+def test_mixup_draws_its_share_of_the_steps_and_the_papers_distribution():
+    by = [step_mix(3, 0, step, 64, Mix(cutmix=0.3, mixup=0.5, mixup_alpha=0.2)) for step in range(4000)]
+    lams = [each for each in by if isinstance(each, float)]
+    assert stats.binomtest(len(lams), 4000, 0.5).pvalue > 1e-4
+    assert stats.binomtest(sum(isinstance(each, Box) for each in by), 4000, 0.3).pvalue > 1e-4
+    assert stats.kstest(lams, stats.beta(0.2, 0.2).cdf).pvalue > 1e-4
+
+
+def test_mixup_reaches_the_kernels_table():
+    plan = make_plan(mix=Mix(cutmix=0, mixup=1))
+    for step in range(6):
+        table, mixed = plan.mix_params(step, 0)
+        assert mixed and set(table[:, mix_kernel.MODE]) == {mix_kernel.MIXUP}
+        assert len(set(table[:, mix_kernel.LAM])) == 1 and 0 <= table[0, mix_kernel.LAM] <= 1
+        assert sorted(table[:, mix_kernel.PARTNER]) == list(range(8))
+
+
 def test_half_of_the_steps_mix_and_the_box_is_the_steps_own():
     mixing = [step_mix(2, 0, step, 64, Mix()) is not None for step in range(2000)]
     assert stats.binomtest(sum(mixing), 2000).pvalue > 1e-4

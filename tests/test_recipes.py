@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain import recipes
+from fasttrain import cli, recipes
 from fasttrain.config import Augment, Data, Mix, Optim, Recipe
 from fasttrain.errors import UserError
+from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.triplet import Triplet
 from fasttrain.models import ARCHS
 
 
@@ -24,6 +26,59 @@ def test_the_reports_recipes_have_its_numbers(arch, batch, peak):
     assert recipe.optim == Optim(lr=0.1, lr_batch=256, momentum=0.9, nesterov=False, weight_decay=1e-4, warmup_epochs=1)
     assert recipe.augment == Augment((0.08, 1.0), (3 / 4, 4 / 3), 0.5, "imagenet-24")
     assert recipe.mix == Mix(cutmix=0.5, cutmix_alpha=1.0) and recipe.losses == (CrossEntropy(0.1),)
+
+
+# The report's table of models: network, losses, batch, and epochs of their stage.
+SEVEN = {
+    "deepblueai/resnest101e-ce": ("resnest101e", ["cross_entropy"], 128, 250),
+    "deepblueai/resnest101e-ce+triplet": ("resnest101e", ["cross_entropy", "triplet"], 128, 200),
+    "deepblueai/resnest101e-ce+arcface": ("resnest101e", ["cross_entropy", "arcface"], 128, 200),
+    "deepblueai/tresnet_xl-ce": ("tresnet_xl", ["cross_entropy"], 256, 250),
+    "deepblueai/tresnet_xl-ce+triplet": ("tresnet_xl", ["cross_entropy", "triplet"], 256, 200),
+    "deepblueai/seresnext101_32x4d-ce": ("seresnext101_32x4d", ["cross_entropy"], 128, 250),
+    "deepblueai/seresnext101_32x4d-ce+arcface": ("seresnext101_32x4d", ["cross_entropy", "arcface"], 128, 200),
+}
+
+
+def test_the_ensemble_is_the_reports_seven_models():
+    assert set(recipes.ENSEMBLE) == set(SEVEN) and len(recipes.ENSEMBLE) == 7
+    for name, (arch, losses, batch, epochs) in SEVEN.items():
+        recipe = recipes.by_name(name)
+        assert (recipe.arch, recipe.batch_size, recipe.epochs) == (arch, batch, epochs)
+        assert [loss.name for loss in recipe.losses] == losses
+        assert recipe.images_per_class == (4 if "triplet" in losses else 0)
+        assert recipe.augment.autoaugment == "imagenet-24" and recipe.mix == Mix(cutmix=0.5)
+        combination = name.removeprefix(f"deepblueai/{arch}-")
+        assert recipes.for_arch(arch, combination) == recipe
+        for loss in recipe.losses:
+            if isinstance(loss, Triplet):
+                assert (loss.margin, loss.soft_margin, loss.weight) == (0.3, False, 1.0)
+            if isinstance(loss, ArcFace):
+                assert (loss.scale, loss.margin_rad, loss.weight) == (30.0, 0.5, 1.0)
+
+
+def test_the_eighth_recipe_is_the_first_at_448():
+    first, eighth = (recipes.by_name(f"deepblueai/resnest101e-ce{suffix}") for suffix in ("", "-448"))
+    assert replace(eighth, name=first.name, image_size=224) == first and eighth.image_size == 448
+
+
+def test_stage_two_differs_from_stage_one_in_losses_epochs_and_batches_only():
+    for name in SEVEN:
+        recipe = recipes.by_name(name)
+        first = recipes.for_arch(recipe.arch)
+        same = replace(recipe, name=first.name, losses=first.losses, epochs=250, images_per_class=0)
+        assert same == first and recipe.peak_lr == first.peak_lr
+
+
+def test_combinations_are_those_of_the_command_line():
+    assert tuple(recipes.COMBINATIONS) == cli.COMBINATIONS
+
+
+@pytest.mark.parametrize("combination", ["ce+triplet", "ce+arcface"])
+def test_any_network_can_have_a_second_stage(combination):
+    recipe = recipes.for_arch("resnet18", combination)
+    assert recipe.name == f"resnet18-{combination}" and recipe.epochs == 72
+    assert [loss.name for loss in recipe.losses] == ["cross_entropy", combination.removeprefix("ce+")]
 
 
 def test_any_other_network_has_the_same_rules():
@@ -68,6 +123,9 @@ def test_any_recipe_survives_toml(recipe):
         ("augment.autoaugment=none", lambda r: r.augment.autoaugment == "none"),
         ("losses.cross_entropy.smoothing=0", lambda r: r.losses == (CrossEntropy(0.0),)),
         ("data.train=['a', 'b']", lambda r: r.data.train == ("a", "b")),
+        ("ema.decay=0.99", lambda r: r.ema.decay == 0.99),
+        ("init.force_scratch=true", lambda r: r.init.force_scratch),
+        ("optim.lr_scale=0.5", lambda r: r.peak_lr == 0.5 * recipes.for_arch("tresnet_xl").peak_lr),
     ],
 )
 def test_settings_change_one_value(setting, check):
@@ -94,6 +152,9 @@ def test_settings_change_one_value(setting, check):
         ("augment.crop_area=[0.5]", "augment.crop_area must be a list of 2 of float"),
         ("augment.autoaugment=imagnet", "augment.autoaugment must be one of none, imagenet, imagenet-24"),
         ("losses.cross_entropy.smoothing=2", "losses.cross_entropy.smoothing must be in"),
+        ("mix.mixup=0.6", "mix.mixup must be at most 0.5: cutmix has the rest, not 0.6"),
+        ("optim.schedule=linear", "optim.schedule must be cosine or step"),
+        ("ema.decay=1", "ema.decay must be in [0, 1)"),
         ("losses.arcfaze.margin=2", "no part 'losses.arcfaze'"),
         ("optim=3", "'optim' is a part; set one of its keys: optim.lr"),
         ("epochs", "expected key=value"),
@@ -115,6 +176,11 @@ def test_wrong_settings_are_refused_in_one_line(setting, says):
         ("arch = 'x'\nlosses = 3", "losses must be tables"),
         ("arch = 'x'\noptim = 3", "optim must be a table"),
         ("arch = ", "not valid TOML"),
+        ("arch = 'x'\n[losses.triplet]", "losses must be cross_entropy or distillation, alone or beside others"),
+        (
+            "arch = 'x'\n[losses.cross_entropy]\n[losses.triplet]",
+            "images_per_class must be 2 or more with the loss trip",
+        ),
         ("epochs = 3", "no `arch`"),
     ],
 )
