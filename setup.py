@@ -23,6 +23,7 @@ setup(
         "fasttrain.pipelines",
         "fasttrain.kernels",
     ],
+    package_data={"fasttrain": ["data/vipriors/*.txt.gz", "data/vipriors/CREDITS.txt"]},
     install_requires=[
         "torch>=2.10",
         "torchvision",

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from fasttrain.errors import UserError
 
 if TYPE_CHECKING:
     from fasttrain.config import Recipe
+    from fasttrain.dataset import Index
+    from fasttrain.predictions import Predictions
 
 
 class _Group(click.Group):
@@ -48,6 +51,7 @@ def main() -> None:
 COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # those of recipes.py, which would import torch
 _SET_HELP = "A setting of the recipe: key=value or part.key=value. Repeatable."
 _folder = click.Path(file_okay=False)
+_file = click.Path(dir_okay=False, path_type=Path)
 
 
 @main.command()
@@ -202,41 +206,210 @@ def _demo(recipe: "Recipe") -> "Recipe":
     return recipes.demo(recipe, folder, parameters)
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = [each.strip() for each in text.split(",")]
+    if not all(each.isascii() and each.isdigit() for each in parts):
+        raise UserError(f"--sizes {text}: numbers of pixels with commas, as in 224,320")
+    return tuple(map(int, parts))
+
+
+_network_options = (
+    click.option("--views", type=click.Choice(["center", "report", "tencrop"]), default="center", show_default=True,
+                 help="Of each image: a central crop; the report's 16 (4 sizes, 2 crops, mirrored or not); ten crops."),
+    click.option("--sizes", metavar="N,N,…", help="Sides of the crops in pixels, instead of the views' own."),
+    click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True),
+    click.option("--raw", is_flag=True, help="The raw weights, where the checkpoint has averaged ones as well."),
+    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once."),
+    click.option("--workers", type=click.IntRange(0), default=0, help="DALI threads. 0: all cores."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+)  # fmt: skip
+
+
+def _of_a_network(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a command that puts images through a checkpoint's network."""
+    for option in reversed(_network_options):
+        command = option(command)
+    return click.argument("checkpoint_path", metavar="CKPT", type=click.Path(path_type=Path))(command)
+
+
+def _predict(
+    checkpoint_path: Path, open_index: "Callable[[Recipe, list[str]], Index]", **options: Any
+) -> "Predictions | None":
+    """What a checkpoint's network says of an index's images, on rank 0; None on the others."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from fasttrain import checkpoint
+    from fasttrain.distributed import ranks
+    from fasttrain.evaluate import probabilities
+    from fasttrain.pipelines.eval import Evaluation
+    from fasttrain.pipelines.views import named
+    from fasttrain.predictions import Predictions
+    from fasttrain.train import DTYPES, settle
+
+    model, recipe, classes = checkpoint.network(checkpoint_path, averaged=False if options["raw"] else None)
+    views = named(options["views"], recipe.image_size, _sizes(options["sizes"]) if options["sizes"] else ())
+    index = open_index(recipe, classes)
+    with ranks(options["device"]) as here:
+        model.to(here.device).to(memory_format=torch.channels_last)
+        precision = DTYPES[settle(replace(recipe, precision="auto"), here.device).precision]
+        threads = here.threads(options["workers"])
+        batches = Evaluation(
+            index, views, options["batch_size"], here.device, threads, here.world, here.rank, options["interpolation"]
+        )
+        total = len(batches.source.numbers)
+        with tqdm(total=total, unit="img", desc="images", disable=None if here.first else True) as bar:
+            per_size = probabilities(model, batches, here, precision, bar.update)
+        if not here.first:
+            return None
+    probs = np.stack(list(per_size.values())).mean(0, dtype=np.float64).astype(np.float32)
+    labels = index.labels if index.classes else None
+    return Predictions(np.array(index.ids), np.array(classes), probs, labels, per_size if len(per_size) > 1 else {})
+
+
 @main.command("eval")
-@click.argument("checkpoint_path", metavar="CKPT", type=click.Path(path_type=Path))
+@_of_a_network
 @click.option("--data", required=True, type=_folder, metavar="DIR", help="Labelled images; DIR/val where DIR has it.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once.")
-@click.option("--workers", type=click.IntRange(0), default=0, help="DALI threads. 0: all cores.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def evaluate_(checkpoint_path: Path, data: str, batch_size: int, workers: int, device: str) -> None:
-    """Top-1 and top-5 of a checkpoint over a folder of class folders, centre crops at the training size.
+@click.option("--out", type=_file, metavar="FILE.npz", help="Write the probabilities.")
+@click.option("--confusion", "confusion_path", type=_file, metavar="FILE.png", help="Draw the confusion matrix.")
+def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path: Path | None, **options: Any) -> None:
+    """Top-1 and top-5 of a checkpoint over a folder of class folders; worst classes, most confused pairs.
 
     CKPT is a checkpoint's folder, `last` or `best`, or a run's folder (its best).
     """
-    import torch
+    from fasttrain import confusion, dataset, predictions
 
-    from fasttrain import checkpoint, dataset, recipes
-    from fasttrain.distributed import ranks
-    from fasttrain.evaluate import evaluate
-    from fasttrain.models import Classifier
-    from fasttrain.pipelines.eval import Evaluation
-    from fasttrain.train import DTYPES, settle
+    def labelled(recipe: "Recipe", classes: list[str]) -> "Index":
+        index = dataset.open_labelled(data)
+        dataset.require_classes(classes, checkpoint_path, index.classes, data)
+        return index
 
-    saved = checkpoint.load(checkpoint_path)
-    recipe = recipes.from_dict(saved.meta["recipe"], where=dataset.shown(saved.path))
-    index = dataset.open_labelled(data)
-    dataset.require_classes(saved.meta["classes"], checkpoint_path, index.classes, data)
-    with ranks(device) as here:
-        recipe = settle(replace(recipe, precision="auto"), here.device)
-        model = Classifier(recipe.arch, len(index.classes))
-        checkpoint.restore_model(saved, model)
-        model.to(here.device).to(memory_format=torch.channels_last)
-        batches = Evaluation(
-            index, recipe.image_size, batch_size, here.device, here.threads(workers), here.world, here.rank
-        )
-        scores = evaluate(model, batches, index, here, DTYPES[recipe.precision])
-        if here.first:
-            click.echo(f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+    if out:
+        predictions.require_own(out)
+    if confusion_path:
+        _require_png(confusion_path, "--confusion")
+    found = _predict(checkpoint_path, labelled, **options)
+    if found is None or found.labels is None:
+        return
+    for size, probs in found.per_size.items():
+        of_size = predictions.scores(probs, found.labels)
+        click.echo(f"{size:>5} px: top-1 {of_size.top1:.2%}, top-5 {of_size.top5:.2%}")
+    scores = predictions.scores(found.probs, found.labels)
+    fused = "   fused: " if found.per_size else ""
+    click.echo(f"{fused}top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+    counts = confusion.matrix(found.labels, found.probs.argmax(1), len(found.classes))
+    click.echo(confusion.told(counts, [str(each) for each in found.classes]))
+    if out:
+        predictions.save(found, out)
+        click.echo(f"wrote {dataset.shown(out)}")
+    if confusion_path:
+        confusion.draw(counts, [str(each) for each in found.classes], confusion_path)
+        click.echo(f"wrote {dataset.shown(confusion_path)}")
+
+
+@main.command()
+@_of_a_network
+@click.option("--images", required=True, type=_folder, metavar="DIR", help="Images, in DIR and folders inside it.")
+@click.option("--out", required=True, type=_file, metavar="FILE.npz", help="Where to write the probabilities.")
+def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> None:
+    """Probabilities of images without labels.
+
+    CKPT is a checkpoint's folder, `last` or `best`, or a run's folder (its best).
+    """
+    from fasttrain import dataset, predictions
+
+    predictions.require_own(out)
+    found = _predict(checkpoint_path, lambda recipe, classes: dataset.scan_unlabelled(images), **options)
+    if found is not None:
+        predictions.save(found, out)
+        click.echo(f"wrote {dataset.shown(out)}: {len(found)} images, {len(found.classes)} classes")
+
+
+@main.command()
+@click.argument("files", metavar="FILE.npz…", nargs=-1, required=True, type=_file)
+@click.option("--weights", metavar="W,W,…", help="A weight for each file. Default: all the same.")
+@click.option(
+    "--fit",
+    "fit_files",
+    multiple=True,
+    type=_file,
+    metavar="VAL.npz",
+    help="Fit the weights greedily: the same models on labelled images, once for each file, in their order.",
+)
+@click.option("--out", type=_file, metavar="FILE.npz", help="Write the fused probabilities.")
+@click.option("--submission", "submission_path", type=_file, metavar="FILE.csv", help="Write the challenge's CSV.")
+def ensemble(
+    files: tuple[Path, ...],
+    weights: str | None,
+    fit_files: tuple[Path, ...],
+    out: Path | None,
+    submission_path: Path | None,
+) -> None:
+    """Mean of the probabilities that `eval` or `predict` wrote for several models.
+
+    Prints each file's own accuracy and the fused one, where labels are known, and how often the files agree.
+    """
+    from fasttrain import dataset, predictions, submission
+    from fasttrain.ensemble import agreement, fuse, greedy_weights, load_alike
+
+    if weights and fit_files:
+        raise UserError("--weights and --fit exclude each other: fitting finds the weights")
+    if out:
+        predictions.require_own(out)
+    shares: list[float] | None = None
+    if weights:
+        shares = _weights(weights, len(files))
+    if fit_files:
+        if len(fit_files) != len(files):
+            raise UserError(f"--fit is given {len(fit_files)} times for {len(files)} files; name one for each of them")
+        val = load_alike(fit_files)
+        if val[0].labels is None:
+            raise UserError(f"--fit {dataset.shown(fit_files[0])} has no labels; use files that `eval` wrote")
+        shares = greedy_weights([each.probs for each in val], val[0].labels)
+    members = load_alike(files)
+    if fit_files and val[0].classes.tolist() != members[0].classes.tolist():
+        raise UserError("--fit: its files are of other classes than the files to be fused")
+    fused = fuse([each.probs for each in members], shares)
+    first = members[0]
+    for at, (path, member) in enumerate(zip(files, members, strict=True)):
+        share = f"weight {shares[at]:.3f}  " if shares else ""
+        own = f"top-1 {predictions.scores(member.probs, first.labels).top1:.2%}  " if first.labels is not None else ""
+        click.echo(f"{at:>3}  {own}{share}{dataset.shown(path)}")
+    if len(members) > 1:
+        click.echo("agreement of pairs (share of images given the same class):")
+        for at, row in enumerate(agreement([each.probs for each in members])):
+            click.echo(f"{at:>3}  " + " ".join(f"{each:6.1%}" for each in row))
+    if first.labels is not None:
+        scores = predictions.scores(fused, first.labels)
+        click.echo(f"fused: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+    if out:
+        predictions.save(replace(first, probs=fused, per_size={}), out)
+        click.echo(f"wrote {dataset.shown(out)}")
+    if submission_path:
+        submission.write(submission_path, [str(each) for each in first.ids], fused.argmax(1).tolist())
+        click.echo(f"wrote {dataset.shown(submission_path)}: {len(fused)} predictions")
+
+
+def _weights(text: str, count: int) -> list[float]:
+    try:
+        found = [float(each) for each in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count or not all(0 <= each < float("inf") for each in found) or not sum(found):
+        raise UserError(f"--weights {text}: {count} numbers with commas, 0 or more and not all 0")
+    return [each / sum(found) for each in found]
+
+
+@main.command()
+@click.argument("submission_path", metavar="SUBMISSION.csv", type=_file)
+@click.option("--labels", required=True, type=_file, metavar="FILE.csv", help="Right classes: a header, then id,class.")
+def score(submission_path: Path, labels: Path) -> None:
+    """Top-1 of a submission, which must name each image once, and no class that is not there."""
+    from fasttrain import submission
+
+    top1, images = submission.score(submission_path, labels)
+    click.echo(f"top-1 {top1:.4f} of {images} images")
 
 
 @main.group("data")
@@ -300,8 +473,7 @@ def show(
         recipe = _demo(recipe)
     for setting in settings:
         recipe = recipes.override(recipe, setting)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {dataset.shown(out)}: the picture is a PNG; end the name in .png")
+    _require_png(out, "--out")
     index, _ = dataset.open_data(replace(recipe.data, val=""))
     plan = Plan.of(recipe, index)
     if epoch >= plan.epochs or step >= plan.steps_per_epoch:
@@ -309,6 +481,15 @@ def show(
         raise UserError(f"--epoch {epoch} --step {step}: there are {span}")
     draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out)
     click.echo(f"wrote {dataset.shown(out)}")
+
+
+def _require_png(path: Path, option: str) -> None:
+    from fasttrain.dataset import shown
+
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise UserError(f"{option} {shown(path)}: a PNG in a folder that is there; end the name in .png")
+    if path.exists() and path.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
+        raise UserError(f"{option} {shown(path)} is there and is no PNG; name another file")
 
 
 @main.group()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fasttrain.batch import Loss
 
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
+IMAGE_SIZES = (8, 4096)  # least and most pixels of a square image's side
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # Of pixels scaled to 0 … 1; every network is trained and evaluated on pixels normalised by these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -188,7 +189,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", "a text", self.name)
         _require(bool(self.arch), "arch", "the name of a network", self.arch)
-        _require(8 <= self.image_size <= 4096, "image_size", "8 to 4096 pixels", self.image_size)
+        least, most = IMAGE_SIZES
+        _require(least <= self.image_size <= most, "image_size", f"{least} to {most} pixels", self.image_size)
         _require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
         _require(self.images_per_class >= 0, "images_per_class", "0 or more", self.images_per_class)
         _require(self.micro_batch >= 0, "micro_batch", "0 or more", self.micro_batch)

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.config import Data
 from fasttrain.errors import UserError
+
+if TYPE_CHECKING:  # config imports torch, and commands that only read files need not wait for that
+    from fasttrain.config import Data
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _CACHE_FORMAT = "fasttrain-index-1"
@@ -59,7 +62,7 @@ def shown(path: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def open_data(data: Data) -> tuple[Index, Index | None]:
+def open_data(data: "Data") -> tuple[Index, Index | None]:
     """The training index (several folders merged) and the validation index, or None where there is none.
 
     `DIR` with `train/<class>/…` inside stands for DIR/train, and DIR/val is then the validation folder unless another
@@ -137,9 +140,7 @@ def scan(folder: str | Path, *, progress: bool = True) -> Index:
     if not root.is_dir():
         raise UserError(f"no such folder: {shown(root)}")
     classes, relative, labels, stamp, left_out = _walk(root)
-    if left_out:
-        counts = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
-        print(f"{shown(root)}: left out {counts}", file=sys.stderr)
+    _say_left_out(root, left_out)
     if not classes:
         raise UserError(f"{shown(root)} has no class folders; images belong in {shown(root)}/<class>/<image>")
     if len(classes) == 1:
@@ -148,6 +149,58 @@ def scan(folder: str | Path, *, progress: bool = True) -> Index:
     if empty:
         more = f" (nor have {len(empty) - 1} other classes)" if len(empty) > 1 else ""
         raise UserError(f"class folder {shown(root / empty[0])} has no images directly in it{more}; fill or remove it")
+    paths, sizes = _with_sizes(root, relative, stamp, progress)
+    return Index(paths, tuple(relative), np.array(labels, np.int64), sizes, tuple(classes))
+
+
+def scan_unlabelled(folder: str | Path, *, progress: bool = True) -> Index:
+    """Index all images in a folder and the folders inside it, sorted by id as text: labels are −1, classes there are
+    none. What `scan` leaves out is left out here too. UserError where there is no image, or one cannot be read."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"no such folder: {shown(root)}")
+    real_root = os.path.realpath(root)
+    left_out: Counter[str] = Counter()
+    stamps: dict[str, str] = {}
+    waiting = [root]
+    while waiting:
+        for entry in _entries(waiting.pop(), real_root, left_out):
+            name = os.path.relpath(entry.path, root)
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            elif entry.is_dir():
+                left_out["links to folders"] += 1
+            elif not name.lower().endswith(EXTENSIONS):
+                left_out["files that are not images"] += 1
+            else:
+                stamps[name] = _stamp(name, entry)
+    _say_left_out(root, left_out)
+    if not stamps:
+        raise UserError(f"there is no image in {shown(root)}")
+    relative = sorted(stamps)
+    digest = hashlib.sha256(f"{_CACHE_FORMAT}\0{real_root}\0unlabelled\0".encode(errors="surrogateescape"))
+    for name in relative:
+        digest.update(stamps[name].encode(errors="surrogateescape"))
+    paths, sizes = _with_sizes(root, relative, digest.hexdigest(), progress)
+    return Index(paths, tuple(relative), np.full(len(paths), -1, np.int64), sizes, ())
+
+
+def _say_left_out(root: Path, left_out: Counter[str]) -> None:
+    if left_out:
+        counts = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
+        print(f"{shown(root)}: left out {counts}", file=sys.stderr)
+
+
+def _stamp(name: str, entry: os.DirEntry[str]) -> str:
+    """What changes when the file does."""
+    info = entry.stat()
+    return f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0"
+
+
+def _with_sizes(
+    root: Path, relative: Sequence[str], stamp: str, progress: bool
+) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+    """Absolute paths and, from the cache where `stamp` is there, sizes."""
     base = str(root.resolve())
     paths = tuple(os.path.join(base, each) for each in relative)
     cache = cache_dir() / "index" / f"{stamp}.npy"
@@ -155,7 +208,7 @@ def scan(folder: str | Path, *, progress: bool = True) -> Index:
     if sizes is None:
         sizes = _read_sizes(paths, progress)
         _store_sizes(cache, sizes)
-    return Index(paths, tuple(relative), np.array(labels, np.int64), sizes, tuple(classes))
+    return paths, sizes
 
 
 def _walk(root: Path) -> tuple[list[str], list[str], list[int], str, Counter[str]]:
@@ -177,11 +230,9 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[int], str, Counter[str
             elif not file.name.lower().endswith(EXTENSIONS):
                 left_out["files that are not images"] += 1
             else:
-                info = file.stat()
                 relative.append(f"{folder.name}/{file.name}")
                 labels.append(len(classes) - 1)
-                line = f"{relative[-1]}\0{info.st_size}\0{info.st_mtime_ns}\0"
-                digest.update(line.encode(errors="surrogateescape"))
+                digest.update(_stamp(relative[-1], file).encode(errors="surrogateescape"))
     return classes, relative, labels, digest.hexdigest(), left_out
 
 

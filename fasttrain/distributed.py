@@ -56,6 +56,14 @@ class Ranks:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in their order, on rank 0; on the others their own alone."""
+        if self.world == 1:
+            return [value]
+        found: list[object] | None = [None] * self.world if self.first else None
+        dist.gather_object(value, found)
+        return found if found is not None else [value]  # type: ignore[return-value]
+
     def in_turn(self, work: Callable[[], T]) -> T:
         """`work()`, on each node by its first rank before the others, which can then find what it cached."""
         if self.world == 1:

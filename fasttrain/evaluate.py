@@ -1,21 +1,26 @@
-"""Top-1 and top-5 of a network over an evaluation pipeline."""
+"""What a network says of images: scores over one view while training, probabilities over any views afterwards."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.dataset import Index
 from fasttrain.distributed import Ranks
 from fasttrain.kernels import mix
-from fasttrain.meter import Scores
-from fasttrain.pipelines.train import Images
+from fasttrain.pipelines.eval import Crops, Evaluation
+from fasttrain.predictions import Scores
+
+TOP = 5
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Images], index: Index, ranks: Ranks, precision: torch.dtype) -> Scores:
-    """Scores of a network (in eval mode meanwhile) over all ranks' batches. With fewer than five classes top-5 is 1.
+def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ranks, precision: torch.dtype) -> Scores:
+    """Scores of a network (in eval mode meanwhile) over all ranks' batches of one crop. With fewer than five classes
+    top-5 is 1.
 
     precision: bfloat16 or float16 for autocast, float32 for none.
     """
@@ -23,20 +28,53 @@ def evaluate(model: nn.Module, batches: Iterable[Images], index: Index, ranks: R
     training = model.training
     model.eval()
     labels = torch.from_numpy(index.labels)
-    top = min(5, len(index.classes))
+    top = min(TOP, len(index.classes))
     counts = torch.zeros(3, dtype=torch.int64, device=device)
-    for pixels, numbers in batches:
+    for (pixels,), numbers in batches:
         target = labels[numbers].to(device, non_blocking=True)
-        images = normalised(pixels, precision)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(images).logits
-        hits = logits.float().topk(top, dim=1).indices == target[:, None]
+        logits = _logits(model, normalised(pixels, precision), precision)
+        hits = logits.topk(top, dim=1).indices == target[:, None]
         counts[0] += hits[:, 0].sum()
         counts[1] += hits.sum()
         counts[2] += len(target)
     model.train(training)
     first, five, images_seen = ranks.sum(counts).tolist()
     return Scores(first / images_seen, five / images_seen, images_seen)
+
+
+@torch.no_grad()
+def probabilities(
+    model: nn.Module,
+    batches: Evaluation,
+    ranks: Ranks,
+    precision: torch.dtype,
+    advance: Callable[[int], object] = lambda images: None,
+) -> dict[int, NDArray[np.float32]]:
+    """Mean softmax over each size's views, {size: float32 [N, K]}: of all N images of the index on rank 0, and of a
+    rank's own share on the others. The network must be in eval mode.
+
+    Views go through the network one after another, so that activations of one batch at the largest size are the most
+    that is held at once. advance: called with the number of images done after each batch.
+    """
+    views = batches.source.views
+    parts: dict[int, list[NDArray[np.float32]]] = {size: [] for size in views.sizes}
+    for pixels, numbers in batches:
+        sums: dict[int, Tensor] = {}
+        for crop, each in zip(views.crops, pixels, strict=True):
+            images = normalised(each, precision)
+            for seen in (images, images.flip(3)) if views.flip else (images,):
+                chances = _logits(model, seen, precision).softmax(1)
+                sums[crop.size] = sums[crop.size] + chances if crop.size in sums else chances
+        for size, total in sums.items():
+            parts[size].append((total * (len(views.sizes) / len(views))).cpu().numpy())
+        advance(len(numbers))
+    shares = ranks.gather({size: np.concatenate(each) for size, each in parts.items()})
+    return {size: np.concatenate([share[size] for share in shares]) for size in views.sizes}
+
+
+def _logits(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        return model(images).logits.float()
 
 
 def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:

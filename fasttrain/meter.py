@@ -4,21 +4,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fasttrain.distributed import Ranks
-
-
-class Scores(NamedTuple):
-    """Shares in 0 … 1 over `images` images."""
-
-    top1: float
-    top5: float
-    images: int
+from fasttrain.predictions import Scores
 
 
 class Meter:

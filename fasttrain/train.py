@@ -20,11 +20,13 @@ from fasttrain.errors import RunError, UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.kernels.mix import mix
 from fasttrain.losses.distillation import Distillation
-from fasttrain.meter import Log, Meter, Scores
+from fasttrain.meter import Log, Meter
 from fasttrain.models import Classifier
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
+from fasttrain.pipelines.views import named
+from fasttrain.predictions import Scores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -108,9 +110,8 @@ def train(
     labels = torch.from_numpy(train_index.labels)
     evaluation = None
     if val_index is not None:
-        evaluation = Evaluation(
-            val_index, recipe.image_size, plan.micro_batch, device, threads, ranks.world, ranks.rank
-        )
+        views = named("center", recipe.image_size)
+        evaluation = Evaluation(val_index, views, plan.micro_batch, device, threads, ranks.world, ranks.rank)
     meter = Meter(["loss", *(name for loss in recipe.losses for name in names_of(loss))], device)
     log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size)
     log.event(

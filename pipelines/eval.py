@@ -1,39 +1,30 @@
-"""The evaluation pipeline: every image once, resized and cropped as PIL and torchvision do it."""
+"""The evaluation pipeline: every image once, decoded once, resized to each crop as PIL and torchvision do it."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
+from torch import Tensor
 
 from fasttrain.dataset import Index
 from fasttrain.pipelines.faults import decode_error
-from fasttrain.pipelines.train import PREFETCH, Images
+from fasttrain.pipelines.train import PREFETCH
+from fasttrain.pipelines.views import Views, region
+
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
-def shorter_edge(image_size: int) -> int:
-    """The length to which the shorter edge is resized before a centre crop of image_size: 256 for 224."""
-    return round(256 * image_size / 224)
+class Crops(NamedTuple):
+    """A batch: for each crop of the views its pixels, uint8 [B, S, S, 3] on the pipeline's device; and numbers int64
+    [B] of the images in the index, on the CPU."""
 
-
-def centre_region(sizes: NDArray[np.int32], image_size: int) -> NDArray[np.float32]:
-    """Regions float32 [n, 4] (top, left, bottom, right), in stored pixels, that a resize of the shorter edge to
-    `shorter_edge(image_size)` and a centre crop would leave; sizes int32 [n, 2], height and width.
-
-    The longer edge is edge·long // short, and a crop starts at round((length − image_size) / 2), half to even: PIL's
-    and torchvision's arithmetic. One resize of such a region is the same as their resize and crop.
-    """
-    edge = shorter_edge(image_size)
-    stored = sizes.astype(np.int64)
-    short = stored.min(1, keepdims=True)
-    resized = np.where(stored == short, edge, edge * stored // short)
-    start = np.rint((resized - image_size) / 2)
-    corners = np.concatenate([start, start + image_size], 1)
-    return (corners * np.tile(stored / resized, 2)).astype(np.float32)
+    pixels: tuple[Tensor, ...]
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,30 +32,33 @@ class Source:
     numbers: NDArray[np.int64]
     index: Index
     batch_size: int
-    image_size: int
+    views: Views
 
     def __call__(self, info: types.BatchInfo) -> tuple[Any, ...]:
         chunk = self.chunk(info.iteration)
         if not len(chunk):
             raise StopIteration
-        region = centre_region(self.index.sizes[chunk], self.image_size)
-        paths = [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in chunk]
-        return paths, chunk, np.ascontiguousarray(region[:, :2]), np.ascontiguousarray(region[:, 2:])
+        batch: list[Any] = [[np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in chunk], chunk]
+        for crop in self.views.crops:
+            box = region(crop, chunk, self.index.sizes[chunk])
+            batch += [np.ascontiguousarray(box[:, :2]), np.ascontiguousarray(box[:, 2:])]
+        return tuple(batch)
 
     def chunk(self, batch: int) -> NDArray[np.int64]:
         return self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 @pipeline_def
-def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
-    """read → decode → resize of the centre region; uint8 HWC images and their numbers."""
-    paths, numbers, start, end = fn.external_source(
+def graph(source: Source, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
+    """read → decode → a resize for each crop; uint8 HWC images, one output a crop, and their numbers."""
+    crops = source.views.crops
+    paths, numbers, *corners = fn.external_source(
         source=source,
-        num_outputs=4,
+        num_outputs=2 + 2 * len(crops),
         batch=True,
         batch_info=True,
-        dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT],
-        ndim=[1, 0, 1, 1],
+        dtype=[types.UINT8, types.INT64] + 2 * len(crops) * [types.FLOAT],
+        ndim=[1, 0] + 2 * len(crops) * [1],
     )
     images = fn.decoders.image(
         fn.io.file.read(paths),
@@ -73,16 +67,19 @@ def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
     )
-    images = fn.resize(
-        images,
-        size=[source.image_size, source.image_size],
-        roi_start=start,
-        roi_end=end,
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-        subpixel_scale=False,
-    )
-    return images, numbers
+    views = [
+        fn.resize(
+            images,
+            size=[crop.size, crop.size],
+            roi_start=corners[2 * at],
+            roi_end=corners[2 * at + 1],
+            interp_type=INTERPOLATIONS[interpolation],
+            antialias=True,
+            subpixel_scale=False,
+        )
+        for at, crop in enumerate(crops)
+    ]
+    return (*views, numbers)
 
 
 class Evaluation:
@@ -94,19 +91,21 @@ class Evaluation:
     def __init__(
         self,
         index: Index,
-        image_size: int,
+        views: Views,
         batch_size: int,
         device: torch.device,
         threads: int,
         world: int = 1,
         rank: int = 0,
+        interpolation: str = "bilinear",
     ) -> None:
         numbers = np.array_split(np.arange(len(index)), world)[rank]
-        self.source = Source(numbers, index, max(1, min(batch_size, len(numbers))), image_size)
+        self.source = Source(numbers, index, max(1, min(batch_size, len(numbers))), views)
         on_gpu = device.type == "cuda"
         self.pipe = graph(
             self.source,
             on_gpu,
+            interpolation,
             batch_size=self.source.batch_size,
             num_threads=threads,
             device_id=device.index or 0 if on_gpu else None,
@@ -115,15 +114,20 @@ class Evaluation:
         self.pipe.build()
         self.fresh = True
 
-    def __iter__(self) -> Iterator[Images]:
+    def __len__(self) -> int:
+        """Batches a pass."""
+        return -(-len(self.source.numbers) // self.source.batch_size)
+
+    def __iter__(self) -> Iterator[Crops]:
         """Raises RunError that names the file when an image cannot be decoded."""
         if not self.fresh:
             self.pipe.reset()
         self.fresh = False
-        for count in range(-(-len(self.source.numbers) // self.source.batch_size)):
+        for count in range(len(self)):
             try:
-                pixels, numbers = self.pipe.run()
+                *pixels, numbers = self.pipe.run()
             except RuntimeError as error:
                 paths = [self.source.index.paths[each] for each in self.source.chunk(count)]
                 raise decode_error(error, paths) from None
-            yield Images(torch.from_dlpack(pixels.as_tensor()), torch.from_dlpack(numbers.as_tensor()))
+            tensors = tuple(torch.from_dlpack(each.as_tensor()) for each in pixels)
+            yield Crops(tensors, torch.from_dlpack(numbers.as_tensor()))

@@ -4,8 +4,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-# Draws for different things never meet: the order of an epoch, an image in an epoch, a step.
-ORDER, IMAGE, STEP = range(3)
+# Draws for different things never meet: the order of an epoch, an image in an epoch, a step,
+# a view at test time.
+ORDER, IMAGE, STEP, VIEW = range(4)
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

@@ -18,7 +18,7 @@ from fasttrain.pipelines.groups import Groups
 from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, uniforms
 
 _TRIES = 10
-_CROP_DRAWS = 2 * _TRIES + 2
+CROP_DRAWS = 2 * _TRIES + 2
 
 
 class Draws(NamedTuple):
@@ -36,13 +36,13 @@ class Draws(NamedTuple):
 
 def image_draws(seed: int, epoch: int, images: NDArray[np.int64], sizes: NDArray[np.int32], augment: Augment) -> Draws:
     """Draws for images (numbers in the index, int64 [n]) of the given sizes (int32 [n, 2], height and width)."""
-    u = uniforms(seed, IMAGE, epoch, images, _CROP_DRAWS + 1 + autoaugment.DRAWS)
-    crop = random_resized_crop(u[:_CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
-    flip = u[_CROP_DRAWS] < augment.flip
+    u = uniforms(seed, IMAGE, epoch, images, CROP_DRAWS + 1 + autoaugment.DRAWS)
+    crop = random_resized_crop(u[:CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
+    flip = u[CROP_DRAWS] < augment.flip
     if augment.autoaugment == "none":
         op = np.zeros((len(images), 2), np.int32)
         return Draws(crop, flip, op, op.astype(np.float32))
-    return Draws(crop, flip, *autoaugment.choose(u[_CROP_DRAWS + 1 :], augment.autoaugment))
+    return Draws(crop, flip, *autoaugment.choose(u[CROP_DRAWS + 1 :], augment.autoaugment))
 
 
 def random_resized_crop(

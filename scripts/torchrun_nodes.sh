@@ -7,7 +7,7 @@ set -euo pipefail
 nodes=${NODES:-${SLURM_NNODES:?set NODES, NODE_RANK and MASTER}}
 rank=${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK}}
 master=${MASTER:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:?set MASTER}" | head -n1)}
-gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
 [ "$gpus" -gt 0 ] || { echo "torchrun_nodes.sh: no GPU found; set GPUS" >&2; exit 1; }
 exec torchrun --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$gpus" \
     --master-addr "$master" --master-port "${PORT:-29500}" -m fasttrain run "$@"

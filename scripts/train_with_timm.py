@@ -15,7 +15,7 @@ from timm.data import ImageDataset, Mixup, create_loader
 from timm.loss import SoftTargetCrossEntropy
 
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.pipelines.eval import shorter_edge
+from fasttrain.pipelines.views import shorter_edge
 from fasttrain.schedule import lr_at
 
 

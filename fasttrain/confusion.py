@@ -1,0 +1,57 @@
+"""Which classes a network mistakes for which."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.dataset import shown
+from fasttrain.errors import UserError
+
+
+def matrix(labels: NDArray[np.int64], named: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """[classes, classes]: how many images of the row's class are given the column's."""
+    return np.bincount(labels * classes + named, minlength=classes**2).reshape(classes, classes)
+
+
+def told(counts: NDArray[np.int64], classes: Sequence[str], most: int = 5) -> str:
+    """The classes with the lowest share of right answers and the pairs most often confused, as text."""
+    images = counts.sum(1)
+    right = np.where(images > 0, counts.diagonal() / np.maximum(images, 1), 2.0)
+    lines = ["worst classes:"]
+    for label in np.argsort(right, kind="stable")[:most]:
+        if images[label]:
+            lines.append(f"  {right[label]:7.2%} of {images[label]} right: {shown(classes[label])}")
+    wrong = counts - np.diag(counts.diagonal())
+    lines.append("most confused:")
+    for at in np.argsort(-wrong, axis=None, kind="stable")[:most]:
+        label, named = divmod(int(at), len(classes))
+        if wrong[label, named]:
+            times = f"{wrong[label, named]} of {images[label]}"
+            lines.append(f"  {shown(classes[label])} taken for {shown(classes[named])}: {times}")
+    return "\n".join(lines if len(lines) > 2 and lines[-1] != "most confused:" else lines[:-1])
+
+
+def draw(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
+    """A picture of the matrix, each row as shares of its class. Raises UserError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--confusion needs matplotlib: pip install matplotlib") from None
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(16.0, 3 + 0.25 * len(classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set(xlabel="named", ylabel="class")
+    if len(classes) <= 60:
+        names = [shown(each) if len(each) <= 24 else f"{shown(each[:23])}…" for each in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(classes)), names, fontsize=8)
+    if len(classes) <= 20:
+        for row, column in np.argwhere(counts):
+            colour = "black" if shares[row, column] > 0.6 else "white"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(drawn, ax=axes, label="share of the row's class")
+    figure.savefig(path, dpi=100)

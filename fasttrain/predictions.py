@@ -1,0 +1,132 @@
+"""Files of probabilities: what `eval` and `predict` write, and `ensemble` reads. An .npz without pickles."""
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.dataset import shown
+from fasttrain.errors import RunError, UserError
+
+_SIZE = re.compile(r"probs_(\d{1,4})")
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Probabilities of N images over K classes.
+
+    ids: N texts, paths relative to the images' folder, with `/`. classes: K texts. probs: float32 [N, K], rows sum to
+    1. labels: int64 [N] or None. per_size: {pixels: float32 [N, K]} where several sizes were fused into `probs`.
+    """
+
+    ids: NDArray[np.str_]
+    classes: NDArray[np.str_]
+    probs: NDArray[np.float32]
+    labels: NDArray[np.int64] | None = None
+    per_size: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Scores(NamedTuple):
+    """Shares in 0 … 1 over `images` images."""
+
+    top1: float
+    top5: float
+    images: int
+
+
+def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
+    """Top-1 and top-5 of probabilities [N, K]; with five classes or fewer top-5 is 1."""
+    own = probs[np.arange(len(labels)), labels][:, None]
+    # Among equals the first class counts as the higher, as in argmax.
+    before = (probs == own) & (np.arange(probs.shape[1]) < labels[:, None])
+    rank = ((probs > own) | before).sum(1)
+    return Scores(float((rank == 0).mean()), float((rank < 5).mean()), len(labels))
+
+
+def save(predictions: Predictions, path: Path) -> None:
+    """Write a file, whole or not at all. Raises UserError where `path` is something else than such a file."""
+    require_own(path)
+    arrays: dict[str, NDArray] = {
+        "ids": predictions.ids,
+        "classes": predictions.classes,
+        "probs": predictions.probs,
+        **{f"probs_{size}": each for size, each in predictions.per_size.items()},
+    }
+    if predictions.labels is not None:
+        arrays["labels"] = predictions.labels
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(aside, path)
+    except OSError as error:
+        raise RunError(f"cannot write {shown(path)}: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def require_own(path: Path) -> None:
+    """UserError unless `path` can be written without losing what fasttrain did not make."""
+    if path.suffix != ".npz":
+        raise UserError(f"{shown(path)}: probabilities are kept in a .npz file; end the name in .npz")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {shown(path)}: there is no folder {shown(path.parent)}")
+    if path.exists():
+        try:
+            load(path)
+        except UserError:
+            raise UserError(f"{shown(path)} is there and holds no probabilities; name another file") from None
+
+
+def load(path: Path) -> Predictions:
+    """Read a file of anybody's. Raises UserError that names the file and what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # Stored, not compressed, as numpy writes them: then a file cannot unpack to more than its own size.
+            packed = [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
+            names = [each.filename for each in archive.infolist()]
+        if packed or len(set(names)) < len(names):
+            raise ValueError("it is compressed; write it with numpy.savez")
+        with np.load(path, allow_pickle=False) as archive:
+            return _checked({name: archive[name] for name in archive.files})
+    except OSError as error:
+        raise UserError(f"cannot read {shown(path)}: {error.strerror or error}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError, MemoryError) as error:
+        gist = str(error).splitlines()[0] if str(error) else "damaged"
+        raise UserError(f"{shown(path)} holds no probabilities: {shown(gist)}") from None
+
+
+def _checked(arrays: dict[str, NDArray]) -> Predictions:
+    missing = [name for name in ("ids", "classes", "probs") if name not in arrays]
+    if missing:
+        raise ValueError(f"it has no array {missing[0]!r}")
+    ids, classes, probs = arrays["ids"], arrays["classes"], arrays["probs"]
+    for name, each in (("ids", ids), ("classes", classes)):
+        if each.dtype.kind != "U" or each.ndim != 1:
+            raise ValueError(f"{name!r} is not a list of texts")
+        if len(np.unique(each)) < len(each):
+            raise ValueError(f"{name!r} names something twice")
+    if not len(ids) or not len(classes):
+        raise ValueError("it is empty")
+    sizes = {int(found[1]): each for name, each in arrays.items() if (found := _SIZE.fullmatch(name))}
+    for name, each in (("probs", probs), *((f"probs_{size}", each) for size, each in sizes.items())):
+        if each.dtype != np.float32 or each.shape != (len(ids), len(classes)):
+            raise ValueError(f"{name!r} is {each.dtype} {list(each.shape)}, not float32 {[len(ids), len(classes)]}")
+        if not (np.isfinite(each).all() and (each >= 0).all() and np.allclose(each.sum(1), 1, atol=1e-3)):
+            raise ValueError(f"rows of {name!r} are no probabilities: they must be 0 or more and sum to 1")
+    labels = arrays.get("labels")
+    if labels is not None:
+        if labels.dtype != np.int64 or labels.shape != ids.shape:
+            raise ValueError(f"'labels' is {labels.dtype} {list(labels.shape)}, not int64 {[len(ids)]}")
+        if (labels < 0).any() or (labels >= len(classes)).any():
+            raise ValueError("'labels' names classes that are not there")
+    return Predictions(ids, classes, probs, labels, sizes)

@@ -1,0 +1,263 @@
+"""Files of probabilities, ensembles of them, submissions and their scores."""
+
+import io
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, top_k_accuracy_score
+
+from fasttrain import predictions, submission
+from fasttrain.ensemble import agreement, fuse, greedy_weights, load_alike
+from fasttrain.errors import UserError
+from fasttrain.predictions import Predictions
+
+
+def some(seed=0, count=40, classes=7, labels=True) -> Predictions:
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.ones(classes), count).astype(np.float32)
+    ids = np.array([f"img_{number}.JPEG" for number in range(count)])
+    names = np.array([f"n{number:02}" for number in range(classes)])
+    return Predictions(ids, names, probs, np.random.default_rng(9).integers(classes, size=count) if labels else None)
+
+
+def test_a_file_survives(tmp_path):
+    for labels in (True, False):
+        ours = replace(some(labels=labels), per_size={224: some(1).probs, 320: some(2).probs})
+        predictions.save(ours, tmp_path / "p.npz")
+        theirs = predictions.load(tmp_path / "p.npz")
+        for name in ("ids", "classes", "probs", "labels"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        assert theirs.per_size.keys() == {224, 320}
+        np.testing.assert_array_equal(theirs.per_size[320], ours.per_size[320])
+    with np.load(tmp_path / "p.npz", allow_pickle=False) as plain:
+        assert set(plain.files) == {"ids", "classes", "probs", "probs_224", "probs_320"}
+
+
+def test_scores_are_scikit_learns():
+    found = some(count=300, classes=12)
+    assert found.labels is not None
+    ours = predictions.scores(found.probs, found.labels)
+    assert ours.top1 == pytest.approx(accuracy_score(found.labels, found.probs.argmax(1)))
+    assert ours.top5 == pytest.approx(top_k_accuracy_score(found.labels, found.probs, k=5))
+    equal = np.full((4, 6), 1 / 6, np.float32)
+    assert predictions.scores(equal, np.array([0, 1, 4, 5])) == (0.25, 0.75, 4)
+
+
+def archive(**arrays) -> bytes:
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    return packed.getvalue()
+
+
+GOOD = {"ids": np.array(["a"]), "classes": np.array(["x", "y"]), "probs": np.array([[0.5, 0.5]], np.float32)}
+
+
+def compressed() -> bytes:
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **GOOD)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "holds no probabilities"),
+        (b"not a zip", "holds no probabilities"),
+        (archive(**GOOD)[:-30], "holds no probabilities"),
+        (compressed(), "it is compressed"),
+        (archive(**{**GOOD, "ids": np.array(["a"], object)}), "pickle"),
+        (archive(ids=GOOD["ids"], classes=GOOD["classes"]), "no array 'probs'"),
+        (archive(**{**GOOD, "probs": np.array([[0.5, 0.6]], np.float32)}), "sum to 1"),
+        (archive(**{**GOOD, "probs": np.array([[np.nan, 1]], np.float32)}), "sum to 1"),
+        (archive(**{**GOOD, "probs": np.array([[-1, 2]], np.float32)}), "sum to 1"),
+        (archive(**{**GOOD, "probs": np.array([[0.5, 0.5]])}), "float64"),
+        (archive(**{**GOOD, "probs": np.ones((2, 2), np.float32) / 2}), r"not float32 \[1, 2\]"),
+        (archive(**GOOD, labels=np.array([2])), "'labels' names classes"),
+        (archive(**GOOD, labels=np.array([-1])), "'labels' names classes"),
+        (archive(**GOOD, labels=np.array([0.0])), "'labels' is float64"),
+        (archive(**{**GOOD, "classes": np.array(["x", "x"])}), "'classes' names something twice"),
+        (archive(**{**GOOD, "ids": np.array([1])}), "'ids' is not a list of texts"),
+    ],
+)
+def test_files_that_are_no_probabilities_are_refused_in_one_line(tmp_path, content, says):
+    (tmp_path / "p.npz").write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        predictions.load(tmp_path / "p.npz")
+    assert "p.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_damage_gets_past_the_reader(tmp_path_factory, data):
+    """Any change of bytes gives the same probabilities, other valid ones, or one line; never another error."""
+    whole = bytearray(archive(**GOOD, labels=np.array([1])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("fuzz") / "p.npz"
+    path.write_bytes(whole[: data.draw(st.integers(1, len(whole)))])
+    try:
+        found = predictions.load(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.probs.shape == (1, 2)
+
+
+def test_what_is_not_ours_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.npz").write_bytes(b"years of work")
+    np.savez(tmp_path / "other.npz", x=np.ones(3))
+    (tmp_path / "thesis.csv").write_text("years,of work\n")
+    for name in ("thesis.npz", "other.npz"):
+        with pytest.raises(UserError, match="name another file"):
+            predictions.save(some(), tmp_path / name)
+    with pytest.raises(UserError, match="name another file"):
+        submission.write(tmp_path / "thesis.csv", ["a"], [1])
+    with pytest.raises(UserError, match=r"end the name in \.npz"):
+        predictions.save(some(), tmp_path / "p.csv")
+    assert (tmp_path / "thesis.npz").read_bytes() == b"years of work"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["other.npz", "thesis.csv", "thesis.npz"]
+
+
+# ---- fusing
+
+
+@given(st.integers(1, 7), st.integers(0, 1000), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_mean_is_numpys_and_the_order_of_members_makes_no_difference(count, seed, data):
+    members = [some(seed + each).probs for each in range(count)]
+    weights = data.draw(st.none() | st.lists(st.floats(0.01, 9), min_size=count, max_size=count))
+    fused = fuse(members, weights)
+    expected = np.average(np.stack(members).astype(np.float64), axis=0, weights=weights)
+    np.testing.assert_allclose(fused, expected, rtol=1e-6)
+    order = data.draw(st.permutations(range(count)))
+    again = fuse([members[at] for at in order], None if weights is None else [weights[at] for at in order])
+    np.testing.assert_allclose(again, fused, rtol=0, atol=0 if weights is None else 1e-7)
+
+
+def test_long_files_are_fused_in_pieces():
+    members = [some(seed, count=5000).probs for seed in (0, 1)]
+    np.testing.assert_allclose(fuse(members), (members[0] + members[1]) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda p: replace(p, ids=p.ids[::-1]),
+            r"ids differ: number 0 is 'img_39\.JPEG' in \S*b\.npz and 'img_0\.JPEG'",
+        ),
+        (lambda p: replace(p, classes=np.array([*p.classes[:-1], "zebra"])), "classes differ: number 6 is 'zebra'"),
+        (lambda p: replace(p, ids=p.ids[:-1], probs=p.probs[:-1], labels=p.labels[:-1]), "has 39 ids"),
+        (lambda p: replace(p, labels=(p.labels + 1) % 7), "labels differ: number 0"),
+        (lambda p: replace(p, labels=None), "has no labels"),
+    ],
+)
+def test_members_that_differ_are_refused_by_the_first_difference(tmp_path, change, says):
+    predictions.save(some(0), tmp_path / "a.npz")
+    predictions.save(change(some(1)), tmp_path / "b.npz")
+    with pytest.raises(UserError, match=says):
+        load_alike([tmp_path / "a.npz", tmp_path / "b.npz"])
+
+
+def test_greedy_weights_leave_out_what_does_not_help():
+    """A good model, one that errs elsewhere, and noise: the fit beats each alone and the plain mean."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(5, size=2000)
+    truth = np.eye(5, dtype=np.float32)[labels]
+
+    def model(strength: float, seed: int) -> np.ndarray:
+        noise = np.random.default_rng(seed).dirichlet(np.ones(5), 2000)
+        return (strength * truth + (1 - strength) * noise).astype(np.float32)
+
+    members = [model(0.25, 1), model(0.25, 2), model(0.0, 3)]
+    weights = greedy_weights(members, labels)
+    assert sum(weights) == pytest.approx(1) and weights[2] < 0.1 and min(weights[:2]) > 0.2
+
+    def top1(probs) -> float:
+        return predictions.scores(probs, labels).top1
+
+    assert top1(fuse(members, weights)) >= max(top1(fuse(members)), *map(top1, members))
+
+
+def test_greedy_weights_equal_a_search_over_all_counts():
+    """Two members and few images: no other split of the rounds is better."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(3, size=60)
+    members = [rng.dirichlet(np.ones(3), 60).astype(np.float32) for _ in range(2)]
+    found = predictions.scores(fuse(members, greedy_weights(members, labels)), labels).top1
+    single = [predictions.scores(each, labels).top1 for each in members]
+    assert found >= max(single)
+
+
+def test_agreement_is_the_share_of_equal_answers():
+    members = [some(seed).probs for seed in range(3)]
+    found = agreement(members)
+    for a in range(3):
+        for b in range(3):
+            assert found[a, b] == pytest.approx(accuracy_score(members[a].argmax(1), members[b].argmax(1)))
+
+
+# ---- submissions
+
+
+def official_score(labels, submission_) -> float:
+    """What the challenge's scorer computes, read from its description: rows matched by id, missing ones passed over."""
+    truth, told = (
+        {row.split(",")[0]: int(row.split(",")[1]) for row in path.read_text().splitlines()[1:]}
+        for path in (labels, submission_)
+    )
+    hits = [truth[name] == told[name] for name in truth if name in told]
+    return sum(hits) / len(hits)
+
+
+def test_a_submission_is_the_challenges_bytes_and_scores(tmp_path):
+    ids = [f"imgs/img_{number}.JPEG" for number in range(12)]
+    submission.write(tmp_path / "s.csv", ids, list(range(12)))
+    lines = (tmp_path / "s.csv").read_bytes().decode().split("\n")
+    assert lines[0] == "Image IDs,Predictions" and lines[1] == "img_0.JPEG,0" and lines[2] == "img_1.JPEG,1"
+    assert lines[3] == "img_10.JPEG,10" and lines[-1] == "" and len(lines) == 14
+    (tmp_path / "labels.csv").write_text("Image IDs,Labels\n" + "".join(f"img_{n}.JPEG,{n // 2}\n" for n in range(24)))
+    with pytest.raises(UserError, match=r"lacks image 'img_12\.JPEG' \(and 11 more\)"):
+        submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
+    submission.write(
+        tmp_path / "s.csv", [f"img_{n}.JPEG" for n in range(24)], [n // 2 if n % 3 else 0 for n in range(24)]
+    )
+    ours = submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
+    assert ours == (pytest.approx(official_score(tmp_path / "labels.csv", tmp_path / "s.csv")), 24)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("a,0\nb,1\na,1\n", "line 4: 'a' is named a second time"),
+        ("a,0\nb,1\nc,1\n", "has the foreign image 'c'"),
+        ("a,0\nb,2\n", "'b' has class 2; classes are 0 … 1"),
+        ("a,0\nb,-1\n", "'-1' is no class"),
+        ("a,0\nb,1.0\n", "no class"),
+        ("a,0\nb\n", "line 3: a row is an id and a class, not 1 values"),
+        ("a,0\n", "lacks image 'b'"),
+        ("a,0\nb,99999999999999999999\n", "no class"),
+    ],
+)
+def test_submissions_that_are_wrong_are_refused(tmp_path, rows, says):
+    (tmp_path / "s.csv").write_text("Image IDs,Predictions\n" + rows)
+    (tmp_path / "labels.csv").write_text("Image IDs,Labels\na,0\nb,1\n")
+    with pytest.raises(UserError, match=says):
+        submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
+
+
+def test_ids_that_end_alike_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"two images are called 'x\.jpg'"):
+        submission.write(tmp_path / "s.csv", ["a/x.jpg", "b/x.jpg"], [0, 1])
+
+
+def test_zip_entries_named_twice_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "p.npz", "w") as packed, pytest.warns(UserWarning, match="Duplicate"):
+        packed.writestr("probs.npy", b"x")
+        packed.writestr("probs.npy", b"x")
+    with pytest.raises(UserError, match="holds no probabilities"):
+        predictions.load(tmp_path / "p.npz")
