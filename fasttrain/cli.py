@@ -17,6 +17,7 @@ from fasttrain.errors import UserError
 if TYPE_CHECKING:
     from fasttrain.config import Recipe
     from fasttrain.dataset import Index
+    from fasttrain.place import Placed
     from fasttrain.predictions import Predictions
 
 
@@ -171,7 +172,8 @@ def _program() -> str:
     if called.endswith("__main__.py"):
         return "python -m fasttrain"
     on_path = shutil.which("fasttrain")
-    return "fasttrain" if on_path and os.path.abspath(called) == os.path.abspath(on_path) else called
+    elsewhere = not on_path or os.path.abspath(called) != os.path.abspath(on_path)
+    return called if elsewhere and Path(called).name == "fasttrain" else "fasttrain"
 
 
 def _chosen(arch: str | None, recipe_name: str | None, loss: str | None = None) -> "Recipe":
@@ -427,6 +429,48 @@ def data_demo(folder: Path, seed: int) -> None:
     made = demo.make(folder, seed)
     what = "made" if made else "already there:"
     click.echo(f"{what} {dataset.shown(folder)}: {len(demo.CLASSES)} classes, 500 train and 250 val images")
+
+
+_link_option = click.option("--link/--copy", default=False, help="Hard links instead of copies. Default: copies.")
+
+
+@data_.command("vipriors")
+@click.option("--imagenet", required=True, type=_folder, metavar="DIR", help="Holds train/<wnid>/ and val/.")
+@click.option("--out", required=True, type=_folder, metavar="DIR", help="The set to make.")
+@_link_option
+def data_vipriors(imagenet: str, out: str, link: bool) -> None:
+    """Build the VIPriors challenge's ImageNet-50 from a local ImageNet: OUT/train, OUT/val (50 images a class each)
+    and OUT/test/imgs, with labels.csv for offline scoring.
+
+    The same command again goes on where it was stopped.
+    """
+    from fasttrain import vipriors
+
+    _say_placed(out, vipriors.prepare(Path(imagenet), Path(out), link))
+
+
+@data_.command("cut")
+@click.argument("folder", metavar="DIR", type=_folder)
+@click.option("--per-class", required=True, type=click.IntRange(1), help="Training images a class.")
+@click.option("--val-per-class", type=click.IntRange(0), help="Validation images a class. Default: as many.")
+@click.option("--out", required=True, type=_folder, metavar="DIR", help="The set to make.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Other seed, other images.")
+@_link_option
+def data_cut(folder: str, per_class: int, val_per_class: int | None, out: str, seed: int, link: bool) -> None:
+    """Draw OUT/train and OUT/val, a few images a class each, from a folder of class folders."""
+    from fasttrain import cut
+
+    val = per_class if val_per_class is None else val_per_class
+    _say_placed(out, cut.make(Path(folder), per_class, val, Path(out), seed, link))
+
+
+def _say_placed(out: str, placed: "Placed") -> None:
+    from fasttrain.dataset import shown
+
+    counts = ", ".join(f"{count} {split}" for split, count in placed.counts.items())
+    before = sum(placed.counts.values()) - placed.new
+    was = f" ({before} were there from before)" if placed.made and before else ""
+    click.echo(f"{'made' if placed.made else 'already there:'} {shown(out)}: {counts} images{was}")
 
 
 @main.command("recipes")

@@ -28,6 +28,7 @@ from scipy import stats
 from fasttrain import checkpoint, dataset, recipes
 from fasttrain.config import Augment, Ema, Init, Mix, Optim, Recipe
 from fasttrain.distributed import ranks
+from fasttrain.losses.triplet import Triplet
 from fasttrain.train import settle, train
 
 
@@ -48,9 +49,15 @@ ROWS = (
     Row("+ EMA of the weights", "cutmix", beside="+ CutMix", averaged=True),
     Row("stage 2: CE again", "stage2-ce", beside="+ CutMix"),
     Row("stage 2: CE + triplet", "stage2-triplet", beside="stage 2: CE again"),
+    Row("stage 2: CE + 0.1 triplet", "stage2-light-triplet", beside="stage 2: CE again"),
     Row("stage 2: CE + ArcFace", "stage2-arcface", beside="stage 2: CE again"),
 )
-COMBINATION = {"stage2-ce": "ce", "stage2-triplet": "ce+triplet", "stage2-arcface": "ce+arcface"}
+COMBINATION = {
+    "stage2-ce": "ce",
+    "stage2-triplet": "ce+triplet",
+    "stage2-light-triplet": "ce+triplet",
+    "stage2-arcface": "ce+arcface",
+}
 
 
 def main() -> None:
@@ -137,6 +144,8 @@ def recipe_of(args: argparse.Namespace, run: str, seed: int, stage1: Path) -> Re
         whole = recipes.second_stage(whole, COMBINATION[run])
         # Another seed, so that the control does not see stage 1's batches again.
         whole = replace(whole, seed=1000 + seed, init=Init(weights=str(stage1), averaged=False))
+    if run == "stage2-light-triplet":
+        whole = replace(whole, losses=(whole.losses[0], Triplet(weight=0.1)))
     return replace(whole, machine=replace(whole.machine, workers=args.workers, log_steps=100))
 
 

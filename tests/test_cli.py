@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from fasttrain import __version__, dataset, demo, recipes
+from fasttrain import __version__, dataset, demo, predictions, recipes
 from fasttrain.cli import main
 
 TINY = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--device", "cpu"]
@@ -29,7 +30,7 @@ def test_help_needs_neither_torch_nor_dali_nor_timm():
 
 
 def test_every_command_has_help():
-    for name in ("run", "eval", "data", "recipes", "show", "doctor"):
+    for name in ("run", "eval", "predict", "ensemble", "score", "data", "recipes", "show", "doctor"):
         assert name in call("--help").output
         assert "Usage" in call(name, "--help").output
 
@@ -92,7 +93,12 @@ def test_options_reach_the_recipe(demo_set, tmp_path):
     [
         ([], "name a network with --arch"),
         (["--arch", "tresnet_x"], "tresnet_xl"),
-        (["--arch", "resnet18", "--recipe", "x"], "exclude each other"),
+        (["--arch", "resnet18", "--recipe", "x"], "--recipe excludes --arch and --loss"),
+        (["--recipe", "x", "--loss", "ce"], "--recipe excludes --arch and --loss"),
+        (["--arch", "test_resnet", "--loss", "ce+arcface"], "arcface does not converge from random weights"),
+        (["--arch", "test_resnet", "--loss", "ce+triplet", "--init", "nowhere"], "nowhere is no checkpoint"),
+        (["--arch", "test_resnet", "--loss", "ce+triplet", "--batch-size", "25"], "25 is not a multiple of images_per"),
+        (["--recipe", "bag_of_tricks/distillation", "--batch-size", "9"], "distillation needs a teacher"),
         (["--recipe", "nothing"], "no recipe 'nothing'"),
         (["--recipe", "nothing.toml"], "cannot read the recipe nothing.toml"),
         (["--arch", "test_resnet", "--data", "nowhere"], "no such folder"),
@@ -147,12 +153,131 @@ def test_show_draws_the_batch_of_a_step(demo_set, tmp_path):
     assert "end the name in .png" in call(*args, "--out", tmp_path / "a.jpg", status=2).stderr
 
 
+@pytest.fixture(scope="module")
+def trained(demo_set, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    call("run", *TINY, "--data", demo_set, "--epochs", 1, "--out", out, "--set", "ema.decay=0.5")
+    return out
+
+
+def test_a_second_stage_goes_on_from_the_first(trained, demo_set, tmp_path):
+    args = [*TINY, "--data", demo_set, "--epochs", 1, "--init", trained]
+    arcface = call("run", *args, "--loss", "ce+arcface", "--out", tmp_path / "a")
+    assert "init: " in arcface.stderr and "starting random: cosine.weight" in arcface.stderr
+    triplet = call("run", *args, "--batch-size", 20, "--loss", "ce+triplet", "--out", tmp_path / "t")
+    assert "batches of 5 classes x 4 images; 480 of 500 images an epoch" in triplet.stderr
+    recipe = recipes.by_name(str(tmp_path / "t" / "recipe.toml"))
+    assert recipe.name == "test_resnet-ce+triplet" and recipe.init.weights == str(trained)
+    # Its weights evaluate like any others, without the second head.
+    assert "of 250 images" in call("eval", tmp_path / "a", "--data", demo_set, "--device", "cpu").stdout
+
+
+def test_eval_predict_ensemble_and_score_work_together(trained, demo_set, tmp_path):
+    val = demo_set / "val"
+    common = ["--device", "cpu", "--views", "report", "--sizes", "24,32"]
+    told = call("eval", trained, "--data", val, *common, "--out", tmp_path / "a.npz", "--confusion", tmp_path / "c.png")
+    lines = told.stdout.splitlines()
+    assert lines[0].startswith("   24 px: top-1 ") and lines[1].startswith("   32 px: top-1 ")
+    assert lines[2].startswith("   fused: top-1 ") and "of 250 images" in lines[2]
+    assert "worst classes:" in lines and "most confused:" in lines
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.width > 300
+    call("eval", trained, "--data", val, "--device", "cpu", "--raw", "--out", tmp_path / "b.npz")
+    call("predict", trained, "--images", val, *common, "--out", tmp_path / "p.npz")
+    with_labels, without = (predictions.load(tmp_path / name) for name in ("a.npz", "p.npz"))
+    assert without.labels is None and with_labels.ids.tolist() == without.ids.tolist()
+    np.testing.assert_array_equal(with_labels.probs, without.probs)
+    assert with_labels.labels is not None
+    expected = predictions.scores(with_labels.probs, with_labels.labels)
+    assert f"fused: top-1 {expected.top1:.2%}, top-5 {expected.top5:.2%}" in lines[2]
+
+    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    fused = call("ensemble", *files, "--out", tmp_path / "f.npz", "--submission", tmp_path / "s.csv", status=2)
+    assert "two images are called" in fused.stderr  # 000.jpg of two classes
+    own = [
+        f"top-1 {predictions.scores(p.probs, p.labels).top1:.2%}"
+        for p in map(predictions.load, files)
+        if p.labels is not None
+    ]
+    text = call("ensemble", *files, "--fit", files[0], "--fit", files[1], "--out", tmp_path / "f.npz").stdout
+    assert all(each in text for each in own) and "weight " in text and "100.0%" in text
+    weighted = call("ensemble", *files, "--weights", "3,1", "--out", tmp_path / "f.npz").stdout
+    assert "weight 0.750" in weighted and "fused: top-1" in weighted
+    one, two = (predictions.load(each).probs for each in files)
+    np.testing.assert_allclose(predictions.load(tmp_path / "f.npz").probs, 0.75 * one + 0.25 * two, atol=1e-6)
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(val.rglob("*.jpg"))[::10]):
+        (flat / f"img_{number}.JPEG").write_bytes(path.read_bytes())
+    call("predict", trained, "--images", flat, "--device", "cpu", "--out", tmp_path / "flat.npz")
+    call("ensemble", tmp_path / "flat.npz", "--submission", tmp_path / "s.csv")
+    labels = [f"img_{number}.JPEG,{number * 10 // 25}" for number in range(25)]
+    (tmp_path / "labels.csv").write_text("Image IDs,Labels\n" + "\n".join(labels) + "\n")
+    top1 = call("score", tmp_path / "s.csv", "--labels", tmp_path / "labels.csv").stdout
+    found = predictions.load(tmp_path / "flat.npz")
+    hits = [int(found.probs[found.ids.tolist().index(f"img_{n}.JPEG")].argmax()) == n * 10 // 25 for n in range(25)]
+    assert top1 == f"top-1 {np.mean(hits):.4f} of 25 images\n"
+
+
+def test_averaged_weights_are_what_eval_takes(trained, demo_set):
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    last = next(each for each in log if each["event"] == "eval")
+    for option, top1 in (([], last["ema"]["top1"]), (["--raw"], last["top1"])):
+        assert f"top-1 {top1:.2%}" in call("eval", trained, "--data", demo_set, "--device", "cpu", *option).stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["eval", "RUN", "--data", "SET", "--out", "p.csv"], "end the name in .npz"),
+        (["eval", "RUN", "--data", "SET", "--sizes", "a"], "--sizes a: numbers of pixels with commas"),
+        (["eval", "RUN", "--data", "SET", "--sizes", "2"], "--sizes 2"),
+        (["eval", "RUN", "--data", "SET", "--confusion", "c.jpg"], "end the name in .png"),
+        (["predict", "RUN", "--images", "RUN", "--out", "p.npz"], "there is no image in"),
+        (["predict", "nothing", "--images", "SET", "--out", "p.npz"], "is no checkpoint"),
+        (["ensemble", "nothing.npz"], "cannot read nothing.npz"),
+        (["ensemble", "nothing.npz", "--weights", "1,2"], "--weights 1,2: 1 numbers"),
+        (["ensemble", "nothing.npz", "--weights", "0"], "not all 0"),
+        (["ensemble", "a.npz", "--fit", "a.npz", "--fit", "b.npz"], "--fit is given 2 times for 1 files"),
+        (["ensemble", "a.npz", "--fit", "a.npz", "--weights", "1"], "exclude each other"),
+        (["score", "nothing.csv", "--labels", "nothing.csv"], "cannot read nothing.csv"),
+    ],
+)
+def test_mistakes_of_the_other_commands_get_one_line(trained, demo_set, tmp_path, monkeypatch, command, says):
+    monkeypatch.chdir(tmp_path)
+    names = {"RUN": str(trained), "SET": str(demo_set)}
+    result = call(*[names.get(each, each) for each in command], status=2)
+    complaint = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(complaint) == 1 and says in complaint[0] and not list(tmp_path.iterdir())
+
+
 def test_data_demo_makes_the_set_once(tmp_path):
     assert "made" in call("data", "demo", tmp_path / "set").stdout
     assert "already there" in call("data", "demo", tmp_path / "set").stdout
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("x")
     assert "is not empty" in call("data", "demo", tmp_path / "mine", status=2).stderr
+
+
+def test_data_cut_draws_a_set_that_trains(demo_set, tmp_path):
+    args = ["data", "cut", demo_set / "train", "--per-class", 6, "--val-per-class", 2, "--out", tmp_path / "cut"]
+    assert "made" in call(*args).stdout and "60 train, 20 val images" in call(*args).stdout
+    assert "already there" in call(*args).stdout
+    assert (
+        "60 images of 10 classes; validation: 20" in call("run", *TINY, "--data", tmp_path / "cut", "--dry-run").stdout
+    )
+    assert "has 50 images and the cut needs 51" in call(*args[:3], "--per-class", 50, "--val-per-class", 1,
+                                                        "--out", tmp_path / "more", status=2).stderr  # fmt: skip
+
+
+def test_data_vipriors_says_what_is_missing(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "imagenet" / part).mkdir(parents=True)
+    args = ["data", "vipriors", "--imagenet", tmp_path / "imagenet", "--out", tmp_path / "out"]
+    said = call(*args, status=2).stderr.strip().splitlines()[-1]
+    assert "150000 of 150000 source files are missing" in said and "out.missing.txt" in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_eval_refuses_other_classes_and_what_is_no_checkpoint(demo_set, tmp_path):

@@ -23,7 +23,7 @@ LAYERS = [
         "schedule",
         "meter",
         "predictions",
-        "submission",
+        "submission", "place", "vipriors", "cut",
         "confusion",
         "errors",
         "",
