@@ -40,10 +40,10 @@ from fasttrain.errors import UserError
 _BAD = {"empty", "truncated", "corrupt", "crash", "dali-refuses", "not-an-image", "unsupported", "absurd-size"}
 _BAD |= {"unreadable", "empty-class"}
 LIMITS = (
-    "Not seen by this check: flipped bits that still decode. libjpeg warns of about half of those in a JPEG, nothing "
-    "warns of those in the pixels of a WebP, BMP or TIFF; only a manifest of hashes, made when the files were known to "
-    "be good, finds the rest. Nor are wrong labels, copies that are not equal byte for byte, or the second and later "
-    "images of a file looked for."
+    "Not seen by this check: changed bytes that still decode. Of a JPEG's, libjpeg notices about one single bit in "
+    "four and nine in ten blocks of 512 zeroed bytes; in the pixels of a WebP, BMP or TIFF hardly anything is noticed. "
+    "Only a manifest of hashes, made while the files were known to be good, finds the rest. Nor does it look for wrong "
+    "labels, for copies that are not equal byte for byte, or at the second and later images in a file."
 )
 _MOST_SIDE, _LEAST_SIDE = 16384, 4  # pixels; PIL itself refuses areas beyond 179 million
 _MOST_BYTES = 2**30
@@ -73,7 +73,7 @@ _OTHERS = {
 }
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither a stuffed byte, nor fill, nor a restart
 _LIBJPEG = re.compile(r"Corrupt JPEG data.*|Premature end of JPEG.*|Inconsistent progression.*")
-_ANSI_AND_ADDRESS = re.compile(r"\x1b\[[0-9;]*m| object at 0x[0-9a-f]+")
+_ANSI_AND_ADDRESS = re.compile(r"\x1b\[[0-9;]*m| ?<\S+ object at 0x[0-9a-f]+>")
 T = TypeVar("T")
 
 
@@ -523,7 +523,7 @@ def _compare(look: _Look, shape: Sequence[int] | None, said: str) -> None:
         gist = f" ({_plain(lines[0])})" if lines else ""
         look.problem = ("dali-refuses", f"DALI: cannot decode it{gist}; PIL decodes it")
     elif warned:
-        look.problem = ("corrupt", f"libjpeg: {_plain(warned[0])}; PIL and DALI decode it, in part as garbage")
+        look.problem = ("corrupt", f"libjpeg: {_plain(warned[0])}; PIL and DALI decode it in silence")
     elif tuple(shape[1::-1]) != look.size:
         sizes = f"{look.size[0]} x {look.size[1]} pixels for PIL, {shape[1]} x {shape[0]} for DALI"
         look.problem = ("corrupt", f"the decoders disagree: {sizes}")

@@ -78,6 +78,8 @@ _file = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Go on from the run's last checkpoint, start over (the old run is moved aside), or from PATH.",
 )
+@click.option("--on-bad", type=click.Choice(["stop", "skip"]), default=None,
+              help="A training image that cannot be decoded ends the run (stop, default) or is replaced.")  # fmt: skip
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
 @click.option("--dry-run", is_flag=True, help="Print what would be done and stop.")  # fmt: skip
@@ -97,6 +99,7 @@ def run(
     workers: int | None,
     device: str | None,
     resume: str,
+    on_bad: str | None,
     compiled: bool | None,
     settings: tuple[str, ...],
     dry_run: bool,
@@ -128,6 +131,7 @@ def run(
         ("seed", seed),
         ("machine.workers", workers),
         ("machine.device", device),
+        ("data.on_bad", on_bad),
         ("init.weights", init and json.dumps(os.path.abspath(init))),
     ]
     if compiled is not None:

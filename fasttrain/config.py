@@ -18,10 +18,18 @@ def _require(holds: bool, key: str, rule: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Where the images are. No `train` folder means the demo set; no `val` means DIR/val where DIR/train is used."""
+    """Where the images are. No `train` folder means the demo set; no `val` means DIR/val where DIR/train is used.
+
+    on_bad: what a training image that cannot be decoded does: `stop` ends the run, `skip` trains on the next image of
+    its class (by name, that can be decoded) in its place. Validation always stops.
+    """
 
     train: tuple[str, ...] = ()
     val: str = ""
+    on_bad: str = "stop"
+
+    def __post_init__(self) -> None:
+        _require(self.on_bad in ("stop", "skip"), "on_bad", "stop or skip", self.on_bad)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Index:
     """N images of K classes.
 
     paths: N absolute paths. ids: N texts, each path relative to its folder, with `/`. labels: int64 [N].
-    sizes: int32 [N, 2], (height, width) as stored, before any EXIF rotation. classes: K names, sorted as text.
+    sizes: int32 [N, 2], (height, width) as stored, before any EXIF rotation; 0 where a header cannot be read.
+    classes: K names, sorted as text.
     """
 
     paths: tuple[str, ...]
@@ -80,7 +81,8 @@ def open_data(data: "Data") -> tuple[Index, Index | None]:
     for at, folder in enumerate(resolved):
         if folder in resolved[:at]:
             raise UserError(f"--data {shown(folders[at])} is named twice; each image would count double")
-    train_index = merge([scan(folder) for folder in folders], folders)
+    skip = data.on_bad == "skip"
+    train_index = merge([scan(folder, keep_unreadable=skip) for folder in folders], folders)
     if not val:
         return train_index, None
     if Path(val).resolve() in resolved:
@@ -126,7 +128,7 @@ def merge(indices: Sequence[Index], folders: Sequence[Path]) -> Index:
     )
 
 
-def scan(folder: str | Path, *, progress: bool = True) -> Index:
+def scan(folder: str | Path, *, progress: bool = True, keep_unreadable: bool = False) -> Index:
     """Index a folder of class folders.
 
     Hidden files, files that are not images by extension, folders inside class folders and links that leave the
@@ -134,7 +136,7 @@ def scan(folder: str | Path, *, progress: bool = True) -> Index:
     times of change of all files are what they were.
 
     Raises UserError: the folder is missing or has no class folders, a class has no images, there is one class only,
-    or a file's header cannot be read (each named).
+    or a file's header cannot be read (each named), unless keep_unreadable, which gives such a file the size 0.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -150,6 +152,8 @@ def scan(folder: str | Path, *, progress: bool = True) -> Index:
         more = f" (nor have {len(empty) - 1} other classes)" if len(empty) > 1 else ""
         raise UserError(f"class folder {shown(root / empty[0])} has no images directly in it{more}; fill or remove it")
     paths, sizes = _with_sizes(root, relative, stamp, progress)
+    if not keep_unreadable:
+        _refuse_unreadable(paths, sizes)
     return Index(paths, tuple(relative), np.array(labels, np.int64), sizes, tuple(classes))
 
 
@@ -182,6 +186,7 @@ def scan_unlabelled(folder: str | Path, *, progress: bool = True) -> Index:
     for name in relative:
         digest.update(stamps[name].encode(errors="surrogateescape"))
     paths, sizes = _with_sizes(root, relative, digest.hexdigest(), progress)
+    _refuse_unreadable(paths, sizes)
     return Index(paths, tuple(relative), np.full(len(paths), -1, np.int64), sizes, ())
 
 
@@ -262,12 +267,15 @@ def _read_sizes(paths: Sequence[str], progress: bool) -> NDArray[np.int32]:
         # `disable=None` hides the bar where stderr is not a terminal.
         found = pool.map(_header_size, paths)
         bar = tqdm(found, total=len(paths), desc="reading headers", unit="file", disable=None if progress else True)
-        sizes = np.array(list(bar), np.int32).reshape(-1, 2)
+        return np.array(list(bar), np.int32).reshape(-1, 2)
+
+
+def _refuse_unreadable(paths: Sequence[str], sizes: NDArray[np.int32]) -> None:
     bad = np.flatnonzero(sizes[:, 0] == 0)
     if len(bad):
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"not a readable image: {shown(paths[int(bad[0])])}{more}; mend or remove it")
-    return sizes
+        advice = "mend or remove it; `fasttrain data check` names every bad file"
+        raise UserError(f"not a readable image: {shown(paths[int(bad[0])])}{more}; {advice}")
 
 
 def _header_size(path: str) -> tuple[int, int]:

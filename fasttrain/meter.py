@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fasttrain.dataset import shown
 from fasttrain.distributed import Ranks
 from fasttrain.predictions import Scores
 
@@ -41,16 +42,17 @@ class Meter:
 class Log:
     """log.jsonl (one JSON object a line), the progress bar on stderr and, where installed, TensorBoard.
 
-    Only rank 0 has an open log; on the others every call does nothing.
+    Only rank 0 has an open log; on the others every call but `skip` does nothing.
     """
 
     def __init__(self, out: Path, ranks: Ranks, *, start_step: int, steps: int, batch_size: int) -> None:
-        self.open = ranks.first
+        self.open, self.rank = ranks.first, ranks.rank
+        self.path = out / "log.jsonl"
         self.steps, self.batch_size = steps, batch_size
         self.last_step, self.last_time = start_step, time.perf_counter()
         if not self.open:
             return
-        self.file = (out / "log.jsonl").open("a", encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
         self.board = _tensorboard(out)
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
@@ -59,6 +61,14 @@ class Log:
         if self.open:
             self.file.write(json.dumps({"event": event, **values}) + "\n")
             self.file.flush()
+
+    def skip(self, skip: tuple[str, str, str]) -> None:
+        """An image that is not trained on (see `faults.Skip`). Every rank tells its own."""
+        path, reason, substitute = map(shown, skip)
+        line = json.dumps({"event": "skip", "rank": self.rank, "path": path, "reason": reason, "instead": substitute})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        tqdm.write(f"skipping {path}: {reason}; instead: {substitute}", file=sys.stderr)
 
     def advance(self) -> None:
         if self.open:

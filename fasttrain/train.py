@@ -126,7 +126,8 @@ def train(
     for line in filter(None, (came_from, about_groups(plan))):
         log.event("note", text=line)
         log.say(line)
-    stream = batches(plan, train_index, device, threads, start)
+    skip = log.skip if recipe.data.on_bad == "skip" else None
+    stream = batches(plan, train_index, device, threads, start, on_skip=skip)
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
     logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
     try:

@@ -1,13 +1,14 @@
 """Finding the file behind a pipeline's error: DALI does not know the names of files that it did not read itself."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
-from fasttrain.dataset import shown
+from fasttrain.dataset import Index, shown
 from fasttrain.errors import RunError
 
 
@@ -17,20 +18,60 @@ def _decode_one() -> Any:
     return fn.decoders.image(fn.io.file.read(path), output_type=types.RGB, adjust_orientation=False)
 
 
+def trouble(path: str) -> str:
+    """Why an image cannot be read and decoded, or nothing where it can."""
+    try:
+        if os.path.getsize(path) == 0:
+            return "the file is empty"
+        pipe = _decode_one()  # afresh each time: after some errors a pipeline fails for ever
+        pipe.build()
+        pipe.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
+        pipe.run()
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except RuntimeError:  # DALI's reason is a number, or nothing
+        return "it is damaged, or no image that DALI reads"
+    return ""
+
+
+class Skip(NamedTuple):
+    """An image that is not trained on, why not, and the one that takes its place wherever it comes; paths."""
+
+    path: str
+    reason: str
+    substitute: str
+
+
+def substitutes(
+    index: Index, numbers: NDArray[np.int64], replacement: NDArray[np.int64]
+) -> Iterator[tuple[int, int, Skip]]:
+    """(number, substitute's number, Skip) for each of the images that cannot be decoded.
+
+    The substitute is the next image of the class in the index, after the last again the first, that can be decoded:
+    it depends on the files alone. replacement: int64 [N], the images found so far, others in their own place. Raises
+    RunError where a class has no image that can be decoded.
+    """
+    for number in numbers.tolist():
+        reason = "its header cannot be read" if index.sizes[number, 0] == 0 else trouble(index.paths[number])
+        if not reason:
+            continue
+        same = np.flatnonzero(index.labels == index.labels[number])
+        start = int(np.searchsorted(same, number)) + 1
+        for other in np.roll(same, -start)[:-1].tolist():
+            if index.sizes[other, 0] and replacement[other] == other and not trouble(index.paths[other]):
+                yield number, other, Skip(index.paths[number], reason, index.paths[other])
+                break
+        else:
+            name = shown(index.classes[index.labels[number]])
+            raise RunError(f"no image of class {name!r} can be decoded, such as {shown(index.paths[number])}")
+
+
 def decode_error(error: Exception, paths: Sequence[str]) -> RunError:
     """A RunError that names the first of `paths` that cannot be read and decoded, or all of the batch if each can."""
     for path in paths:
-        try:
-            if os.path.getsize(path) == 0:
-                return RunError(f"cannot decode {shown(path)}: the file is empty")
-            pipe = _decode_one()  # afresh each time: after some errors a pipeline fails for ever
-            pipe.build()
-            pipe.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
-            pipe.run()
-        except OSError as reason:
-            return RunError(f"cannot read {shown(path)}: {reason.strerror}")
-        except RuntimeError:  # DALI's reason is a number, or nothing
-            return RunError(f"cannot decode {shown(path)}: damaged, or no image that DALI reads; mend or remove it")
+        reason = trouble(path)
+        if reason:
+            return RunError(f"cannot decode {shown(path)}: {reason}; mend or remove it")
     few = ", ".join(shown(path) for path in paths[:3])
     return RunError(f"the data pipeline failed on a batch of {len(paths)} files ({few}, …): {_gist(error)}")
 

@@ -1,19 +1,20 @@
 """The training pipeline: files to augmented uint8 batches, on a GPU or a CPU from one definition."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from fasttrain.dataset import Index
 from fasttrain.pipelines import autoaugment
-from fasttrain.pipelines.faults import decode_error
+from fasttrain.pipelines.faults import Skip, decode_error, substitutes
 from fasttrain.pipelines.plan import Plan
 
 PREFETCH = 2  # batches ahead of the one that trains
@@ -37,12 +38,14 @@ class Source:
     index: Index
     start_step: int
     stop_step: int
+    replacement: NDArray[np.int64] | None = None  # [N], the image to take instead of each; None: each itself
+    first: int = 0  # batches to pass over
 
     def __call__(self, info: types.BatchInfo) -> tuple[Any, ...]:
-        step, micro = self.position(info.iteration)
+        step, _ = self.position(info.iteration)
         if step >= self.stop_step:
             raise StopIteration
-        numbers = self.plan.images(step, micro)
+        numbers = self.numbers(info.iteration)
         draws = self.plan.draws(step, numbers, self.index.sizes[numbers])
         crop = draws.crop
         batch: list[Any] = [
@@ -60,9 +63,14 @@ class Source:
                 batch += autoaugment.arguments(op, strength, self.plan.image_size)
         return tuple(batch)
 
+    def numbers(self, batch: int) -> NDArray[np.int64]:
+        """The images of the batch-th batch, int64 [micro_batch]."""
+        numbers = self.plan.images(*self.position(batch))
+        return numbers if self.replacement is None else self.replacement[numbers]
+
     def position(self, batch: int) -> tuple[int, int]:
-        """Global step and micro-batch of the batch-th batch since the start."""
-        step, micro = divmod(batch, self.plan.micro_batches)
+        """Global step and micro-batch of the batch-th batch after the first ones."""
+        step, micro = divmod(self.first + batch, self.plan.micro_batches)
         return self.start_step + step, micro
 
 
@@ -129,20 +137,46 @@ def build(source: Source, device: torch.device, threads: int) -> Pipeline:
 
 
 def batches(
-    plan: Plan, index: Index, device: torch.device, threads: int, start_step: int = 0, stop_step: int | None = None
+    plan: Plan,
+    index: Index,
+    device: torch.device,
+    threads: int,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    on_skip: Callable[[Skip], object] | None = None,
 ) -> Iterator[Images]:
     """This rank's micro-batches from `start_step` up to `stop_step` (default: the run's end), one after another.
 
-    The pixels share memory with DALI: no copy is made. Prefetching runs across the ends of epochs. Raises RunError
-    that names the file when an image cannot be decoded.
+    The pixels share memory with DALI: no copy is made. Prefetching runs across the ends of epochs. An image that
+    cannot be decoded raises RunError that names the file; or, with on_skip, another of its class takes its place from
+    then on (see `faults.substitutes`), which is told once.
     """
-    source = Source(plan, index, start_step, plan.steps if stop_step is None else stop_step)
-    pipe = build(source, device, threads)
-    pipe.build()
-    for count in range((source.stop_step - start_step) * plan.micro_batches):
-        try:
-            pixels, numbers = pipe.run()
-        except RuntimeError as error:
-            suspects = plan.images(*source.position(count))
-            raise decode_error(error, [index.paths[each] for each in suspects]) from None
-        yield Images(torch.from_dlpack(pixels.as_tensor()), torch.from_dlpack(numbers.as_tensor()))
+    stop = plan.steps if stop_step is None else stop_step
+    replacement = np.arange(len(index))
+
+    def replace(numbers: NDArray[np.int64]) -> bool:
+        found = list(substitutes(index, numbers, replacement))
+        for number, other, skip in found:
+            replacement[replacement == number] = other
+            if on_skip is not None:
+                on_skip(skip)
+        return bool(found)
+
+    if on_skip is not None:
+        replace(np.flatnonzero(index.sizes[:, 0] == 0))
+    done, total = 0, (stop - start_step) * plan.micro_batches
+    while done < total:
+        # A pipeline is made anew after an error: the batches that it had in hand are lost with the one that failed.
+        source = Source(plan, index, start_step, stop, replacement.copy(), done)
+        pipe = build(source, device, threads)
+        pipe.build()
+        while done < total:
+            try:
+                pixels, numbers = pipe.run()
+            except RuntimeError as error:
+                suspects = source.numbers(done - source.first)
+                if on_skip is not None and replace(suspects):
+                    break
+                raise decode_error(error, [index.paths[each] for each in suspects]) from None
+            done += 1
+            yield Images(torch.from_dlpack(pixels.as_tensor()), torch.from_dlpack(numbers.as_tensor()))

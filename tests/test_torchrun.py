@@ -88,6 +88,24 @@ def test_one_rank_writes_and_speaks(two):
     assert done.stdout.count("run folder:") == 1 and done.stderr.count("has no report recipe") == 1
 
 
+def test_triplet_trains_at_two_ranks_as_at_one(demo_set, tmp_path):
+    """Mined over the gathered batch, in the whole loop; a network without BatchNorm, whose batches would differ."""
+    args = ("--arch", "test_convnext", "--loss", "ce+triplet", "--image-size", 32, "--batch-size", 40, "--epochs", 1)
+    settings = ("init.force_scratch=true", "mix.cutmix=0", "machine.log_steps=2", "optim.lr=0.02")
+    options = [each for setting in settings for each in ("--set", setting)]
+    logs = []
+    for world in (1, 2):
+        out = tmp_path / f"run{world}"
+        launch(tmp_path / f"probe{world}", world, *args, *options, "--data", demo_set / "train", "--out", out)
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        logs.append([each for each in lines if each["event"] == "train"])
+    assert len(logs[0]) == len(logs[1]) == 6
+    for alone, both in zip(*logs, strict=True):
+        for part in ("terms", "stats"):
+            assert both[part] == pytest.approx(alone[part], rel=2e-4)
+        assert both["stats"].keys() == {"triplet/active", "triplet/d_ap", "triplet/d_an"}
+
+
 def test_the_run_goes_on_with_one_rank(two, demo_set):
     """The checkpoint of two ranks is that of any number."""
     folder, _ = two
