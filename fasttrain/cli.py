@@ -435,6 +435,41 @@ def data_demo(folder: Path, seed: int) -> None:
     click.echo(f"{what} {dataset.shown(folder)}: {len(demo.CLASSES)} classes, 500 train and 250 val images")
 
 
+@data_.command("check")
+@click.argument("folder", metavar="DIR", type=_folder)
+@click.option("--quarantine", "aside", type=_folder, metavar="DIR", help="Move bad files here, to be moved back later.")
+@click.option("--out", type=_file, metavar="FILE.json", help="Write the report.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that decode. 0: one a core.")
+def data_check(folder: str, aside: str | None, out: Path | None, workers: int) -> None:
+    """Read every file of DIR with two decoders and name the bad ones, and what is odd about others.
+
+    DIR holds class folders, or train/ and val/ with such. Exit status 1 where a file is bad.
+    """
+    from fasttrain import check, dataset, quarantine
+
+    report = check.examine(folder, workers)
+    click.echo(report.text())
+    if out:
+        check.write_report(report, out)
+        click.echo(f"wrote {dataset.shown(out)}")
+    if aside:
+        moved = quarantine.quarantine(folder, [each.path for each in report.bad], aside)
+        click.echo(
+            f"moved {moved} files to {dataset.shown(aside)}; back: {_program()} data restore {dataset.shown(aside)}"
+        )
+    if report.bad:
+        sys.exit(1)
+
+
+@data_.command("restore")
+@click.argument("aside", metavar="DIR", type=_folder)
+def data_restore(aside: str) -> None:
+    """Move the files of a quarantine back to where they were."""
+    from fasttrain import dataset, quarantine
+
+    click.echo(f"moved {quarantine.restore(aside)} files back from {dataset.shown(aside)}")
+
+
 _link_option = click.option("--link/--copy", default=False, help="Hard links instead of copies. Default: copies.")
 
 

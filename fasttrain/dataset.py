@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # config imports torch, and commands that only read files nee
     from fasttrain.config import Data
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_CACHE_FORMAT = "fasttrain-index-1"
+_CACHE_FORMAT = "fasttrain-index-2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +72,8 @@ def open_data(data: "Data") -> tuple[Index, Index | None]:
     folders, val = [], data.val
     for each in data.train:
         folder = Path(each)
-        if _is_split(folder / "train"):
-            if not val and len(data.train) == 1 and _is_split(folder / "val"):
+        if is_split(folder / "train"):
+            if not val and len(data.train) == 1 and is_split(folder / "val"):
                 val = str(folder / "val")
             folder = folder / "train"
         folders.append(folder)
@@ -95,7 +95,7 @@ def open_data(data: "Data") -> tuple[Index, Index | None]:
 def open_labelled(folder: str) -> Index:
     """The index of a folder to evaluate on: DIR/val where DIR holds that, else DIR."""
     inside = Path(folder, "val")
-    return scan(inside if _is_split(inside) and _is_split(Path(folder, "train")) else folder)
+    return scan(inside if is_split(inside) and is_split(Path(folder, "train")) else folder)
 
 
 def require_classes(ours: Sequence[str], ours_in: str | Path, theirs: Sequence[str], theirs_in: str | Path) -> None:
@@ -110,7 +110,8 @@ def require_classes(ours: Sequence[str], ours_in: str | Path, theirs: Sequence[s
             )
 
 
-def _is_split(folder: Path) -> bool:
+def is_split(folder: Path) -> bool:
+    """Whether there is such a folder, and folders in it."""
     return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
 
 
@@ -284,7 +285,9 @@ def _header_size(path: str) -> tuple[int, int]:
     try:
         # PIL warns of, or refuses, images of too many pixels when they are decoded; here only the header is read.
         with Image.open(path) as image:
-            return image.height, image.width
+            tags = getattr(image, "tag_v2", {})  # a TIFF's; PIL tells its size after the turn of its orientation
+            turned = tags.get(274) in range(5, 9)
+            return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # PIL raises whatever the broken header leads its parsers to
         return 0, 0
 

@@ -19,8 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fasttrain import check
+from fasttrain import check, verdict, workers
+from fasttrain import quarantine as quarantining
 from fasttrain.errors import UserError
+
+
+def quarantine(report, aside) -> int:
+    return quarantining.quarantine(report.folder, [each.path for each in report.bad], aside)
 
 
 def picture(seed=0, height=52, width=70) -> Image.Image:
@@ -277,7 +282,7 @@ def verdicts(folder: Path, contents: list[bytes], name="x{}.jpg") -> list[list[t
     paths = [folder / name.format(number) for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    return [notes for notes, _ in check._read([(str(path), False) for path in paths])]
+    return [notes for notes, _ in verdict.read([(str(path), False) for path in paths])]
 
 
 TRUNCATABLE = [name for name in GOOD if name != "appended.jfif"]
@@ -289,7 +294,7 @@ def test_every_truncation_is_bad(tmp_path, name):
     lengths = [len(content) - 1, len(content) - 2, *random.Random(name).sample(range(len(content) - 2), 20)]
     found = verdicts(tmp_path, [content[:each] for each in lengths], f"x{{}}{name}")
     for length, notes in zip(lengths, found, strict=True):
-        assert any(kind in check._BAD for kind, _ in notes), f"{length} of {len(content)} bytes"
+        assert any(kind in check.BAD for kind, _ in notes), f"{length} of {len(content)} bytes"
 
 
 def test_decoders_that_differ_are_reported_either_way(tmp_path):
@@ -301,7 +306,7 @@ def test_decoders_that_differ_are_reported_either_way(tmp_path):
 
 
 def test_a_worker_says_why_it_cannot_read(tmp_path):
-    ((notes, digest),) = check._read([(str(tmp_path), True)])
+    ((notes, digest),) = verdict.read([(str(tmp_path), True)])
     assert notes == [("unreadable", os.strerror(errno.EISDIR))] and digest is None
 
 
@@ -320,7 +325,7 @@ HEADS = [b"", *(content[:cut] for content in GOOD.values() for cut in (4, 30, 20
 @given(pairs=st.lists(st.tuples(st.sampled_from(HEADS), st.binary(max_size=300)), min_size=1, max_size=5))
 def test_no_bytes_stop_a_worker(tmp_path, pairs):
     for notes in verdicts(tmp_path, [head + tail for head, tail in pairs]):
-        assert any(kind in check._BAD for kind, _ in notes)
+        assert any(kind in check.BAD for kind, _ in notes)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -350,19 +355,19 @@ def never(items):
 
 def test_an_item_that_ends_its_process_costs_no_other():
     chunks = [list(range(first, first + 4)) for first in range(0, 20, 4)]
-    results = dict(check._in_processes(fragile, iter(chunks), 2))
+    results = dict(workers.in_processes(fragile, iter(chunks), 2))
     assert results == {item: None if item % 10 == 3 else item * item for item in range(20)}
 
 
 def test_processes_that_do_not_start_are_an_error():
-    refuse("do not start", list, check._in_processes(never, iter([[1]]), 1))
+    refuse("do not start", list, workers.in_processes(never, iter([[1]]), 1))
 
 
 def test_a_decoder_that_does_not_return_is_ended(tmp_path):
     (tmp_path / "x.jpg").write_bytes(encoded())
     code = (
-        "import sys, time; from fasttrain import check; check._decoder(); check._SECONDS = 0.2; "
-        "check._decode_with_pil = lambda look, data: sum(range(10**12)); check._read([(sys.argv[1], False)])"
+        "import sys, time; from fasttrain import verdict; verdict._decoder(); verdict.SECONDS = 0.2; "
+        "verdict._decode_with_pil = lambda look, data: sum(range(10**12)); verdict.read([(sys.argv[1], False)])"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.jpg")], timeout=60).returncode == 1
 
@@ -384,15 +389,15 @@ def test_quarantine_can_be_undone(zoo, tmp_path):
     before = snapshot(root)
     aside = tmp_path / "aside" / "here"
     bad = {each.path for each in report.bad} - {"void"}
-    assert check.quarantine(report, aside) == len(bad)
+    assert quarantine(report, aside) == len(bad)
     held = {os.path.relpath(os.path.join(folder, name), aside) for folder, _, names in os.walk(aside) for name in names}
     assert held == bad | {"restore.json"}
     after = snapshot(root)
     assert after == {path: about for path, about in before.items() if path not in bad}
     listed = json.loads((aside / "restore.json").read_text(encoding="ascii"))["moves"]
     assert len(listed) == len(bad) and {"zebra/bad\\xff.jpg", "ape/zeros.jpg"} <= {each["to"] for each in listed}
-    assert check.quarantine(report, aside) == 0, "all are there already"
-    assert check.restore(aside) == len(bad)
+    assert quarantine(report, aside) == 0, "all are there already"
+    assert quarantining.restore(aside) == len(bad)
     assert snapshot(root) == before and not aside.exists()
 
 
@@ -411,16 +416,16 @@ def small(tmp_path):
 
 def test_a_quarantine_grows_and_overwrites_nothing(small, tmp_path):
     aside = tmp_path / "aside"
-    assert check.quarantine(small, aside) == 2
+    assert quarantine(small, aside) == 2
     put(small.folder / "ape/a.jpg", b"another")
-    assert check.quarantine(small, aside) == 1
+    assert quarantine(small, aside) == 1
     assert (aside / "ape/a.jpg").read_bytes() == b"ape/a.jpg"
     assert (aside / "ape/a.jpg.again").read_bytes() == b"another"
-    refuse("1 files stay .* the place is taken", check.restore, aside)
+    refuse("1 files stay .* the place is taken", quarantining.restore, aside)
     assert {each.name for each in (small.folder / "ape").iterdir()} == {"a.jpg", "b.jpg"}
     assert (aside / "ape/a.jpg.again").read_bytes() == b"another"
     (small.folder / "ape/a.jpg").rename(small.folder / "ape/old.jpg")
-    assert check.restore(aside) == 1 and not aside.exists()
+    assert quarantining.restore(aside) == 1 and not aside.exists()
     assert (small.folder / "ape/a.jpg").read_bytes() == b"another"
 
 
@@ -428,14 +433,14 @@ def test_folders_that_are_no_quarantine_are_refused(small, tmp_path):
     for inside in (small.folder, small.folder / "aside", tmp_path / "link"):
         if inside.name == "link":
             inside.symlink_to(small.folder / "ape")
-        refuse("is inside", check.quarantine, small, inside)
-    refuse("neither empty nor a quarantine", check.quarantine, small, tmp_path)
+        refuse("is inside", quarantine, small, inside)
+    refuse("neither empty nor a quarantine", quarantine, small, tmp_path)
     put(tmp_path / "file", b"")
-    refuse("neither empty nor a quarantine", check.quarantine, small, tmp_path / "file")
+    refuse("neither empty nor a quarantine", quarantine, small, tmp_path / "file")
     for content in (b"", b"{}", b'{"moves": [{}]}', b'{"moves": 3}', evil("../../x", "/x"), evil("x", "relative")):
         put(tmp_path / "damaged" / "restore.json", content)
-        refuse("neither empty nor a quarantine", check.quarantine, small, tmp_path / "damaged")
-        refuse("is no quarantine", check.restore, tmp_path / "damaged")
+        refuse("neither empty nor a quarantine", quarantine, small, tmp_path / "damaged")
+        refuse("is no quarantine", quarantining.restore, tmp_path / "damaged")
     assert snapshot(small.folder).keys() == {"ape", "ape/a.jpg", "ape/b.jpg", "yak", "yak/sound.jpg"}
 
 
@@ -444,7 +449,7 @@ def evil(to: str, source: str) -> bytes:
 
 
 def test_nothing_bad_leaves_no_trace(small, tmp_path):
-    assert check.quarantine(replace(small, findings=()), tmp_path / "aside") == 0
+    assert quarantine(replace(small, findings=()), tmp_path / "aside") == 0
     assert not (tmp_path / "aside").exists()
 
 
@@ -474,14 +479,14 @@ def test_an_interrupted_move_can_be_undone(small, tmp_path, monkeypatch, step, a
 
     rename, unlink = os.rename, os.unlink
     with monkeypatch.context() as patch:
-        patch.setattr(check.os, "rename", counted(rename))
-        patch.setattr(check.os, "unlink", counted(unlink))
+        patch.setattr(quarantining.os, "rename", counted(rename))
+        patch.setattr(quarantining.os, "unlink", counted(unlink))
         try:
-            assert check.quarantine(small, aside) == 2
+            assert quarantine(small, aside) == 2
         except Stopped:
             assert (aside / "restore.json").exists()
     names = {path for tree in (small.folder, aside) for path in snapshot(tree)}
     assert {"ape/a.jpg", "ape/b.jpg"} <= names, "each is in one place at least"
-    check.restore(aside)
+    quarantining.restore(aside)
     assert snapshot(small.folder) == before
     assert not aside.exists()

@@ -271,6 +271,24 @@ def test_data_cut_draws_a_set_that_trains(demo_set, tmp_path):
                                                         "--out", tmp_path / "more", status=2).stderr  # fmt: skip
 
 
+def test_data_check_names_bad_files_and_moves_them_aside_and_back(demo_set, tmp_path):
+    import shutil
+
+    for cls in ("cross-checks-blue", "disc-stripes-red"):
+        shutil.copytree(demo_set / "val" / cls, tmp_path / "set" / cls)
+    sound = call("data", "check", tmp_path / "set", "--workers", 1)
+    assert "bad: none" in sound.stdout and "50 image files read" in sound.stdout
+    victim = tmp_path / "set" / "disc-stripes-red" / "055.jpg"
+    victim.write_bytes(victim.read_bytes()[:-2])
+    args = ["data", "check", tmp_path / "set", "--workers", 1, "--out", tmp_path / "r.json"]
+    found = call(*args, "--quarantine", tmp_path / "aside", status=1)
+    assert "BAD   disc-stripes-red/055.jpg: truncated: no end-of-image marker" in found.stdout
+    assert "moved 1 files to" in found.stdout and not victim.exists()
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [(each["path"], each["kind"]) for each in report["findings"]] == [("disc-stripes-red/055.jpg", "truncated")]
+    assert "moved 1 files back" in call("data", "restore", tmp_path / "aside").stdout and victim.exists()
+
+
 def test_data_vipriors_says_what_is_missing(tmp_path):
     for part in ("train", "val"):
         (tmp_path / "imagenet" / part).mkdir(parents=True)

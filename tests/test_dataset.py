@@ -25,6 +25,18 @@ def small(tmp_path):
     return root
 
 
+@pytest.mark.parametrize("turn", [1, 6])
+def test_sizes_are_those_of_the_stored_pixels(tmp_path, turn):
+    """PIL tells the size of a TIFF after its orientation, and turns the pixels; the pipelines take them as stored."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for name in ("a.jpg", "b.tif", "c.png", "d.webp"):
+        for folder in ("ape", "zebra"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("RGB", (52, 70)).save(tmp_path / folder / name, exif=exif)
+    assert {tuple(each) for each in dataset.scan(tmp_path).sizes.tolist()} == {(70, 52)}
+
+
 def test_an_index_holds_sorted_images_labels_and_sizes(small):
     index = dataset.scan(small)
     assert index.classes == ("ape", "zebra")

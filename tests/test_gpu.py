@@ -58,8 +58,8 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, precision, m
     """torch raises at any synchronisation between a batch's arrival and the log point at the epoch's end."""
     honest_batches, honest_read = training.batches, meter.Meter.read
 
-    def watched(*args):
-        for batch in honest_batches(*args):
+    def watched(*args, **settings):
+        for batch in honest_batches(*args, **settings):
             torch.cuda.set_sync_debug_mode("error")
             yield batch
             torch.cuda.set_sync_debug_mode("default")

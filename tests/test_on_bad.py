@@ -64,12 +64,12 @@ def test_another_image_of_the_class_takes_the_place(folder, kind, when):
     assert len(found) == len(good) == 20
     pixels_of_9: dict[int, np.ndarray] = {}
     for step, (numbers, pixels) in enumerate(good):
-        for at in np.flatnonzero(numbers == 9):
-            pixels_of_9[step // 10] = pixels[at]
-    for step, (batch, (numbers, pixels)) in enumerate(zip(found, good, strict=True)):
-        expected = np.where((numbers == 7) | (numbers == 8), 9, numbers)
+        for place in np.flatnonzero(numbers == 9):
+            pixels_of_9[step // 10] = pixels[place]
+    for step, (batch, (planned, pixels)) in enumerate(zip(found, good, strict=True)):
+        expected = np.where((planned == 7) | (planned == 8), 9, planned)
         np.testing.assert_array_equal(batch.numbers.numpy(), expected)
-        for at, number in enumerate(numbers.tolist()):
+        for at, number in enumerate(planned.tolist()):
             same = pixels_of_9[step // 10] if number in (7, 8) else pixels[at]
             np.testing.assert_array_equal(batch.pixels[at].numpy(), same)
 

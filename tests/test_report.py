@@ -36,7 +36,7 @@ def test_its_models_are_the_ensembles():
 def data(demo_set, tmp_path_factory):
     """The challenge's layout in small: 20 and 5 images a class, 30 test images with labels."""
     folder = tmp_path_factory.mktemp("challenge") / "data"
-    labels = []
+    labels: list[str] = []
     for number, cls in enumerate(sorted(each.name for each in (demo_set / "train").iterdir())):
         for split, count in (("train", 20), ("val", 5)):
             (folder / split / cls).mkdir(parents=True)

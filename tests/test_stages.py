@@ -165,7 +165,7 @@ def test_the_average_follows_its_rule():
     for step in range(1, 30):
         with torch.no_grad():
             linear.weight += torch.randn(2, 3).double()
-            norm.running_mean += 1  # type: ignore[operator]
+            norm.get_buffer("running_mean").add_(1)
         average.update(model, step)
         seen.append(linear.weight.detach().clone())
         share = min(1 - 1 / step, 0.9)
