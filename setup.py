@@ -43,6 +43,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis>=6.100",
             "scipy",
             "scikit-learn",

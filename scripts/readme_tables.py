@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,19 +21,30 @@ def kernels(path: Path) -> str:
 
 
 def pipeline(path: Path) -> str:
-    """A line a policy: images a second of both loaders."""
-    lines = ["| AutoAugment | fasttrain | timm, PIL | ratio |", "| --- | --- | --- | --- |"]
-    for each in json.loads(path.read_text(encoding="utf-8"))["results"]:
-        ours, theirs = (sorted(each["images_per_s"][name]) for name in ("fasttrain", "timm"))
-        middle = [f"{rates[len(rates) // 2]:.0f} img/s" for rates in (ours, theirs)]
-        lines.append(f"| {each['autoaugment']} | {middle[0]} | {middle[1]} | {each['ratio']:.2f} |")
+    """A line a policy: images a second of each loader."""
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    names = list(results[0]["images_per_s"])
+    lines = [f"| AutoAugment | {' | '.join(names)} | fasttrain to timm |", "| --- " * (len(names) + 2) + "|"]
+    for each in results:
+        middle = [f"{statistics.median(each['images_per_s'][name]):.0f} img/s" for name in names]
+        lines.append(f"| {each['autoaugment']} | {' | '.join(middle)} | {each['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def ablation(path: Path) -> str:
+    """A line a step: top-1, and what the step adds to the one that it is compared with."""
+    lines = ["| recipe | top-1, % | gain, points | compared with |", "| --- | --- | --- | --- |"]
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        top1 = f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
+        gain = f"{100 * row['gain']:+.1f} ± {100 * row['gain_interval']:.1f}" if "gain" in row else ""
+        lines.append(f"| {row['title']} | {top1} | {gain} | {row.get('beside', '')} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("kernels", kernels), ("pipeline", pipeline)):
+    for name, table in (("kernels", kernels), ("pipeline", pipeline), ("ablation", ablation)):
         made = table(ROOT / "scripts" / "results" / f"{name}-cpu.json")
         found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = found.subn(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)

@@ -20,10 +20,14 @@ from fasttrain.pipelines.views import CENTRE, RANDOM, Crop, Views, named, region
 
 
 @pytest.fixture(scope="module")
-def index(photos) -> Index:
-    whole = dataset.scan(photos)
+def every(photos) -> Index:
+    return dataset.scan(photos)
+
+
+@pytest.fixture(scope="module")
+def index(every) -> Index:
     few = slice(0, 16)
-    return Index(whole.paths[few], whole.ids[few], whole.labels[few], whole.sizes[few], whole.classes)
+    return Index(every.paths[few], every.ids[few], every.labels[few], every.sizes[few], every.classes)
 
 
 def test_the_reports_views_are_sixteen_at_its_sizes():
@@ -137,26 +141,28 @@ def test_a_constant_network_has_one_answer_in_all_views(index, name):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [224, 448])
-def test_predictions_are_those_of_torchvisions_pixels(index, size, interpolation):
+@pytest.mark.parametrize("size", [224, 320, 448])
+def test_predictions_are_those_of_torchvisions_pixels(every, size, interpolation):
     """A fixed random network: the same class for 99 % of the images, and a near tie where it differs."""
     from test_pipelines import reference_view
 
     torch.manual_seed(1)
     model = Classifier("test_resnet", 10).eval()
     mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
-    differ = 0
-    for (pixels,), numbers in Evaluation(
-        index, named("center", size), 8, torch.device("cpu"), 1, interpolation=interpolation
-    ):
-        theirs = np.stack([reference_view(index.paths[number], size, interpolation) for number in numbers.tolist()])
-        logits = []
-        for each in (pixels, torch.from_numpy(theirs)):
+    rows: list[list[torch.Tensor]] = [[], []]
+    batches = Evaluation(every, named("center", size), 8, torch.device("cpu"), 1, interpolation=interpolation)
+    for (pixels,), numbers in batches:
+        theirs = np.stack([reference_view(every.paths[number], size, interpolation) for number in numbers.tolist()])
+        for found, each in zip(rows, (pixels, torch.from_numpy(theirs)), strict=True):
             with torch.no_grad():
-                logits.append(model((each.permute(0, 3, 1, 2).float() / 255 - mean) / std).logits)
-        ours, reference = logits
-        for at in (ours.argmax(1) != reference.argmax(1)).nonzero()[:, 0].tolist():
-            differ += 1
-            first, second = reference[at].topk(2).values.tolist()
-            assert first - second <= 2 * (ours[at] - reference[at]).abs().max()
-    assert differ <= max(1, len(index) // 100)
+                found.append(model((each.permute(0, 3, 1, 2).float() / 255 - mean) / std).logits)
+    ours, reference = map(torch.cat, rows)
+    # A random network favours one class; without that favour it names many.
+    ours, reference = ours - reference.mean(0), reference - reference.mean(0)
+    assert len(set(reference.argmax(1).tolist())) >= 5
+    differ = (ours.argmax(1) != reference.argmax(1)).nonzero()[:, 0].tolist()
+    for at in differ:
+        first, second = reference[at].topk(2).values.tolist()
+        assert first - second <= 2 * (ours[at] - reference[at]).abs().max()
+    print(f"{size} px {interpolation}: {len(differ)} of {len(every)} differ")
+    assert len(differ) <= max(1, len(every) // 100)
