@@ -13,5 +13,7 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 environment test
+workers=$(nproc)
+[ "$workers" -le 8 ] || workers=8
 # A process a core; each keeps to one thread, since threads that wait for work would take the others' time.
-exec env OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -n auto --dist worksteal -m "$marks" "$@"
+exec env OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -n "$workers" --dist loadfile -m "$marks" "$@"
