@@ -5,13 +5,15 @@ optimizer's momentum by parameter name, and the averaged weights where the run h
 `OUT/best` are links to such folders.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from fasttrain.ema import Ema
 from fasttrain.errors import RunError, UserError
 from fasttrain.models import Classifier
 
-FORMAT = 1
+FORMAT = 2
 _MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
 
 
@@ -57,7 +59,7 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
         print(f"the run that was in {shown(out)} is now {shown(aside)}", file=sys.stderr)
     start = None
     if resume == "auto":
-        start = out / "last" if (out / "last").exists() else None
+        start = _newest(out)
     elif resume != "never":
         start = find(Path(resume))
     try:
@@ -67,6 +69,56 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
     except OSError as error:
         raise UserError(f"cannot write to {shown(out)}: {error.strerror}") from None
     return start
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Keep a run's folder to one process. UserError where another has it; one that has died does not."""
+    path = out.parent / f".{out.name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read(64).strip()
+                file.close()
+                raise UserError(
+                    f"another run is writing to {shown(out)} ({holder or 'just started'}); "
+                    "wait for it, stop it, or name another --out"
+                ) from None
+            file.close()  # its holder has removed it in the meantime
+    except OSError as error:
+        raise UserError(f"cannot write to {shown(out.parent)}: {error.strerror}") from None
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _newest(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run: `last`, or, with a word on stderr, one before it. None where there is
+    none yet; UserError where there are only damaged ones."""
+    steps = sorted((out / "checkpoints").glob("step-*"), reverse=True)
+    last = (out / "last").resolve()
+    candidates = [each for each in steps if not last.is_dir() or each.name <= last.name]
+    for candidate in candidates:
+        try:
+            verify(candidate)
+            return candidate
+        except UserError as error:
+            print(f"{error}; looking at the one before", file=sys.stderr)
+    if candidates:
+        raise UserError(f"no checkpoint in {shown(out / 'checkpoints')} is whole; start over with --resume never")
+    return None
 
 
 def save(
@@ -79,14 +131,18 @@ def save(
     *,
     improved: bool,
     keep: int,
+    archived: bool = False,
     meta: dict[str, Any],
 ) -> Path:
     """Write the state after `step` steps, point `last` (and `best`) to it, and remove what is older than `keep`.
 
-    meta: what else meta.json shall hold, as JSON values. Raises RunError where the disk does not take it.
+    archived: never remove this one. meta: what else meta.json shall hold, as JSON values. A process that is killed
+    at any moment leaves `last` where it was or at the new one. Raises RunError where the disk does not take it.
     """
     home = out / "checkpoints"
-    final = home / f"step-{step:08}"
+    # The same step may be there, written before a resume from an earlier one; links lead to it, so it stays for now.
+    names = (f"step-{step:08}{suffix}" for suffix in itertools.chain([""], (f".{n}" for n in itertools.count(1))))
+    final = next(each for name in names if not (each := home / name).exists())
     aside = home / f".{final.name}.{os.getpid()}.partial"
     try:
         aside.mkdir(parents=True)
@@ -96,6 +152,7 @@ def save(
         content = {
             "format": FORMAT,
             "step": step,
+            "archived": archived,
             **meta,
             "scaler": scaler.state_dict(),
             "versions": {"fasttrain": __version__, "torch": torch.__version__},
@@ -104,8 +161,6 @@ def save(
         (aside / _META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for name in (_MODEL, _TRAIN, _META, "."):
             _sync(aside / name)
-        if final.exists():  # the same step, written before a resume from an earlier one
-            shutil.rmtree(final)
         aside.rename(final)
         _sync(home)
         _link(out / "last", final)
@@ -151,10 +206,19 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _prune(out: Path, home: Path, keep: int) -> None:
-    best = (out / "best").resolve()
+    kept = {(out / link).resolve() for link in ("best", "last")}
     for old in sorted(home.glob("step-*"))[:-keep]:
-        if old.resolve() != best:
+        if old.resolve() not in kept and not _is_archived(old):
             shutil.rmtree(old, ignore_errors=True)
+    for remains in home.glob(".step-*"):  # of processes that were killed
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def _is_archived(path: Path) -> bool:
+    try:
+        return json.loads((path / _META).read_text(encoding="utf-8"))["archived"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def find(path: Path) -> Path:
@@ -171,6 +235,18 @@ def find(path: Path) -> Path:
 def load(path: Path) -> Checkpoint:
     """Read and verify a checkpoint. UserError names the file that is missing, damaged or of another format."""
     path = find(path)
+    meta = verify(path)
+    tensors = {}
+    for name in (_MODEL, _TRAIN):
+        try:
+            tensors[name] = load_file(path / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{shown(path / name)} cannot be read: {error}") from None
+    return Checkpoint(path, meta, tensors[_MODEL], tensors[_TRAIN])
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """meta.json's content, once the folder's files have the hashes it names. UserError like `load`."""
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         known = meta["format"] == FORMAT
@@ -179,15 +255,13 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{shown(path / _META)} cannot be read as a checkpoint's: {error!r}") from None
     if not known:
         raise UserError(f"{shown(path)} has checkpoint format {meta['format']}; this fasttrain reads {FORMAT}")
-    tensors = {}
     for name, expected in hashes.items():
         try:
             if _sha256(path / name) != expected:
                 raise UserError(f"{shown(path / name)} is damaged: its SHA-256 is not the one in {_META}")
-            tensors[name] = load_file(path / name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{shown(path / name)} cannot be read: {error}") from None
-    return Checkpoint(path, meta, tensors[_MODEL], tensors[_TRAIN])
+        except OSError as error:
+            raise UserError(f"{shown(path / name)} cannot be read: {error.strerror}") from None
+    return meta
 
 
 # A run may go on with other values of these: none changes which images a step takes or what is done to them.

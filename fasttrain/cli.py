@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,8 +160,9 @@ def run(
             if here.first:
                 click.echo(f"{recipes.to_toml(recipe)}\n{summary(recipe, train_index, val_index, here, folder)}")
             return
-        start = here.from_first(lambda: checkpoint.open_run(folder, resume, recipes.to_toml(recipe)))
-        result = train(recipe, folder, train_index, val_index, here, start)
+        with checkpoint.lock(folder) if here.first else nullcontext():
+            start = here.from_first(lambda: checkpoint.open_run(folder, resume, recipes.to_toml(recipe)))
+            result = train(recipe, folder, train_index, val_index, here, start)
         if here.first:
             shown = dataset.shown(folder)
             if result.best is not None:

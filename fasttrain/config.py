@@ -133,14 +133,19 @@ class Ema:
 
 @dataclass(frozen=True)
 class Save:
-    """A checkpoint every `every_epochs` epochs and at the end; the newest `keep` and the best are kept."""
+    """A checkpoint every `every_epochs` epochs and at the end, and every `every_steps` steps (0: none between). The
+    newest `keep`, the best, and that of every `archive_epochs`-th epoch (0: none) are kept."""
 
     every_epochs: int = 1
+    every_steps: int = 0
     keep: int = 2
+    archive_epochs: int = 0
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
+        _require(self.every_steps >= 0, "every_steps", "0 or more", self.every_steps)
         _require(self.keep >= 1, "keep", "1 or more", self.keep)
+        _require(self.archive_epochs >= 0, "archive_epochs", "0 or more", self.archive_epochs)
 
 
 @dataclass(frozen=True)

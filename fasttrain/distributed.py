@@ -1,7 +1,9 @@
 """Ranks: what torchrun says of them, and the few things that they do together."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fasttrain.errors import RunError, UserError
+from fasttrain.errors import RunError, Stopped, UserError
 
 T = TypeVar("T")
 _FAILED = "fasttrain/failed"
@@ -49,6 +51,14 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank; waits for all of them."""
+        if self.world == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.device)
+        dist.all_reduce(flag)
+        return bool(flag > 0)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP does before each forward."""
@@ -142,6 +152,9 @@ def ranks(device: str) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
     try:
         yield Ranks(rank, world, local_rank, local_world, place)
+    except Stopped as stopped:  # all ranks together, and one of them says so
+        dist.destroy_process_group()
+        raise stopped if rank == 0 else Stopped() from None
     except Exception as error:
         raise _first_failure(error, rank) from error
     finally:
@@ -155,6 +168,25 @@ def _check_gpu(local_rank: int) -> None:
         raise UserError("--device cuda: torch sees no GPU; `fasttrain doctor` says what is missing")
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}")
+
+
+class StopSignals:
+    """While it is open, SIGTERM and SIGUSR1 no longer end the process: they are noted, for the loop to ask."""
+
+    def __enter__(self) -> "StopSignals":
+        self.name = ""
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # signals reach no other
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: object) -> None:
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class PeerFailure(RunError):

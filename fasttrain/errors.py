@@ -1,10 +1,16 @@
-"""The two ways a command ends early. Both carry one line for the user: what is wrong, where, and what to do."""
+"""The ways in which a command ends early. Each carries one line for the user: what is wrong, where, and what to do."""
 
 
 class UserError(Exception):
     """An argument, setting or file is wrong; nothing was started. Exit status 2."""
 
     exit_status = 2
+
+
+class Stopped(UserError):
+    """A run was asked to stop, by a signal, and has saved where it was. Exit status 75: try again, it goes on."""
+
+    exit_status = 75
 
 
 class RunError(UserError):

@@ -30,6 +30,16 @@ class Meter:
                 self.sums[at].add_(terms[name].detach(), alpha=share)
                 self.shares[at] += share
 
+    def state(self) -> list[list[float]]:
+        """[sums, shares] so far, as plain numbers; waits for the device."""
+        return [self.sums.tolist(), self.shares]
+
+    def restore(self, states: list[list[list[float]]], ranks: Ranks) -> None:
+        """Go on from the states of a run's ranks: its own, or their mean where there were more or fewer of them."""
+        own = [states[ranks.rank]] if len(states) == ranks.world else states
+        self.sums.copy_(torch.tensor([sums for sums, _ in own]).mean(0))
+        self.shares = list(own[0][1])
+
     def read(self, ranks: Ranks) -> dict[str, float]:
         """Mean of each term over all ranks and over the steps since the last reading that had it; start afresh."""
         sums = ranks.mean(self.sums).tolist()

@@ -1,7 +1,7 @@
 """Training: one function, read from top to bottom."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain import __version__, checkpoint, optim, recipes
 from fasttrain.batch import Batch, Loss, Output, Term
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe, Save
 from fasttrain.dataset import Index, require_classes, shown
-from fasttrain.distributed import Ranks
+from fasttrain.distributed import Ranks, StopSignals
 from fasttrain.ema import Ema
-from fasttrain.errors import RunError, UserError
+from fasttrain.errors import RunError, Stopped, UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.kernels.mix import mix
 from fasttrain.losses.distillation import Distillation
@@ -60,7 +60,8 @@ def train(
     """Train a settled recipe into the run's folder `out`: on from its checkpoint, or from other weights, or scratch.
 
     Every rank calls this with the same arguments but its own `ranks`. Raises UserError where the settings, the data
-    or the checkpoint do not fit together, and RunError where a file cannot be decoded or the memory does not suffice.
+    or the checkpoint do not fit together, RunError where a file cannot be decoded or the memory does not suffice, and
+    Stopped where a SIGTERM or SIGUSR1 came: after the step (on several ranks at the next log point), and saved.
     """
     device, dtype = ranks.device, DTYPES[recipe.precision]
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
@@ -78,6 +79,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     start, best, scores = 0, None, None
+    logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
     identity = {
         "recipe": recipes.to_dict(recipe),
         "classes": list(train_index.classes),
@@ -129,8 +131,10 @@ def train(
     skip = log.skip if recipe.data.on_bad == "skip" else None
     stream = batches(plan, train_index, device, threads, start, on_skip=skip)
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
-    logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
-    try:
+    if resume_from is not None:
+        meter.restore(saved.meta["meters"], ranks)
+        logged = saved.meta["logged"]
+    with StopSignals() as signals, closing(log), memory_named(plan):
         for step in range(start, plan.steps):
             epoch = step // plan.steps_per_epoch
             lr = lr_at(step)
@@ -168,31 +172,35 @@ def train(
                 ema.update(model, done)
             log.advance()
             epoch_ends = done % plan.steps_per_epoch == 0
-            if done % recipe.machine.log_steps == 0 or epoch_ends:
+            log_point = done % recipe.machine.log_steps == 0 or epoch_ends
+            if log_point:
                 means = meter.read(ranks)
                 log.train(epoch, done, lr, means)
                 for name in logged.keys() & means:
                     logged[name].append(means[name])
-            if not epoch_ends:
-                continue
-            for each in recipe.losses:
-                if each.collapsed(logged[each.name]):
-                    log.event("collapsed", epoch=epoch, step=done, loss=each.name, values=logged[each.name])
-                    log.say(f"epoch {epoch}: {each.name} has collapsed: {COLLAPSED}")
-                logged[each.name].clear()
-            if evaluation is not None:
-                assert val_index is not None
-                ranks.share_buffers(model)
-                raw = evaluate(model, evaluation, val_index, ranks, dtype)
-                averaged = None
-                if ema:
-                    ranks.share_buffers(ema.model)
-                    averaged = evaluate(ema.model, evaluation, val_index, ranks, dtype)
-                log.evaluation(epoch, done, raw, averaged)
-                scores = averaged or raw
-            if (epoch + 1) % recipe.save.every_epochs == 0 or done == plan.steps:
-                improved = scores is None or best is None or scores.top1 > best
+            improved = val_index is None
+            if epoch_ends:
+                for each in recipe.losses:
+                    if each.collapsed(logged[each.name]):
+                        log.event("collapsed", epoch=epoch, step=done, loss=each.name, values=logged[each.name])
+                        log.say(f"epoch {epoch}: {each.name} has collapsed: {COLLAPSED}")
+                    logged[each.name].clear()
+                if evaluation is not None:
+                    assert val_index is not None
+                    ranks.share_buffers(model)
+                    raw = evaluate(model, evaluation, val_index, ranks, dtype)
+                    averaged = None
+                    if ema:
+                        ranks.share_buffers(ema.model)
+                        averaged = evaluate(ema.model, evaluation, val_index, ranks, dtype)
+                    log.evaluation(epoch, done, raw, averaged)
+                    scores = averaged or raw
+                    improved = best is None or scores.top1 > best
+            # Ranks agree to stop where they wait for each other anyway; a rank alone need not wait.
+            stopping = (log_point or ranks.world == 1) and ranks.any(bool(signals.name))
+            if stopping or done == plan.steps or saves_at(recipe.save, done, plan.steps_per_epoch):
                 best = scores.top1 if scores and improved else best
+                meters = ranks.gather(meter.state())
                 if ranks.first:
                     path = checkpoint.save(
                         out,
@@ -203,19 +211,40 @@ def train(
                         ema,
                         improved=improved,
                         keep=recipe.save.keep,
-                        meta={**identity, "best": best, "scores": scores._asdict() if scores else None},
+                        archived=epoch_ends and is_multiple(epoch + 1, recipe.save.archive_epochs),
+                        meta={
+                            **identity,
+                            "best": best,
+                            "scores": scores._asdict() if scores else None,
+                            "meters": meters,
+                            "logged": logged,
+                        },
                     )
                     log.event("checkpoint", epoch=epoch, step=done, path=str(path.relative_to(out)))
-            log.resume_clock()
+                log.resume_clock()
+            if stopping and done < plan.steps:
+                log.event("stopped", step=done, signal=signals.name)
+                raise Stopped(
+                    f"stopped by {signals.name or 'a signal to another rank'} after step {done} of {plan.steps}, and "
+                    "saved; the same command goes on from there"
+                )
+            if epoch_ends:
+                log.resume_clock()
         log.event("end", step=plan.steps, best=best)
-    except torch.OutOfMemoryError:
-        raise out_of_memory(plan) from None
-    finally:
-        log.close()
     return Result(plan.steps, scores, best)
 
 
 COLLAPSED = "its mean stayed at the margin, as if all images were one; lower lr_scale or the loss's weight"
+
+
+def saves_at(save: Save, step: int, steps_per_epoch: int) -> bool:
+    """Whether a run saves after so many steps."""
+    return is_multiple(step, save.every_steps) or is_multiple(step, save.every_epochs * steps_per_epoch)
+
+
+def is_multiple(number: int, of: int) -> bool:
+    """Of 0 nothing is."""
+    return of > 0 and number % of == 0
 
 
 def require_init(recipe: Recipe) -> None:
@@ -267,6 +296,15 @@ def values_of(loss: Tensor, terms: dict[str, Term]) -> dict[str, Tensor]:
 def _to(values: Tensor, device: torch.device) -> Tensor:
     """A small CPU tensor on the device, without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+@contextmanager
+def memory_named(plan: Plan) -> Iterator[None]:
+    """Turns the end of the GPU's memory into `out_of_memory`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise out_of_memory(plan) from None
 
 
 def out_of_memory(plan: Plan) -> RunError:

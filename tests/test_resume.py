@@ -1,0 +1,335 @@
+"""Stopping after any step and going on: bit for bit the run that was never stopped. Signals, damage, kills, locks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import events, run, tiny, weights
+
+from fasttrain import checkpoint, dataset
+from fasttrain import train as training
+from fasttrain.config import Ema, Init, Machine, Mix, Save
+from fasttrain.errors import Stopped, UserError
+from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.triplet import Triplet
+
+
+@pytest.fixture(scope="module")
+def index(demo_set):
+    """60 images, six of each class: three steps an epoch of 20."""
+    whole = dataset.scan(demo_set / "train")
+    some = [number for number in range(500) if number % 50 < 6]
+    return dataset.Index(
+        tuple(whole.paths[n] for n in some),
+        tuple(whole.ids[n] for n in some),
+        whole.labels[some],
+        whole.sizes[some],
+        whole.classes,
+    )
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Send SIGTERM to this process while the given step (0-based) is under way."""
+    honest = training.batches
+
+    def watched(plan, *args, **settings):
+        start = args[3]
+        for count, batch in enumerate(honest(plan, *args, **settings)):
+            if start + count // plan.micro_batches == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(training, "batches", watched)
+
+
+def logged(out: Path) -> dict[tuple, dict]:
+    """What was logged of each step; of a step that was done twice, the last time."""
+    kept = [each for each in events(out) if each["event"] in ("train", "eval", "collapsed")]
+    return {(e["event"], e["step"]): {key: e[key] for key in e if key != "images_per_s"} for e in kept}
+
+
+def same(out: Path, whole: Path) -> None:
+    ours, theirs = weights(out), weights(whole)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, different
+    assert logged(out) == logged(whole)
+
+
+RECIPES = {
+    "CutMix": tiny(epochs=3, mix=Mix(cutmix=0.5)),
+    "triplet, EMA, accumulation": tiny(
+        epochs=3,
+        losses=(CrossEntropy(0.1), Triplet()),
+        images_per_class=2,
+        micro_batch=10,
+        ema=Ema(0.9),
+        init=Init(force_scratch=True),
+        machine=Machine(device="cpu", compile="off", log_steps=5, workers=2),
+    ),
+    "ArcFace, mixup": tiny(
+        epochs=3, losses=(CrossEntropy(0.1), ArcFace()), mix=Mix(cutmix=0.3, mixup=0.4), init=Init(force_scratch=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(index, tmp_path, monkeypatch, name):
+    recipe = RECIPES[name]
+    run(recipe, tmp_path / "whole", index, index)
+    for step in range(8):
+        out = tmp_path / f"stopped{step}"
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(Stopped, match=rf"stopped by SIGTERM after step {step + 1} of 9") as caught:
+                run(recipe, out, index, index)
+        assert caught.value.exit_status == 75
+        run(recipe, out, index, index)
+        same(out, tmp_path / "whole")
+
+
+def test_a_run_stopped_many_times_goes_on_bit_for_bit(index, tmp_path, monkeypatch):
+    """Twice and three times in one epoch."""
+    recipe = replace(RECIPES["triplet, EMA, accumulation"], epochs=2)
+    run(recipe, tmp_path / "whole", index, index)
+    for step in (0, 1, 2, 3, 4):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(Stopped):
+                run(recipe, tmp_path / "out", index, index)
+    run(recipe, tmp_path / "out", index, index)
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_checkpoints_every_so_many_steps_change_nothing_else(index, tmp_path):
+    recipe = tiny(epochs=2)
+    run(recipe, tmp_path / "plain", index, index)
+    often = replace(recipe, save=Save(every_steps=2, keep=20, archive_epochs=1))
+    run(often, tmp_path / "often", index, index)
+    same(tmp_path / "often", tmp_path / "plain")
+    names = sorted(each.name for each in (tmp_path / "often" / "checkpoints").iterdir())
+    assert names == [f"step-{step:08}" for step in (2, 3, 4, 6)]
+
+
+def test_what_is_kept(index, tmp_path):
+    """The newest, the best and each second epoch's."""
+    recipe = tiny(epochs=5, save=Save(every_steps=1, keep=2, archive_epochs=2))
+    run(recipe, tmp_path / "run", index, index)
+    tests = [each for each in events(tmp_path / "run") if each["event"] == "eval"]
+    best = max(tests, key=lambda each: (each["top1"], -each["step"]))["step"]
+    kept = {int(each.name.removeprefix("step-")) for each in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {14, 15, 6, 12, best}
+
+
+# ---- damage
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "one bit":
+        content[len(content) // 3] ^= 4
+        path.write_bytes(content)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "gone"])
+@pytest.mark.parametrize("file", ["model.safetensors", "train.safetensors", "meta.json"])
+def test_a_damaged_checkpoint_is_passed_over(index, tmp_path, capsys, file, how):
+    recipe = tiny(epochs=2, save=Save(every_steps=1, keep=9))
+    run(recipe, tmp_path / "run", index)
+    # Copies: what safetensors reads is a view of the very file that is damaged next.
+    whole = {name: each.clone() for name, each in weights(tmp_path / "run").items()}
+    victim = (tmp_path / "run" / "last").resolve()
+    if file == "meta.json" and how == "one bit":
+        content = (victim / file).read_text()
+        (victim / file).write_text(content.replace('"sha256"', '"sha265"'))
+    else:
+        damage(victim / file, how)
+    result = run(recipe, tmp_path / "run", index)
+    said = capsys.readouterr().err
+    assert file in said and "looking at the one before" in said and result.steps == 6
+    assert [each["step"] for each in events(tmp_path / "run") if each["event"] == "resume"] == [5]
+    assert all(torch.equal(each, whole[name]) for name, each in weights(tmp_path / "run").items())
+
+
+def test_nothing_but_damage_is_said_so(index, tmp_path):
+    run(tiny(epochs=1), tmp_path / "run", index)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        damage(path / "model.safetensors", "one bit")
+    with pytest.raises(UserError, match=r"no checkpoint in \S+ is whole; start over with --resume never"):
+        run(tiny(epochs=1), tmp_path / "run", index)
+
+
+# ---- kills
+
+KILLED = '''
+"""Save twice and once more; a child for each n dies by SIGKILL at the n-th write of the later saves."""
+import os, signal, sys
+from pathlib import Path
+import torch
+from fasttrain import checkpoint, optim
+from fasttrain.config import Optim
+
+torch.set_num_threads(1)
+count, fatal, armed = 0, 0, False
+
+
+def write_comes():
+    global count
+    if armed:
+        count += 1
+        if count == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def deadly(function):
+    def wrapped(*args, **kwargs):
+        write_comes()
+        result = function(*args, **kwargs)
+        write_comes()
+        return result
+    return wrapped
+
+
+def half(function):
+    def wrapped(tensors, path):
+        if armed and count + 1 == fatal:
+            Path(path).write_bytes(b"half a file")
+        write_comes()
+        return function(tensors, path)
+    return wrapped
+
+
+def saves(out):
+    global armed
+    model = torch.nn.Linear(3, 2)
+    optimizer, scaler = optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", enabled=False)
+    for step in (1, 2, 2):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        armed = step == 2
+        meta = {"recipe": {}, "classes": [], "data": "", "best": None}
+        checkpoint.save(out, step, model, optimizer, scaler, improved=True, keep=2, meta=meta)
+
+
+for name in ("rename", "replace", "symlink", "fsync", "mkdir", "unlink", "rmdir"):
+    setattr(os, name, deadly(getattr(os, name)))
+checkpoint.save_file = half(checkpoint.save_file)
+Path.write_text = deadly(Path.write_text)
+ended = 0
+while not ended:
+    fatal += 1
+    out = Path(sys.argv[1]) / f"run{fatal}"
+    out.mkdir()
+    child = os.fork()
+    if not child:
+        saves(out)
+        os._exit(7)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL or os.WEXITSTATUS(status) == 7, status
+    ended = not os.WIFSIGNALED(status)
+print(fatal - 1)
+'''
+
+
+def test_a_kill_at_any_write_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    """SIGKILL before and after each call that changes the disk, and in the middle of a file; also while a checkpoint
+    of the same step is being replaced."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    (tmp_path / "runs").mkdir()
+    args = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "runs")]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    kills = int(done.stdout)
+    for fatal in range(1, kills + 2):
+        out = tmp_path / "runs" / f"run{fatal}"
+        for found in (checkpoint._newest(out), checkpoint.find(out)):
+            assert found is not None
+            saved = checkpoint.load(found)
+            assert saved.meta["step"] in (1, 2) and (saved.model["weight"] == saved.meta["step"]).all()
+    print(f"survived {kills} of {kills} kills")
+    assert kills > 30
+
+
+# ---- locks and signals of the command
+
+
+def start(*args: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fasttrain", "run", "--device", "cpu", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+LONG = ("--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--epochs", "400")
+
+
+def await_line(process: subprocess.Popen, part: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if part in line:
+            return
+    raise AssertionError(f"ended without {part!r}")
+
+
+def test_two_runs_into_one_folder_and_a_signal(demo_set, tmp_path):
+    """The second is refused while the first lives; SIGUSR1 makes the first save and end with 75; a dead process's
+    lock does not count."""
+    args = (*LONG, "--data", demo_set / "train", "--out", tmp_path / "run")
+    first = start(*args)
+    await_line(first, "epoch 0")
+    _, said = start(*args).communicate(timeout=120)
+    assert f"another run is writing to {tmp_path / 'run'} (process {first.pid} on " in said
+    first.send_signal(signal.SIGUSR1)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 75 and "stopped by SIGUSR1 after step" in said and "Traceback" not in said
+    second = start(*args)
+    await_line(second, " of 4000")
+    second.kill()
+    second.communicate()
+    log = events(tmp_path / "run")
+    stopped = next(each for each in log if each["event"] == "stopped")
+    assert next(each for each in log if each["event"] == "resume")["step"] == stopped["step"]
+    with checkpoint.lock(tmp_path / "run"):
+        pass
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both(demo_set, tmp_path):
+    """torchrun sends its SIGTERM on to all of its ranks; here one rank gets one, and both stop at the same step."""
+    program = tmp_path / "rank.py"
+    program.write_text(
+        "import os, signal, sys\nfrom fasttrain import train\nfrom fasttrain.cli import main\n"
+        "honest = train.batches\n\n\ndef watched(*args, **settings):\n"
+        "    for count, batch in enumerate(honest(*args, **settings)):\n"
+        "        if count == 3 and os.environ['RANK'] == '1':\n            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        yield batch\n\n\ntrain.batches = watched\nmain(sys.argv[1:])\n"
+    )
+    args = [
+        *LONG,
+        "--device",
+        "cpu",
+        "--data",
+        demo_set / "train",
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "machine.log_steps=2",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program), "run"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, timeout=200)
+    said = [line for line in done.stderr.splitlines() if "fasttrain: " in line]
+    assert done.returncode != 0 and len(said) == 1 and "after step 4 of 4000, and saved" in said[0]
+    assert "exitcode  : 75" in done.stderr
+    meta = json.loads((tmp_path / "run" / "last" / "meta.json").read_text())
+    assert meta["step"] == 4 and len(meta["meters"]) == 2
