@@ -7,8 +7,11 @@ import torch
 
 from fasttrain import checkpoint, dataset, meter, recipes
 from fasttrain import train as training
-from fasttrain.config import Augment, Machine
+from fasttrain.config import Augment, Ema, Init, Machine, Mix
 from fasttrain.distributed import Ranks
+from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines import train as pipeline
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
@@ -52,9 +55,22 @@ def test_evaluation_is_near_the_cpus(index):
         assert (ours.pixels[0].cpu().int() - theirs.pixels[0].int()).abs().float().mean() < 2
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("micro", [0, 10])
-def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, precision, micro):
+SCRATCH = Init(force_scratch=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {"precision": precision, "micro_batch": micro}
+            for precision in ("bf16", "fp16", "fp32")
+            for micro in (0, 10)
+        ),
+        {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": SCRATCH, "ema": Ema(0.9)},
+        {"losses": (CrossEntropy(), ArcFace()), "init": SCRATCH, "mix": Mix(cutmix=0.3, mixup=0.7)},
+    ],
+)
+def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
     """torch raises at any synchronisation between a batch's arrival and the log point at the epoch's end."""
     honest_batches, honest_read = training.batches, meter.Meter.read
 
@@ -70,7 +86,7 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, precision, m
 
     monkeypatch.setattr(training, "batches", watched)
     monkeypatch.setattr(meter.Meter, "read", read)
-    recipe = tiny(precision=precision, micro_batch=micro)
+    recipe = tiny(**changes)
     start = checkpoint.open_run(tmp_path / "run", "auto", recipes.to_toml(recipe))
     try:
         result = training.train(recipe, tmp_path / "run", index, None, Ranks(0, 1, 0, 1, GPU), start)

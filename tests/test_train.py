@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import checkpoint, dataset, recipes
 from fasttrain import train as training
-from fasttrain.config import Augment, Machine, Mix, Optim, Save
+from fasttrain.config import Augment, Ema, Init, Machine, Mix, Optim, Save
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
+from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
 
 CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -244,13 +246,20 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_step_waits_for_the_device(index, tmp_path, precision):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"precision": precision} for precision in ("fp32", "bf16", "fp16")),
+        {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": Init(force_scratch=True)},
+        {"losses": (CrossEntropy(), ArcFace()), "init": Init(force_scratch=True), "ema": Ema(0.9)},
+    ],
+)
+def test_no_step_waits_for_the_device(index, tmp_path, changes):
     """Twice and four times the steps, the same number of log points and checkpoints: the same number of waits."""
     counts = []
     for batch in (20, 10, 5):
         quiet = Machine(device="cpu", compile="off", log_steps=1000)
-        recipe = tiny(epochs=1, batch_size=batch, precision=precision, machine=quiet)
+        recipe = tiny(epochs=1, batch_size=batch, machine=quiet, **changes)
         with Syncs() as syncs:
             run(recipe, tmp_path / f"{batch}", index)
         counts.append(syncs.seen)
