@@ -45,6 +45,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis>=6.100",
+            "matplotlib",
             "scipy",
             "scikit-learn",
             "pytorch-metric-learning",

@@ -228,11 +228,19 @@ def _duplicates(group: Sequence[_File]) -> Iterator[Finding]:
             yield Finding(file.relative, "duplicate", f"same content as {shown(first.relative)}", False)
 
 
-def write_report(report: Report, path: str | Path) -> None:
-    """Write the report as JSON, aside first. UserError where `path` holds anything but such a report, or on failure."""
+def require_writable(path: str | Path) -> None:
+    """UserError unless a report can be written to `path` without losing anything but another report."""
     path = Path(path)
     if os.path.lexists(path) and "fasttrain_check" not in read_json(path):
         raise UserError(f"{shown(path)} is there and is no report of a check; name another file")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {shown(path)}: No such file or directory")
+
+
+def write_report(report: Report, path: str | Path) -> None:
+    """Write the report as JSON, aside first. UserError where `path` holds anything but such a report, or on failure."""
+    path = Path(path)
+    require_writable(path)
     try:
         write_aside(path, report.to_json())
     except OSError as error:

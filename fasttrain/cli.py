@@ -1,6 +1,7 @@
 """The command line. torch, timm and DALI are imported inside the commands, so that help comes at once."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -36,7 +37,8 @@ class _Group(click.Group):
             _complain(f"{error} (Python {sys.executable}); `fasttrain doctor` says what is missing")
             sys.exit(1)
         except KeyboardInterrupt:
-            _complain("interrupted; the same command goes on from the last checkpoint")
+            goes_on = "; the same command goes on from the last checkpoint" if ctx.invoked_subcommand == "run" else ""
+            _complain(f"interrupted{goes_on}")
             sys.exit(130)
 
 
@@ -51,6 +53,7 @@ def main() -> None:
 
 
 COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # those of recipes.py, which would import torch
+_PNG_SOFTWARE = "fasttrain"  # in pictures, by which a later command knows that it may write over them
 _SET_HELP = "A setting of the recipe: key=value or part.key=value. Repeatable."
 _folder = click.Path(file_okay=False)
 _file = click.Path(dir_okay=False, path_type=Path)
@@ -169,7 +172,8 @@ def run(
                 last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
                 click.echo(f"{last}best top-1 {result.best:.2%}")
             click.echo(f"run folder: {shown}  ({result.steps} steps; best and last checkpoint: {shown}/best, /last)")
-            click.echo(f"next: {_program()} eval {shown} --data {dataset.shown(recipe.data.val or 'DIR')}")
+            held_out = recipe.data.val or (os.path.commonpath(val_index.paths) if val_index else "DIR")
+            click.echo(f"next: {_program()} eval {shown} --data {dataset.shown(held_out)}")
 
 
 def _program() -> str:
@@ -256,10 +260,11 @@ def _predict(
     from fasttrain.predictions import Predictions
     from fasttrain.train import DTYPES, settle
 
-    model, recipe, classes = checkpoint.network(checkpoint_path, averaged=False if options["raw"] else None)
-    views = named(options["views"], recipe.image_size, _sizes(options["sizes"]) if options["sizes"] else ())
-    index = open_index(recipe, classes)
+    sizes = () if options["sizes"] is None else _sizes(options["sizes"])
     with ranks(options["device"]) as here:
+        model, recipe, classes = checkpoint.network(checkpoint_path, averaged=False if options["raw"] else None)
+        views = named(options["views"], recipe.image_size, sizes)
+        index = here.in_turn(lambda: open_index(recipe, classes))
         model.to(here.device).to(memory_format=torch.channels_last)
         precision = DTYPES[settle(replace(recipe, precision="auto"), here.device).precision]
         threads = here.threads(options["workers"])
@@ -268,12 +273,17 @@ def _predict(
         )
         total = len(batches.source.numbers)
         with tqdm(total=total, unit="img", desc="images", disable=None if here.first else True) as bar:
-            per_size = probabilities(model, batches, here, precision, bar.update)
+            per_size = probabilities(model, len(classes), batches, here, precision, bar.update)
         if not here.first:
             return None
-    probs = np.stack(list(per_size.values())).mean(0, dtype=np.float64).astype(np.float32)
+    probs = np.mean(np.stack(list(per_size.values())), axis=0) if len(per_size) > 1 else next(iter(per_size.values()))
     labels = index.labels if index.classes else None
     return Predictions(np.array(index.ids), np.array(classes), probs, labels, per_size if len(per_size) > 1 else {})
+
+
+def _writes() -> bool:
+    """Whether this process is the one that writes files; on other machines their folders need not be there."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 @main.command("eval")
@@ -293,27 +303,29 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
         dataset.require_classes(classes, checkpoint_path, index.classes, data)
         return index
 
-    if out:
+    if out and _writes():
         predictions.require_own(out)
-    if confusion_path:
+    if confusion_path and _writes():
         _require_png(confusion_path, "--confusion")
+        confusion.require_matplotlib()
     found = _predict(checkpoint_path, labelled, **options)
     if found is None or found.labels is None:
         return
+    counts = confusion.matrix(found.labels, found.probs.argmax(1), len(found.classes))
+    names = [str(each) for each in found.classes]
+    if out:
+        predictions.save(found, out)
+    if confusion_path:
+        confusion.draw(counts, names, confusion_path, _PNG_SOFTWARE)
     for size, probs in found.per_size.items():
         of_size = predictions.scores(probs, found.labels)
         click.echo(f"{size:>5} px: top-1 {of_size.top1:.2%}, top-5 {of_size.top5:.2%}")
     scores = predictions.scores(found.probs, found.labels)
     fused = "   fused: " if found.per_size else ""
     click.echo(f"{fused}top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
-    counts = confusion.matrix(found.labels, found.probs.argmax(1), len(found.classes))
-    click.echo(confusion.told(counts, [str(each) for each in found.classes]))
-    if out:
-        predictions.save(found, out)
-        click.echo(f"wrote {dataset.shown(out)}")
-    if confusion_path:
-        confusion.draw(counts, [str(each) for each in found.classes], confusion_path)
-        click.echo(f"wrote {dataset.shown(confusion_path)}")
+    click.echo(confusion.told(counts, names))
+    for path in filter(None, (out, confusion_path)):
+        click.echo(f"wrote {dataset.shown(path)}")
 
 
 @main.command()
@@ -327,7 +339,8 @@ def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> No
     """
     from fasttrain import dataset, predictions
 
-    predictions.require_own(out)
+    if _writes():
+        predictions.require_own(out)
     found = _predict(checkpoint_path, lambda recipe, classes: dataset.scan_unlabelled(images), **options)
     if found is not None:
         predictions.save(found, out)
@@ -365,6 +378,8 @@ def ensemble(
         raise UserError("--weights and --fit exclude each other: fitting finds the weights")
     if out:
         predictions.require_own(out)
+    if submission_path:
+        submission.require_own(submission_path)
     shares: list[float] | None = None
     if weights:
         shares = _weights(weights, len(files))
@@ -375,11 +390,17 @@ def ensemble(
         if val[0].labels is None:
             raise UserError(f"--fit {dataset.shown(fit_files[0])} has no labels; use files that `eval` wrote")
         shares = greedy_weights([each.probs for each in val], val[0].labels)
+        fitted_classes = val[0].classes.tolist()
+        del val
     members = load_alike(files)
-    if fit_files and val[0].classes.tolist() != members[0].classes.tolist():
+    if fit_files and fitted_classes != members[0].classes.tolist():
         raise UserError("--fit: its files are of other classes than the files to be fused")
     fused = fuse([each.probs for each in members], shares)
     first = members[0]
+    if out:
+        predictions.save(replace(first, probs=fused, per_size={}), out)
+    if submission_path:
+        submission.write(submission_path, [str(each) for each in first.ids], fused.argmax(1).tolist())
     for at, (path, member) in enumerate(zip(files, members, strict=True)):
         share = f"weight {shares[at]:.3f}  " if shares else ""
         own = f"top-1 {predictions.scores(member.probs, first.labels).top1:.2%}  " if first.labels is not None else ""
@@ -391,12 +412,8 @@ def ensemble(
     if first.labels is not None:
         scores = predictions.scores(fused, first.labels)
         click.echo(f"fused: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
-    if out:
-        predictions.save(replace(first, probs=fused, per_size={}), out)
-        click.echo(f"wrote {dataset.shown(out)}")
-    if submission_path:
-        submission.write(submission_path, [str(each) for each in first.ids], fused.argmax(1).tolist())
-        click.echo(f"wrote {dataset.shown(submission_path)}: {len(fused)} predictions")
+    for path in filter(None, (out, submission_path)):
+        click.echo(f"wrote {dataset.shown(path)}: {len(fused)} predictions")
 
 
 def _weights(text: str, count: int) -> list[float]:
@@ -406,7 +423,8 @@ def _weights(text: str, count: int) -> list[float]:
         found = []
     if len(found) != count or not all(0 <= each < float("inf") for each in found) or not sum(found):
         raise UserError(f"--weights {text}: {count} numbers with commas, 0 or more and not all 0")
-    return [each / sum(found) for each in found]
+    whole = math.fsum(found)
+    return [each / whole for each in found]
 
 
 @main.command()
@@ -449,10 +467,15 @@ def data_check(folder: str, aside: str | None, out: Path | None, workers: int) -
     """
     from fasttrain import check, dataset, quarantine
 
+    if out:
+        check.require_writable(out)
+    if aside:
+        quarantine.require_place(folder, aside)
     report = check.examine(folder, workers)
-    click.echo(report.text())
     if out:
         check.write_report(report, out)
+    click.echo(report.text())
+    if out:
         click.echo(f"wrote {dataset.shown(out)}")
     if aside:
         moved = quarantine.quarantine(folder, [each.path for each in report.bad], aside)
@@ -547,6 +570,8 @@ def show(
     out: Path,
 ) -> None:
     """Draw the batch that the network sees at a step: cropped, flipped, augmented and mixed, with its labels."""
+    from PIL.PngImagePlugin import PngInfo
+
     from fasttrain import dataset, recipes
     from fasttrain.pipelines.plan import Plan
     from fasttrain.show import draw_batch
@@ -564,7 +589,9 @@ def show(
     if epoch >= plan.epochs or step >= plan.steps_per_epoch:
         span = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps"
         raise UserError(f"--epoch {epoch} --step {step}: there are {span}")
-    draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out)
+    told = PngInfo()
+    told.add_text("Software", _PNG_SOFTWARE)
+    draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out, pnginfo=told)
     click.echo(f"wrote {dataset.shown(out)}")
 
 
@@ -573,8 +600,8 @@ def _require_png(path: Path, option: str) -> None:
 
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise UserError(f"{option} {shown(path)}: a PNG in a folder that is there; end the name in .png")
-    if path.exists() and path.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
-        raise UserError(f"{option} {shown(path)} is there and is no PNG; name another file")
+    if path.exists() and _PNG_SOFTWARE.encode() not in path.read_bytes()[:4096]:
+        raise UserError(f"{option} {shown(path)} is there and is no picture of fasttrain's; name another file")
 
 
 @main.group()

@@ -1,5 +1,6 @@
 """Which classes a network mistakes for which."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.dataset import shown
-from fasttrain.errors import UserError
+from fasttrain.errors import RunError, UserError
 
 
 def matrix(labels: NDArray[np.int64], named: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
@@ -33,25 +34,44 @@ def told(counts: NDArray[np.int64], classes: Sequence[str], most: int = 5) -> st
     return "\n".join(lines if len(lines) > 2 and lines[-1] != "most confused:" else lines[:-1])
 
 
-def draw(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
-    """A picture of the matrix, each row as shares of its class. Raises UserError where matplotlib is not installed."""
+def require_matplotlib() -> None:
+    """UserError where `draw` would miss it."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("--confusion needs matplotlib: pip install matplotlib") from None
+
+
+def draw(counts: NDArray[np.int64], classes: Sequence[str], path: Path, software: str) -> None:
+    """A picture of the matrix, each row as shares of its class, on a scale that shows small shares too; software: who
+    made it, as the PNG says. Raises RunError where it cannot be written."""
+    import warnings
+
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(16.0, 3 + 0.25 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    drawn = axes.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest")
     axes.set(xlabel="named", ylabel="class")
     if len(classes) <= 60:
-        names = [shown(each) if len(each) <= 24 else f"{shown(each[:23])}…" for each in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(classes)), names, fontsize=8)
+        names = [shown(each if len(each) <= 24 else f"{each[:11]}…{each[-12:]}") for each in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(classes)), names, fontsize=8, parse_math=False)
     if len(classes) <= 20:
         for row, column in np.argwhere(counts):
             colour = "black" if shares[row, column] > 0.6 else "white"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(drawn, ax=axes, label="share of the row's class")
-    figure.savefig(path, dpi=100)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.png")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font does not have
+            figure.savefig(aside, dpi=100, metadata={"Software": software})
+        os.replace(aside, path)
+    except OSError as error:
+        raise RunError(f"cannot write {shown(path)}: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from fasttrain.dataset import scan, shown
+from fasttrain.dataset import is_split, scan, shown
 from fasttrain.errors import UserError
 from fasttrain.place import Placed, finished, place, refuse_inside
 
@@ -29,6 +29,8 @@ def make(
     hard links are impossible, or `out` holds anything else; RunError where placing fails. `out` then is as it was.
     """
     refuse_inside(out, folder)
+    if is_split(folder / "train"):
+        raise UserError(f"{shown(folder)} holds train/ with class folders; name {shown(folder / 'train')} to cut that")
     index = scan(folder, progress=progress)
     members: dict[str, list[tuple[bytes, str, str]]] = {name: [] for name in index.classes}
     for path, each, label in zip(index.paths, index.ids, index.labels.tolist(), strict=True):

@@ -93,7 +93,7 @@ def open_data(data: "Data") -> tuple[Index, Index | None]:
 
 
 def open_labelled(folder: str) -> Index:
-    """The index of a folder to evaluate on: DIR/val where DIR holds that, else DIR."""
+    """The index of a folder to evaluate on: DIR/val where DIR holds train/ and val/ with class folders, else DIR."""
     inside = Path(folder, "val")
     return scan(inside if is_split(inside) and is_split(Path(folder, "train")) else folder)
 
@@ -175,7 +175,7 @@ def scan_unlabelled(folder: str | Path, *, progress: bool = True) -> Index:
                 waiting.append(Path(entry.path))
             elif entry.is_dir():
                 left_out["links to folders"] += 1
-            elif not name.lower().endswith(EXTENSIONS):
+            elif not name.lower().endswith(EXTENSIONS) or not entry.is_file():
                 left_out["files that are not images"] += 1
             else:
                 stamps[name] = _stamp(name, entry)
@@ -233,7 +233,7 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[int], str, Counter[str
         for file in _entries(Path(folder.path), real_root, left_out):
             if file.is_dir():
                 left_out["folders inside class folders"] += 1
-            elif not file.name.lower().endswith(EXTENSIONS):
+            elif not file.name.lower().endswith(EXTENSIONS) or not file.is_file():
                 left_out["files that are not images"] += 1
             else:
                 relative.append(f"{folder.name}/{file.name}")
@@ -275,8 +275,7 @@ def _refuse_unreadable(paths: Sequence[str], sizes: NDArray[np.int32]) -> None:
     bad = np.flatnonzero(sizes[:, 0] == 0)
     if len(bad):
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        advice = "mend or remove it; `fasttrain data check` names every bad file"
-        raise UserError(f"not a readable image: {shown(paths[int(bad[0])])}{more}; {advice}")
+        raise UserError(f"not a readable image: {shown(paths[int(bad[0])])}{more}; mend or remove it")
 
 
 def _header_size(path: str) -> tuple[int, int]:

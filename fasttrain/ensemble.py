@@ -1,5 +1,6 @@
 """Several models' probabilities as one: their mean, a weighted mean, or greedy weights fitted on validation images."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ GREEDY_ROUNDS = 50
 def load_alike(paths: Sequence[Path]) -> list[Predictions]:
     """Read members; UserError that names the first difference unless all have the same ids, classes (both in the same
     order) and labels."""
-    members = [predictions.load(path) for path in paths]
+    members = [predictions.load(path, per_size=False) for path in paths]
     for path, member in zip(paths[1:], members[1:], strict=True):
         for what in ("ids", "classes", "labels"):
             ours, theirs = getattr(members[0], what), getattr(member, what)
@@ -27,20 +28,22 @@ def load_alike(paths: Sequence[Path]) -> list[Predictions]:
                     without = paths[0] if ours is None else path
                     raise UserError(f"{shown(without)} has no labels, and the others do; make all of them the same way")
                 continue
-            if len(ours) != len(theirs):
-                raise UserError(f"{shown(path)} has {len(theirs)} {what}, and {shown(paths[0])} has {len(ours)}")
-            other = np.flatnonzero(ours != theirs)
-            if len(other):
-                at = other[0]
+            common = min(len(ours), len(theirs))
+            other = np.flatnonzero(ours[:common] != theirs[:common])
+            if len(other) or len(ours) != len(theirs):
+                at = int(other[0]) if len(other) else common
+                image = f" ({shown(members[0].ids[at])})" if what == "labels" else ""
                 raise UserError(
-                    f"{what} differ: number {at} is {_told(theirs[at])} in {shown(path)} and {_told(ours[at])} in "
-                    f"{shown(paths[0])}; all members must be of the same images and classes, in the same order"
+                    f"{what} differ: number {at}{image} is {_told(theirs, at)} in {shown(path)} and {_told(ours, at)} "
+                    f"in {shown(paths[0])}; all members must be of the same images and classes, in the same order"
                 )
     return members
 
 
-def _told(value: object) -> str:
-    return repr(shown(value)) if isinstance(value, str) else str(value)
+def _told(values: NDArray, at: int) -> str:
+    if at >= len(values):
+        return "not there"
+    return repr(shown(values[at])) if values.dtype.kind == "U" else str(values[at])
 
 
 def fuse(members: Sequence[NDArray[np.float32]], weights: Sequence[float] | None = None) -> NDArray[np.float32]:
@@ -48,8 +51,9 @@ def fuse(members: Sequence[NDArray[np.float32]], weights: Sequence[float] | None
 
     The order of the members makes no difference, not even in the last bit.
     """
-    shares = np.full(len(members), 1 / len(members)) if weights is None else np.asarray(weights, np.float64)
-    shares = shares / shares.sum()
+    shares = [1.0] * len(members) if weights is None else list(weights)
+    whole = math.fsum(shares)
+    shares = [each / whole for each in shares]
     fused = np.empty_like(members[0])
     for start in range(0, len(fused), _ROWS):
         rows = slice(start, start + _ROWS)

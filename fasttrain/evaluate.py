@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.dataset import Index
+from fasttrain.dataset import Index, shown
 from fasttrain.distributed import Ranks
+from fasttrain.errors import RunError
 from fasttrain.kernels import mix
 from fasttrain.pipelines.eval import Crops, Evaluation
 from fasttrain.predictions import Scores
@@ -45,19 +46,22 @@ def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ra
 @torch.no_grad()
 def probabilities(
     model: nn.Module,
+    classes: int,
     batches: Evaluation,
     ranks: Ranks,
     precision: torch.dtype,
     advance: Callable[[int], object] = lambda images: None,
 ) -> dict[int, NDArray[np.float32]]:
     """Mean softmax over each size's views, {size: float32 [N, K]}: of all N images of the index on rank 0, and of a
-    rank's own share on the others. The network must be in eval mode.
+    rank's own share on the others; classes: K. The network must be in eval mode. RunError where an answer is not
+    finite.
 
     Views go through the network one after another, so that activations of one batch at the largest size are the most
     that is held at once. advance: called with the number of images done after each batch.
     """
     views = batches.source.views
-    parts: dict[int, list[NDArray[np.float32]]] = {size: [] for size in views.sizes}
+    count, done = len(batches.source.numbers), 0
+    found = {size: np.empty((count, classes), np.float32) for size in views.sizes}
     for pixels, numbers in batches:
         sums: dict[int, Tensor] = {}
         for crop, each in zip(views.crops, pixels, strict=True):
@@ -66,10 +70,17 @@ def probabilities(
                 chances = _logits(model, seen, precision).softmax(1)
                 sums[crop.size] = sums[crop.size] + chances if crop.size in sums else chances
         for size, total in sums.items():
-            parts[size].append((total * (len(views.sizes) / len(views))).cpu().numpy())
+            found[size][done : done + len(numbers)] = (total * (len(views.sizes) / len(views))).cpu().numpy()
+            bad = np.flatnonzero(~np.isfinite(found[size][done : done + len(numbers)]).all(1))
+            if len(bad):
+                path = batches.source.index.paths[int(numbers[bad[0]])]
+                raise RunError(f"the network's answer to {shown(path)} at {size} pixels is not finite: it has diverged")
+        done += len(numbers)
         advance(len(numbers))
-    shares = ranks.gather({size: np.concatenate(each) for size, each in parts.items()})
-    return {size: np.concatenate([share[size] for share in shares]) for size in views.sizes}
+    if ranks.world == 1:
+        return found
+    shares = ranks.gather(found)
+    return {size: np.concatenate([share.pop(size) for share in shares]) for size in views.sizes}
 
 
 def _logits(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:

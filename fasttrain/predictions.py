@@ -2,7 +2,9 @@
 
 import os
 import re
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,12 @@ from numpy.typing import NDArray
 from fasttrain.dataset import shown
 from fasttrain.errors import RunError, UserError
 
+_REQUIRED = ("ids", "classes", "probs")
+# What numpy and zipfile raise over bytes that they do not expect.
+_DAMAGE = (
+    *(ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError, MemoryError, OverflowError),
+    *(tokenize.TokenError, AttributeError, KeyError, TypeError, IndexError, RecursionError, zlib.error),
+)
 _SIZE = re.compile(r"probs_(\d{1,4})")
 
 
@@ -46,9 +54,9 @@ class Scores(NamedTuple):
 def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
     """Top-1 and top-5 of probabilities [N, K]; with five classes or fewer top-5 is 1."""
     own = probs[np.arange(len(labels)), labels][:, None]
-    # Among equals the first class counts as the higher, as in argmax.
-    before = (probs == own) & (np.arange(probs.shape[1]) < labels[:, None])
-    rank = ((probs > own) | before).sum(1)
+    # Among equals the first class counts as the higher, as in argmax; what is not a number is never right.
+    lower = (probs < own) | ((probs == own) & (np.arange(probs.shape[1]) > labels[:, None]))
+    rank = probs.shape[1] - 1 - lower.sum(1)
     return Scores(float((rank == 0).mean()), float((rank < 5).mean()), len(labels))
 
 
@@ -80,15 +88,21 @@ def require_own(path: Path) -> None:
         raise UserError(f"{shown(path)}: probabilities are kept in a .npz file; end the name in .npz")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {shown(path)}: there is no folder {shown(path.parent)}")
-    if path.exists():
-        try:
-            load(path)
-        except UserError:
-            raise UserError(f"{shown(path)} is there and holds no probabilities; name another file") from None
+    if path.exists() and not _looks_like_ours(path):
+        raise UserError(f"{shown(path)} is there and holds no probabilities; name another file")
 
 
-def load(path: Path) -> Predictions:
-    """Read a file of anybody's. Raises UserError that names the file and what is wrong with it."""
+def _looks_like_ours(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{name}.npy" for name in _REQUIRED} <= set(archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def load(path: Path, per_size: bool = True) -> Predictions:
+    """Read a file of anybody's; without per_size only what is fused. Raises UserError that names the file and what is
+    wrong with it."""
     try:
         with zipfile.ZipFile(path) as archive:
             # Stored, not compressed, as numpy writes them: then a file cannot unpack to more than its own size.
@@ -97,18 +111,19 @@ def load(path: Path) -> Predictions:
         if packed or len(set(names)) < len(names):
             raise ValueError("it is compressed; write it with numpy.savez")
         with np.load(path, allow_pickle=False) as archive:
-            return _checked({name: archive[name] for name in archive.files})
+            wanted = [name for name in archive.files if per_size or not _SIZE.fullmatch(name)]
+            return _checked({name: archive[name] for name in wanted})
     except OSError as error:
         raise UserError(f"cannot read {shown(path)}: {error.strerror or error}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError, MemoryError) as error:
+    except _DAMAGE as error:
         gist = str(error).splitlines()[0] if str(error) else "damaged"
         raise UserError(f"{shown(path)} holds no probabilities: {shown(gist)}") from None
 
 
 def _checked(arrays: dict[str, NDArray]) -> Predictions:
-    missing = [name for name in ("ids", "classes", "probs") if name not in arrays]
-    if missing:
-        raise ValueError(f"it has no array {missing[0]!r}")
+    for name in _REQUIRED:
+        if not isinstance(arrays.get(name), np.ndarray):
+            raise ValueError(f"it has no array {name!r}")
     ids, classes, probs = arrays["ids"], arrays["classes"], arrays["probs"]
     for name, each in (("ids", ids), ("classes", classes)):
         if each.dtype.kind != "U" or each.ndim != 1:
@@ -119,12 +134,16 @@ def _checked(arrays: dict[str, NDArray]) -> Predictions:
         raise ValueError("it is empty")
     sizes = {int(found[1]): each for name, each in arrays.items() if (found := _SIZE.fullmatch(name))}
     for name, each in (("probs", probs), *((f"probs_{size}", each) for size, each in sizes.items())):
+        if not isinstance(each, np.ndarray):
+            raise ValueError(f"{name!r} is no array")
         if each.dtype != np.float32 or each.shape != (len(ids), len(classes)):
             raise ValueError(f"{name!r} is {each.dtype} {list(each.shape)}, not float32 {[len(ids), len(classes)]}")
         if not (np.isfinite(each).all() and (each >= 0).all() and np.allclose(each.sum(1), 1, atol=1e-3)):
             raise ValueError(f"rows of {name!r} are no probabilities: they must be 0 or more and sum to 1")
     labels = arrays.get("labels")
     if labels is not None:
+        if not isinstance(labels, np.ndarray):
+            raise ValueError("'labels' is no array")
         if labels.dtype != np.int64 or labels.shape != ids.shape:
             raise ValueError(f"'labels' is {labels.dtype} {list(labels.shape)}, not int64 {[len(ids)]}")
         if (labels < 0).any() or (labels >= len(classes)).any():

@@ -43,11 +43,8 @@ def quarantine(folder: str | Path, paths: Iterable[str], aside: str | Path) -> i
     still at `from`. Class folders stay. UserError where `aside` lies in the folder itself or holds other things, or
     where a file cannot be moved (it is then where it was).
     """
+    require_place(folder, aside)
     root, place = os.path.realpath(folder), Path(os.path.realpath(aside))
-    if f"{place}/".startswith(f"{root}/"):
-        raise UserError(f"{shown(aside)} is inside {shown(root)}; name a folder elsewhere")
-    if os.path.lexists(place) and not (place.is_dir() and (_moves(place) is not None or not any(place.iterdir()))):
-        raise UserError(f"{shown(aside)} is neither empty nor a quarantine; name another folder")
     moves = {to: source for to, source in (_moves(place) or {}).items() if os.path.lexists(place / to)}
     planned: dict[str, str] = {}
     for path in sorted(set(paths)):
@@ -68,6 +65,15 @@ def quarantine(folder: str | Path, paths: Iterable[str], aside: str | Path) -> i
         why = f"{shown(error.filename or '')} {error.strerror or error}".strip()
         raise UserError(f"cannot move bad files to {shown(aside)}: {why}") from None
     return sum(os.path.lexists(place / to) for to in planned)
+
+
+def require_place(folder: str | Path, aside: str | Path) -> None:
+    """UserError unless `aside` can be a quarantine for files of `folder`."""
+    root, place = os.path.realpath(folder), Path(os.path.realpath(aside))
+    if f"{place}/".startswith(f"{root}/"):
+        raise UserError(f"{shown(aside)} is inside {shown(root)}; name a folder elsewhere")
+    if os.path.lexists(place) and not (place.is_dir() and (_moves(place) is not None or not any(place.iterdir()))):
+        raise UserError(f"{shown(aside)} is neither empty nor a quarantine; name another folder")
 
 
 def restore(aside: str | Path) -> int:

@@ -9,7 +9,15 @@ from pathlib import Path
 from fasttrain.dataset import shown
 from fasttrain.errors import RunError, UserError
 
-HEADER = ("Image IDs", "Predictions")
+HEADER, LABELS_HEADER = ("Image IDs", "Predictions"), ("Image IDs", "Labels")
+
+
+def require_own(path: Path) -> None:
+    """UserError unless `path` can be written without losing what is no submission."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {shown(path)}: there is no folder {shown(path.parent)}")
+    if path.exists() and not _is_submission(path):
+        raise UserError(f"{shown(path)} is there and is no submission; name another file")
 
 
 def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
@@ -19,8 +27,7 @@ def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"two images are called {shown(twice[0])!r}; a submission needs names that differ")
-    if path.exists() and not _is_submission(path):
-        raise UserError(f"{shown(path)} is there and is no submission; name another file")
+    require_own(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -42,8 +49,8 @@ def _is_submission(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> dict[str, int]:
-    """{image: class} of a submission or a file of labels: a header line, then rows of an id and a whole number.
+def read(path: Path, header: tuple[str, str]) -> dict[str, int]:
+    """{image: class} of a submission or a file of labels: the header line, then rows of an id and a whole number.
 
     Raises UserError that names the line: a row of another shape, an id twice, a class that is no number.
     """
@@ -51,8 +58,9 @@ def read(path: Path) -> dict[str, int]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
-            if next(rows, None) is None:
-                raise UserError(f"{shown(path)} is empty; it needs a header line and a row for each image")
+            first = next(rows, None)
+            if first is None or tuple(first) != header:
+                raise UserError(f"{shown(path)} line 1 must be the header {','.join(header)}")
             for row in rows:
                 where = f"{shown(path)} line {rows.line_num}"
                 if len(row) != 2:
@@ -74,7 +82,7 @@ def score(submission: Path, labels: Path) -> tuple[float, int]:
     Strict, where the challenge's own scorer passes over what is missing: UserError unless each image of the labels is
     there once, no other is, and every class is one that labels have (0 … their highest).
     """
-    truth, told = read(labels), read(submission)
+    truth, told = read(labels, LABELS_HEADER), read(submission, HEADER)
     if not truth:
         raise UserError(f"{shown(labels)} names no image")
     for what, names in (("lacks", truth.keys() - told.keys()), ("has the foreign", told.keys() - truth.keys())):

@@ -154,16 +154,16 @@ def batches(
     stop = plan.steps if stop_step is None else stop_step
     replacement = np.arange(len(index))
 
-    def replace(numbers: NDArray[np.int64]) -> bool:
+    def replace(numbers: NDArray[np.int64], tell: bool = True) -> bool:
         found = list(substitutes(index, numbers, replacement))
         for number, other, skip in found:
             replacement[replacement == number] = other
-            if on_skip is not None:
+            if on_skip is not None and tell:
                 on_skip(skip)
         return bool(found)
 
-    if on_skip is not None:
-        replace(np.flatnonzero(index.sizes[:, 0] == 0))
+    if on_skip is not None:  # the headers that nobody could read, which all ranks know
+        replace(np.flatnonzero(index.sizes[:, 0] == 0), tell=plan.rank == 0)
     done, total = 0, (stop - start_step) * plan.micro_batches
     while done < total:
         # A pipeline is made anew after an error: the batches that it had in hand are lost with the one that failed.

@@ -1,9 +1,12 @@
 """The confusion matrix against scikit-learn's, and what is told of it."""
 
 import numpy as np
+import pytest
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from fasttrain import confusion
+from fasttrain.errors import UserError
 
 
 def test_the_matrix_is_scikit_learns():
@@ -23,6 +26,16 @@ def test_the_worst_and_the_most_confused_are_told():
         "  cat taken for ape: 5 of 10",
         r"  ape taken for bee\x1b: 2 of 10",
     ]
+
+
+def test_a_picture_is_drawn_of_any_names(tmp_path):
+    """As text, not as mathematics, in scripts that the font lacks, and long ones cut in their middle."""
+    names = [r"$\frac{$x", "日本", "a" * 30 + "1", "a" * 30 + "2"]
+    confusion.draw(np.eye(4, dtype=np.int64) * 5, names, tmp_path / "c.png", "fasttrain")
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.info["Software"] == "fasttrain" and picture.width > 300
+    with pytest.raises(UserError, match="cannot write"):
+        confusion.draw(np.eye(4, dtype=np.int64), names, tmp_path / "no" / "c.png", "fasttrain")
 
 
 def test_classes_without_images_and_perfect_answers():

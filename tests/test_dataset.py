@@ -25,6 +25,13 @@ def small(tmp_path):
     return root
 
 
+def test_a_pipe_is_no_image(small):
+    """Opening one would wait for ever."""
+    os.mkfifo(small / "ape" / "pipe.jpg")
+    before = len(dataset.scan(small))
+    assert len(dataset.scan_unlabelled(small)) == before
+
+
 @pytest.mark.parametrize("turn", [1, 6])
 def test_sizes_are_those_of_the_stored_pixels(tmp_path, turn):
     """PIL tells the size of a TIFF after its orientation, and turns the pixels; the pipelines take them as stored."""

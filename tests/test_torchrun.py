@@ -113,6 +113,25 @@ def test_triplet_trains_at_two_ranks_as_at_one(demo_set, tmp_path):
         assert both["stats"].keys() == {"triplet/active", "triplet/d_ap", "triplet/d_an"}
 
 
+def test_evaluation_at_any_number_of_ranks_gives_the_same_probabilities(two, demo_set, tmp_path):
+    """Also where a rank has no image at all; and a mistake is told once."""
+    import numpy as np
+
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "one.jpg").write_bytes((demo_set / "val" / "disc-stripes-red" / "050.jpg").read_bytes())
+    for images in (demo_set / "val", tmp_path / "few"):
+        found = []
+        for world in (1, 2):
+            out = tmp_path / f"{images.name}{world}.npz"
+            options = ["predict", two[0] / "run", "--images", images, "--device", "cpu", "--out", out]
+            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "fasttrain"]
+            done = subprocess.run([sys.executable, *command, *map(str, options)], capture_output=True, text=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            found.append(np.load(out)["probs"])
+        np.testing.assert_array_equal(*found)
+
+
 def test_the_run_goes_on_with_one_rank(two, demo_set):
     """The checkpoint of two ranks is that of any number."""
     folder, _ = two

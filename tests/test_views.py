@@ -12,7 +12,7 @@ from fasttrain import dataset
 from fasttrain.batch import Output
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.dataset import Index
-from fasttrain.errors import UserError
+from fasttrain.errors import RunError, UserError
 from fasttrain.evaluate import probabilities
 from fasttrain.models import Classifier
 from fasttrain.pipelines.eval import Evaluation
@@ -104,14 +104,14 @@ def test_the_reports_views_give_the_probabilities_of_a_naive_loop(index):
     with torch.no_grad():  # so that images differ in their answers
         model.backbone.fc.weight *= 30
     views = named("report", 64)
-    ours = probabilities(model, Evaluation(index, views, 5, torch.device("cpu"), 1), CPU, torch.float32)
+    ours = probabilities(model, 7, Evaluation(index, views, 5, torch.device("cpu"), 1), CPU, torch.float32)
     theirs = naive(model, index, views)
     assert ours.keys() == theirs.keys() == set(views.sizes)
     for size in views.sizes:
         assert ours[size].shape == (len(index), 7) and ours[size].dtype == np.float32
         assert theirs[size].std(0).max() > 0.003
         np.testing.assert_allclose(ours[size], theirs[size], atol=2e-3)
-    again = probabilities(model, Evaluation(index, views, 3, torch.device("cpu"), 2), CPU, torch.float32)
+    again = probabilities(model, 7, Evaluation(index, views, 3, torch.device("cpu"), 2), CPU, torch.float32)
     for size in views.sizes:
         np.testing.assert_allclose(ours[size], again[size], atol=1e-6)
 
@@ -132,12 +132,22 @@ class Constant(nn.Module):
 def test_a_constant_network_has_one_answer_in_all_views(index, name):
     model = Constant()
     views = named(name, 32)
-    found = probabilities(model, Evaluation(index, views, 4, torch.device("cpu"), 1), CPU, torch.float32)
+    found = probabilities(model, 3, Evaluation(index, views, 4, torch.device("cpu"), 1), CPU, torch.float32)
     expected = torch.tensor([1.0, 2.0, 0.0]).softmax(0).numpy()
     for probs in found.values():
         np.testing.assert_allclose(probs, np.tile(expected, (len(index), 1)), rtol=1e-6)
     # One view of one batch at a time: that bounds the activations.
     assert max(shape[0] for shape in model.seen) == 4 and len(model.seen) == len(views) * 4
+
+
+def test_an_answer_that_is_not_finite_is_an_error_by_name(index):
+    class Diverged(Constant):
+        def forward(self, images):
+            return super().forward(images)._replace(logits=torch.full((len(images), 3), torch.nan))
+
+    batches = Evaluation(index, named("center", 32), 4, torch.device("cpu"), 1)
+    with pytest.raises(RunError, match=rf"{index.paths[0]} at 32 pixels is not finite"):
+        probabilities(Diverged(), 3, batches, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
