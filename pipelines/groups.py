@@ -39,9 +39,10 @@ class Groups:
         short = np.flatnonzero(sizes < k)
         if len(short):
             more = f" (and {len(short) - 1} more classes)" if len(short) > 1 else ""
+            fewer = f"set images_per_class={sizes.min()} or less, or " if sizes.min() > 1 else ""
             raise UserError(
                 f"images_per_class is {k}, but class {shown(index.classes[short[0]])!r} has {sizes[short[0]]}{more}; "
-                f"set images_per_class={sizes.min()} or less, or add images"
+                f"{fewer}add images, or leave it out"
             )
         p = batch_size // k
         if len(sizes) < p:

@@ -92,7 +92,7 @@ def main() -> None:
     result = {
         "command": "python scripts/ablation.py " + " ".join(sys.argv[1:]),
         "date": str(date.today()),
-        "device": f"CPU, {len(os.sched_getaffinity(0))} cores" if not torch.cuda.is_available() else gpu(),
+        "device": f"CPU, cores used: {len(os.sched_getaffinity(0))}" if not torch.cuda.is_available() else gpu(),
         "torch": torch.__version__,
         "images": {split: len(dataset.scan(data / split)) for split in ("train", "val")},
         "rows": table,

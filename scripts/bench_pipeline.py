@@ -53,7 +53,9 @@ def ours(index: dataset.Index, policy: str, args: argparse.Namespace, images_per
 
 def grouped(index: dataset.Index, policy: str, args: argparse.Namespace) -> Iterator[Any]:
     """Batches of 4 images a class over the same files, which for this are taken to be of classes of 8."""
-    return ours(replace(index, labels=np.arange(len(index)) // 8), policy, args, images_per_class=4)
+    labels = np.arange(len(index)) // 8
+    relabelled = replace(index, labels=labels, classes=tuple(map(str, range(labels[-1] + 1))))
+    return ours(relabelled, policy, args, images_per_class=4)
 
 
 def timms(index: dataset.Index, policy: str, args: argparse.Namespace) -> Iterator[Any]:
