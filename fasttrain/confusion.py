@@ -1,6 +1,5 @@
 """Which classes a network mistakes for which."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.dataset import shown
-from fasttrain.errors import RunError, UserError
+from fasttrain.errors import UserError
+from fasttrain.files import replacing
 
 
 def matrix(labels: NDArray[np.int64], named: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
@@ -65,13 +65,6 @@ def draw(counts: NDArray[np.int64], classes: Sequence[str], path: Path, software
             colour = "black" if shares[row, column] > 0.6 else "white"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(drawn, ax=axes, label="share of the row's class")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font does not have
-            figure.savefig(aside, dpi=100, metadata={"Software": software})
-        os.replace(aside, path)
-    except OSError as error:
-        raise RunError(f"cannot write {shown(path)}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font does not have
+        figure.savefig(aside, dpi=100, metadata={"Software": software})

@@ -1,6 +1,5 @@
 """Files of probabilities: what `eval` and `predict` write, and `ensemble` reads. An .npz without pickles."""
 
-import os
 import re
 import tokenize
 import zipfile
@@ -14,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.dataset import shown
-from fasttrain.errors import RunError, UserError
+from fasttrain.errors import UserError
+from fasttrain.files import replacing
 
 _REQUIRED = ("ids", "classes", "probs")
 # What numpy and zipfile raise over bytes that they do not expect.
@@ -71,15 +71,8 @@ def save(predictions: Predictions, path: Path) -> None:
     }
     if predictions.labels is not None:
         arrays["labels"] = predictions.labels
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(aside, path)
-    except OSError as error:
-        raise RunError(f"cannot write {shown(path)}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, aside.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def require_own(path: Path) -> None:

@@ -1,13 +1,13 @@
 """The challenge's submission: a CSV of one predicted class for each test image, and a strict scorer for it."""
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from fasttrain.dataset import shown
-from fasttrain.errors import RunError, UserError
+from fasttrain.errors import UserError
+from fasttrain.files import replacing
 
 HEADER, LABELS_HEADER = ("Image IDs", "Predictions"), ("Image IDs", "Labels")
 
@@ -28,17 +28,10 @@ def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
     if twice:
         raise UserError(f"two images are called {shown(twice[0])!r}; a submission needs names that differ")
     require_own(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
-            writer.writerows(sorted(zip(names, map(int, classes), strict=True)))
-        os.replace(aside, path)
-    except OSError as error:
-        raise RunError(f"cannot write {shown(path)}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        writer.writerows(sorted(zip(names, map(int, classes), strict=True)))
 
 
 def _is_submission(path: Path) -> bool:

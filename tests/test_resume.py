@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import events, run, tiny, weights
+from test_train import events, part_of, run, tiny, weights
 
-from fasttrain import checkpoint, dataset
+from fasttrain import checkpoint
 from fasttrain import train as training
 from fasttrain.config import Ema, Init, Machine, Mix, Save
 from fasttrain.errors import Stopped, UserError
@@ -24,15 +24,7 @@ from fasttrain.losses.triplet import Triplet
 @pytest.fixture(scope="module")
 def index(demo_set):
     """60 images, six of each class: three steps an epoch of 20."""
-    whole = dataset.scan(demo_set / "train")
-    some = [number for number in range(500) if number % 50 < 6]
-    return dataset.Index(
-        tuple(whole.paths[n] for n in some),
-        tuple(whole.ids[n] for n in some),
-        whole.labels[some],
-        whole.sizes[some],
-        whole.classes,
-    )
+    return part_of(demo_set, 6)
 
 
 def stop_at(monkeypatch, step: int) -> None:

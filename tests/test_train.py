@@ -25,8 +25,13 @@ CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def index(demo_set):
     """100 of the demo set's training images, ten of each class."""
+    return part_of(demo_set, 10)
+
+
+def part_of(demo_set: Path, per_class: int) -> dataset.Index:
+    """So many of the demo set's training images of each class."""
     whole = dataset.scan(demo_set / "train")
-    some = [number for number in range(500) if number % 50 < 10]
+    some = [number for number in range(500) if number % 50 < per_class]
     return dataset.Index(
         tuple(whole.paths[n] for n in some),
         tuple(whole.ids[n] for n in some),
