@@ -56,6 +56,11 @@ class Loss(Protocol):
     groups: ClassVar[bool] = False
     stats: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def weight(self) -> float:
+        """What it is multiplied by in the sum of a recipe's losses."""
+        ...
+
     def __call__(self, output: Output, batch: Batch) -> Term | None: ...
 
     def collapsed(self, losses: list[float]) -> bool:

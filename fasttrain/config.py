@@ -214,6 +214,7 @@ class Recipe:
         trains_classifier = not all(loss.fine_tunes for loss in self.losses)
         _require(trains_classifier, "losses", "cross_entropy or distillation, alone or beside others", names)
         for loss in self.losses:
+            _require(loss.weight >= 0, f"losses.{loss.name}.weight", "0 or more", loss.weight)
             if loss.groups:
                 rule = f"2 or more with the loss {loss.name}, and a divisor of batch_size"
                 _require(self.images_per_class >= 2, "images_per_class", rule, self.images_per_class)

