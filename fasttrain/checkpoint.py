@@ -5,15 +5,12 @@ optimizer's momentum by parameter name, and the averaged weights where the run h
 `OUT/best` are links to such folders.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +21,59 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fasttrain import __version__, recipes
-from fasttrain.config import Init, Recipe
+from fasttrain.config import Recipe
 from fasttrain.dataset import shown
 from fasttrain.ema import Ema
 from fasttrain.errors import RunError, UserError
 from fasttrain.models import Classifier
 
-FORMAT = 2
+FORMAT = 3
 _MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
+_META_BYTES = 64 << 20  # at most; a thousand classes take some 50 kB
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run changes as it trains."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Ema | None = None
+
+
+class Snapshot:
+    """A copy of a State in the host's memory, which training on does not change. Taken again, it goes to the same
+    memory (pinned, for a GPU), so that only the first one waits for the system to find some."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, Tensor]] = {_MODEL: {}, _TRAIN: {}}
+        self.scaler: dict[str, Any] = {}
+        self.copied: torch.cuda.Event | None = None
+
+    def take(self, state: State) -> "Snapshot":
+        """Copy everything; on a GPU the copies are only asked for, in order with what comes before and after them."""
+        averaged = {f"ema.{name}": each for name, each in state.ema.model.named_parameters()} if state.ema else {}
+        self._copy(_MODEL, state.model.state_dict())
+        self._copy(_TRAIN, _momentum(state) | averaged)
+        self.scaler = state.scaler.state_dict()
+        if next(state.model.parameters()).is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        return self
+
+    def _copy(self, file: str, tensors: dict[str, Tensor]) -> None:
+        """Contiguous copies: safetensors takes neither strides (channels_last) nor shared memory (tied weights)."""
+        copies = self.files[file]
+        for name, each in tensors.items():
+            if name not in copies:
+                copies[name] = torch.empty(each.shape, dtype=each.dtype, pin_memory=each.is_cuda)
+            copies[name].copy_(each, non_blocking=True)
+
+    def wait(self) -> None:
+        """Until the copies are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
 @dataclass(frozen=True)
@@ -44,90 +86,10 @@ class Checkpoint:
     train: dict[str, Tensor]
 
 
-def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
-    """Make or reopen a run's folder and write its recipe.toml; gives the checkpoint to go on from, or None.
-
-    resume: `auto` (OUT/last where there is one), `never` (a run that is there is moved aside) or a path. UserError
-    where the folder holds something else than a run.
-    """
-    used = out.is_dir() and any(out.iterdir())
-    if used and not (out / "recipe.toml").is_file():
-        raise UserError(f"{shown(out)} is not empty and holds no run; name another --out")
-    if used and resume == "never":
-        aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
-        out.rename(aside)
-        print(f"the run that was in {shown(out)} is now {shown(aside)}", file=sys.stderr)
-    start = None
-    if resume == "auto":
-        start = _newest(out)
-    elif resume != "never":
-        start = find(Path(resume))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (start and (out / "recipe.toml").exists()):
-            (out / "recipe.toml").write_text(recipe_toml, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {shown(out)}: {error.strerror}") from None
-    return start
-
-
-@contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Keep a run's folder to one process. UserError where another has it; one that has died does not."""
-    path = out.parent / f".{out.name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = path.open("a+")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read(64).strip()
-                file.close()
-                raise UserError(
-                    f"another run is writing to {shown(out)} ({holder or 'just started'}); "
-                    "wait for it, stop it, or name another --out"
-                ) from None
-            file.close()  # its holder has removed it in the meantime
-    except OSError as error:
-        raise UserError(f"cannot write to {shown(out.parent)}: {error.strerror}") from None
-    with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _newest(out: Path) -> Path | None:
-    """The newest whole checkpoint of a run: `last`, or, with a word on stderr, one before it. None where there is
-    none yet; UserError where there are only damaged ones."""
-    steps = sorted((out / "checkpoints").glob("step-*"), reverse=True)
-    last = (out / "last").resolve()
-    candidates = [each for each in steps if not last.is_dir() or each.name <= last.name]
-    for candidate in candidates:
-        try:
-            verify(candidate)
-            return candidate
-        except UserError as error:
-            print(f"{error}; looking at the one before", file=sys.stderr)
-    if candidates:
-        raise UserError(f"no checkpoint in {shown(out / 'checkpoints')} is whole; start over with --resume never")
-    return None
-
-
 def save(
     out: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: Ema | None = None,
+    snapshot: Snapshot,
     *,
     improved: bool,
     keep: int,
@@ -139,30 +101,23 @@ def save(
     archived: never remove this one. meta: what else meta.json shall hold, as JSON values. A process that is killed
     at any moment leaves `last` where it was or at the new one. Raises RunError where the disk does not take it.
     """
-    home = out / "checkpoints"
-    # The same step may be there, written before a resume from an earlier one; links lead to it, so it stays for now.
-    names = (f"step-{step:08}{suffix}" for suffix in itertools.chain([""], (f".{n}" for n in itertools.count(1))))
-    final = next(each for name in names if not (each := home / name).exists())
+    home, final = out / "checkpoints", _free_name(out, step)
     aside = home / f".{final.name}.{os.getpid()}.partial"
     try:
         aside.mkdir(parents=True)
-        save_file(_on_cpu(model.state_dict()), aside / _MODEL)
-        averaged = {f"ema.{name}": each for name, each in ema.model.named_parameters()} if ema else {}
-        save_file(_on_cpu(_momentum(model, optimizer) | averaged), aside / _TRAIN)
+        snapshot.wait()
+        for name, tensors in snapshot.files.items():
+            save_file(tensors, aside / name)
         content = {
             "format": FORMAT,
             "step": step,
             "archived": archived,
             **meta,
-            "scaler": scaler.state_dict(),
+            "scaler": snapshot.scaler,
             "versions": {"fasttrain": __version__, "torch": torch.__version__},
             "sha256": {name: _sha256(aside / name) for name in (_MODEL, _TRAIN)},
         }
-        (aside / _META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for name in (_MODEL, _TRAIN, _META, "."):
-            _sync(aside / name)
-        aside.rename(final)
-        _sync(home)
+        _put_in_place(aside, final, content)
         _link(out / "last", final)
         if improved:
             _link(out / "best", final)
@@ -174,13 +129,43 @@ def save(
     return final
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies: safetensors takes neither strides (channels_last) nor shared memory (tied weights)."""
-    return {name: torch.empty(each.shape, dtype=each.dtype).copy_(each) for name, each in tensors.items()}
+def branch(out: Path, path: Path, changes: Callable[[int], dict[str, Any]]) -> Path:
+    """Another checkpoint of the same tensors, which takes the place of `last`; changes: what its meta.json has of its
+    own, given its step. RunError where the disk does not take it."""
+    meta = read_meta(path)
+    home, final = out / "checkpoints", _free_name(out, meta["step"])
+    aside = home / f".{final.name}.{os.getpid()}.partial"
+    try:
+        aside.mkdir()
+        for name in (_MODEL, _TRAIN):
+            os.link(path / name, aside / name)
+        _put_in_place(aside, final, meta | changes(meta["step"]) | {"archived": False})
+        _link(out / "last", final)
+    except OSError as error:
+        raise RunError(f"cannot write a checkpoint to {shown(home)}: {error}; the one before is whole") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
 
 
-def _momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    found = {name: optimizer.state[each].get("momentum_buffer") for name, each in model.named_parameters()}
+def _free_name(out: Path, step: int) -> Path:
+    """A folder for a checkpoint. The same step may be there, written before a resume from an earlier one; links lead
+    to it, so it stays for now."""
+    names = (f"step-{step:08}{suffix}" for suffix in itertools.chain([""], (f".{n}" for n in itertools.count(1))))
+    return next(each for name in names if not (each := out / "checkpoints" / name).exists())
+
+
+def _put_in_place(aside: Path, final: Path, meta: dict[str, Any]) -> None:
+    """Complete a checkpoint by its meta.json, and give it its name once all of it is on the disk."""
+    (aside / _META).write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for name in (_MODEL, _TRAIN, _META, "."):
+        _sync(aside / name)
+    aside.rename(final)
+    _sync(final.parent)
+
+
+def _momentum(state: State) -> dict[str, Tensor]:
+    found = {name: state.optimizer.state[each].get("momentum_buffer") for name, each in state.model.named_parameters()}
     return {f"momentum.{name}": each for name, each in found.items() if each is not None}
 
 
@@ -216,8 +201,8 @@ def _prune(out: Path, home: Path, keep: int) -> None:
 
 def _is_archived(path: Path) -> bool:
     try:
-        return json.loads((path / _META).read_text(encoding="utf-8"))["archived"] is True
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_meta(path)["archived"] is True
+    except (UserError, KeyError):
         return False
 
 
@@ -241,79 +226,107 @@ def load(path: Path) -> Checkpoint:
         try:
             tensors[name] = load_file(path / name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{shown(path / name)} cannot be read: {error}") from None
+            raise UserError(f"{shown(path / name)} cannot be read: {shown(str(error))}") from None
     return Checkpoint(path, meta, tensors[_MODEL], tensors[_TRAIN])
 
 
 def verify(path: Path) -> dict[str, Any]:
     """meta.json's content, once the folder's files have the hashes it names. UserError like `load`."""
-    try:
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        known = meta["format"] == FORMAT
-        hashes = {name: meta["sha256"][name] for name in (_MODEL, _TRAIN)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{shown(path / _META)} cannot be read as a checkpoint's: {error!r}") from None
-    if not known:
-        raise UserError(f"{shown(path)} has checkpoint format {meta['format']}; this fasttrain reads {FORMAT}")
-    for name, expected in hashes.items():
+    meta = read_meta(path)
+    for name in (_MODEL, _TRAIN):
         try:
-            if _sha256(path / name) != expected:
+            if not (path / name).is_file():
+                raise UserError(f"{shown(path / name)} is missing, or no file")
+            if _sha256(path / name) != meta["sha256"][name]:
                 raise UserError(f"{shown(path / name)} is damaged: its SHA-256 is not the one in {_META}")
         except OSError as error:
             raise UserError(f"{shown(path / name)} cannot be read: {error.strerror}") from None
     return meta
 
 
-# A run may go on with other values of these: none changes which images a step takes or what is done to them.
-_FREE = ("name", "micro_batch", "init", "save", "data", "machine")
+def read_meta(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's meta.json, which may be anybody's: each value that is used is of its type.
 
-
-def refuse_other(saved: Checkpoint, identity: dict[str, Any]) -> None:
-    """UserError, naming each difference, unless a checkpoint comes from a run of the same recipe, classes and images.
-
-    identity: `recipe` (a recipe as plain values), `classes` (names) and `data` (the index's fingerprint).
+    Raises UserError where it is missing, no file, too large, or holds something else.
     """
-    ours, theirs = _flat(identity["recipe"]), _flat(saved.meta["recipe"])
-    differences = [
-        f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
-        for key in {**theirs, **ours}
-        if key.split(".")[0] not in _FREE and ours.get(key) != theirs.get(key)
-    ]
-    if saved.meta["classes"] != identity["classes"]:
-        other = sorted(set(saved.meta["classes"]) ^ set(identity["classes"]))
-        differences.append(f"the classes are others ({', '.join(map(shown, other[:3]))}{', …' if other[3:] else ''})")
-    elif saved.meta["data"] != identity["data"]:
-        differences.append("the training images are others")
-    if differences:
-        raise UserError(
-            f"cannot go on from {shown(saved.path)}: {'; '.join(differences)}. "
-            "Name another --out, or start over with --resume never"
-        )
+    file = path / _META
+    try:
+        if not file.is_file() or file.stat().st_size > _META_BYTES:
+            raise UserError(f"{shown(file)} is missing, or no file of at most {_META_BYTES >> 20} MiB")
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown(file)} cannot be read as a checkpoint's: {shown(str(error))}") from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{shown(file)} cannot be read as a checkpoint's: it holds no object")
+    if meta.get("format") != FORMAT:
+        was = shown(repr(meta.get("format"))[:40])
+        raise UserError(f"{shown(path)} has checkpoint format {was}; this fasttrain reads {FORMAT}")
+    for key, holds in _CONTENT.items():
+        if not holds(meta.get(key)):
+            raise UserError(
+                f"{shown(file)} cannot be read as a checkpoint's: its {key!r} is missing or of another kind"
+            )
+    return meta
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
-def restore(
-    saved: Checkpoint,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: Ema | None = None,
-) -> None:
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+def _all(holds: Callable[[Any], bool], within: type[list] | type[dict]) -> Callable[[Any], bool]:
+    def each_holds(value: Any) -> bool:
+        return type(value) is within and all(map(holds, value.values() if isinstance(value, dict) else value))
+
+    return each_holds
+
+
+_is_mean = _all(_is_number, list)
+# What a run reads from meta.json. The recipe is checked where it is made, tensors where they are put.
+_CONTENT: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "epoch_steps": _is_count,
+    "world": _is_count,
+    "rewinds": _is_count,
+    "shift": _is_count,
+    "streak": _is_count,
+    "archived": lambda value: type(value) is bool,
+    "recipe": lambda value: type(value) is dict,
+    "classes": _all(lambda value: type(value) is str, list),
+    "data": lambda value: type(value) is str,
+    "best": lambda value: value is None or _is_number(value),
+    "meters": _all(_all(lambda value: _is_mean(value) and len(value) == 2, dict), list),
+    "logged": _all(_is_mean, dict),
+    "scaler": _all(_is_number, dict),
+    "sha256": lambda value: type(value) is dict and all(type(value.get(name)) is str for name in (_MODEL, _TRAIN)),
+}
+
+
+def restore(saved: Checkpoint, state: State) -> None:
     """Put a checkpoint's whole state back. UserError when the network's tensors are others."""
-    restore_model(saved, model)
-    for name, parameter in model.named_parameters():
-        momentum = saved.train.get(f"momentum.{name}")
-        if momentum is not None:  # in the parameter's own memory layout, which the fused step needs
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum).detach()
-    if ema:
-        restore_model(saved, ema.model, averaged=True)
-    scaler.load_state_dict(saved.meta["scaler"])
+    restore_model(saved, state.model)
+    for name, parameter in state.model.named_parameters():
+        momentum, buffer = saved.train.get(f"momentum.{name}"), state.optimizer.state[parameter].get("momentum_buffer")
+        if momentum is None or buffer is None:
+            continue
+        if momentum.shape != buffer.shape:
+            raise _misfit(saved, f"the momentum of {name} is {list(momentum.shape)}, not {list(buffer.shape)}")
+        buffer.copy_(momentum)
+    if state.ema:
+        restore_model(saved, state.ema.model, averaged=True)
+    try:
+        state.scaler.load_state_dict(saved.meta["scaler"])
+    except (KeyError, RuntimeError, TypeError):
+        raise _misfit(saved, "the scale of its float16 gradients is missing") from None
+
+
+def _misfit(saved: Checkpoint, reason: str) -> UserError:
+    return UserError(f"{shown(saved.path)} does not fit this network: {shown(reason)}")
 
 
 def restore_model(saved: Checkpoint, model: nn.Module, averaged: bool = False) -> None:
@@ -322,10 +335,9 @@ def restore_model(saved: Checkpoint, model: nn.Module, averaged: bool = False) -
     if averaged and not has_average(saved):
         raise UserError(f"{shown(saved.path)} has no averaged weights; its run had ema.decay=0")
     try:
-        model.load_state_dict(_weights(saved, averaged))
+        model.load_state_dict(weights(saved, averaged))
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{shown(saved.path)} does not fit this network: {reason}") from None
+        raise _misfit(saved, str(error).splitlines()[-1].strip()) from None
 
 
 def has_average(saved: Checkpoint) -> bool:
@@ -345,38 +357,8 @@ def network(path: Path, averaged: bool | None = None) -> tuple[Classifier, Recip
     return model.eval(), recipe, saved.meta["classes"]
 
 
-def initialise(model: Classifier, init: Init, arch: str, classes: Sequence[str]) -> str:
-    """Start a network from a checkpoint's weights; gives a line that says which, and which stay random.
-
-    Only heads may stay random: a cosine head that the checkpoint lacks, and the classifier where the classes are
-    others. Heads of the checkpoint that the network lacks are left behind. UserError, naming the first tensor, where
-    anything else does not fit.
-    """
-    path = Path(init.weights)
-    saved = load(path)
-    was = saved.meta["recipe"]["arch"]
-    if was != arch:
-        raise UserError(f"--init {shown(path)} holds a {was}, and this run trains a {arch}; they have to be the same")
-    averaged = init.averaged and has_average(saved)
-    tensors, own = _weights(saved, averaged), model.state_dict()
-    same_classes = saved.meta["classes"] == list(classes)
-    fits = {}
-    for name in sorted({*own, *tensors}):
-        shapes = [str(list(each[name].shape)) if name in each else "not there" for each in (tensors, own)]
-        head = name.startswith("cosine.") or name.startswith(model.classifier_prefix)
-        if shapes[0] == shapes[1] and (same_classes or not head):
-            fits[name] = tensors[name]
-        elif not (name.startswith("cosine.") or (head and not same_classes)):
-            raise UserError(f"--init {shown(path)}: {name} is {shapes[0]} in it and {shapes[1]} in this network")
-    model.load_state_dict(fits, strict=False)
-    kind = "averaged weights" if averaged else "weights"
-    return (
-        f"init: {len(fits)} of {len(own)} tensors, {kind} of step {saved.meta['step']}, from {shown(saved.path)}; "
-        f"starting random: {', '.join(sorted(own.keys() - fits)) or 'none'}"
-    )
-
-
-def _weights(saved: Checkpoint, averaged: bool) -> dict[str, Tensor]:
+def weights(saved: Checkpoint, averaged: bool) -> dict[str, Tensor]:
+    """A checkpoint's weights and buffers by name; averaged: with the averaged weights, which it must have."""
     if not averaged:
         return saved.model
     return saved.model | {key.removeprefix("ema."): each for key, each in saved.train.items() if key.startswith("ema.")}

@@ -64,7 +64,7 @@ _file = click.Path(dir_okay=False, path_type=Path)
 @click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe instead of a network's own.")
 @click.option("--loss", type=click.Choice(COMBINATIONS), default=None,
               help="With --arch: which of the report's losses. Default: ce; the others go on from --init.")  # fmt: skip
-@click.option("--init", metavar="CKPT", help="Start from these weights: a checkpoint or a run (its best).")
+@click.option("--init", metavar="CKPT|FILE", help="Start from these weights: a run's (its best) or timm's in a .pth.")
 @click.option("--data", multiple=True, type=_folder, metavar="DIR", help="Training images; repeatable. None: demo set.")
 @click.option("--val", type=_folder, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
 @click.option("--out", type=_folder, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
@@ -113,7 +113,7 @@ def run(
     Without --data it trains on a drawn demo set, on small images for a few epochs. The same command again goes on
     where a run was stopped. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
     """
-    from fasttrain import checkpoint, dataset, recipes
+    from fasttrain import dataset, recipes, rundir
     from fasttrain.distributed import ranks
     from fasttrain.train import settle, summary, train
 
@@ -150,7 +150,7 @@ def run(
         recipe = recipes.override(recipe, setting)
     folder = Path(out or Path("runs", recipe.name))
 
-    with ranks(recipe.machine.device) as here:
+    with ranks(recipe.machine.device, recipe.machine.hang_timeout) as here:
         if on_demo and here.first:
             click.echo(
                 f"no --data: training on the demo set, {recipe.image_size} px, {recipe.epochs} epochs. "
@@ -163,8 +163,8 @@ def run(
             if here.first:
                 click.echo(f"{recipes.to_toml(recipe)}\n{summary(recipe, train_index, val_index, here, folder)}")
             return
-        with checkpoint.lock(folder) if here.first else nullcontext():
-            start = here.from_first(lambda: checkpoint.open_run(folder, resume, recipes.to_toml(recipe)))
+        with rundir.lock(folder) if here.first else nullcontext():
+            start = here.from_first(lambda: rundir.open_run(folder, resume, recipes.to_toml(recipe)))
             result = train(recipe, folder, train_index, val_index, here, start)
         if here.first:
             shown = dataset.shown(folder)

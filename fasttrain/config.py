@@ -134,18 +134,46 @@ class Ema:
 @dataclass(frozen=True)
 class Save:
     """A checkpoint every `every_epochs` epochs and at the end, and every `every_steps` steps (0: none between). The
-    newest `keep`, the best, and that of every `archive_epochs`-th epoch (0: none) are kept."""
+    newest `keep`, the best, and that of every `archive_epochs`-th epoch (0: none) are kept.
+
+    on_error: what a full or vanished disk does: `stop` ends the run, `go_on` says so and trains on to the next save.
+    The last checkpoint of a run has to be written in either case.
+    """
 
     every_epochs: int = 1
     every_steps: int = 0
     keep: int = 2
     archive_epochs: int = 0
+    on_error: str = "stop"
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
         _require(self.every_steps >= 0, "every_steps", "0 or more", self.every_steps)
         _require(self.keep >= 1, "keep", "1 or more", self.keep)
         _require(self.archive_epochs >= 0, "archive_epochs", "0 or more", self.archive_epochs)
+        _require(self.on_error in ("stop", "go_on"), "on_error", "stop or go_on", self.on_error)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A step whose loss or gradient is not finite changes nothing. After `patience` such steps in a row the run goes
+    back to its last checkpoint from before them and on with the images that come after, at most `rewinds` times; then
+    it ends with a report."""
+
+    patience: int = 10
+    rewinds: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.patience >= 1, "patience", "1 or more steps", self.patience)
+        _require(self.rewinds >= 0, "rewinds", "0 or more", self.rewinds)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """allow: names of what may differ from the checkpoint that a run goes on from: `data`, `classes`, keys of the
+    recipe such as `optim.lr`, or parts of it such as `optim`."""
+
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,19 +181,24 @@ class Machine:
     """How to run, not what to train: none of this changes the order of samples or their pixels.
 
     workers: DALI's threads a rank (0: this rank's share of the cores). compile: torch.compile, `auto` is on for CUDA.
-    log_steps: steps between two log points; the host waits for the device there and nowhere else.
+    log_steps: steps between two log points; the host waits for the device there and nowhere else. hash_batches: log a
+    hash of every step's images, in their order over all ranks, and wait for them. hang_timeout: seconds without
+    progress after which a run on several ranks ends and names the rank that is behind (0: never).
     """
 
     device: str = "auto"
     workers: int = 0
     compile: str = "auto"
     log_steps: int = 20
+    hash_batches: bool = False
+    hang_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
         _require(self.compile in ("auto", "on", "off"), "compile", "auto, on or off", self.compile)
         _require(self.log_steps >= 1, "log_steps", "1 or more", self.log_steps)
+        _require(self.hang_timeout >= 0, "hang_timeout", "0 or more seconds", self.hang_timeout)
 
 
 @dataclass(frozen=True)
@@ -195,7 +228,9 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     mix: Mix = field(default_factory=Mix)
     ema: Ema = field(default_factory=Ema)
+    guard: Guard = field(default_factory=Guard)
     save: Save = field(default_factory=Save)
+    resume: Resume = field(default_factory=Resume)
     data: Data = field(default_factory=Data)
     machine: Machine = field(default_factory=Machine)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,10 +132,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 @contextmanager
-def ranks(device: str) -> Iterator[Ranks]:
+def ranks(device: str, patience_s: float = 1800.0) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment, or be alone.
 
-    device: auto, cpu or cuda. On an error in the body the other ranks are told, so that one message is printed: that
+    device: auto, cpu or cuda. patience_s: how long an exchange may wait for a rank (see `watch.Watch`, which comes
+    before and says more). On an error in the body the other ranks are told, so that one message is printed: that
     of the rank that failed first. Raises UserError when CUDA is asked for and not there.
     """
     rank, world, local_rank, local_world = (
@@ -149,7 +151,8 @@ def ranks(device: str) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, 0, 1, place)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
+    timeout = timedelta(seconds=max(1800.0, 2 * patience_s + 60))
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None, timeout=timeout)
     try:
         yield Ranks(rank, world, local_rank, local_world, place)
     except Stopped as stopped:  # all ranks together, and one of them says so
@@ -173,8 +176,11 @@ def _check_gpu(local_rank: int) -> None:
 class StopSignals:
     """While it is open, SIGTERM and SIGUSR1 no longer end the process: they are noted, for the loop to ask."""
 
+    LAG = 2  # steps by which a GPU's ranks hear of each other
+
     def __enter__(self) -> "StopSignals":
         self.name = ""
+        self.votes: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # signals reach no other
             for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -187,6 +193,27 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether to stop after this step, on all ranks or none; to be asked once a step.
+
+        GPUs answer for the step `LAG` before: their sum is on its way to the host since then, and a host that is so
+        far ahead has work enough queued to wait for it.
+        """
+        if ranks.world == 1 or ranks.device.type == "cpu":
+            return ranks.any(bool(self.name))
+        vote = torch.full((), float(bool(self.name)), device=ranks.device)
+        dist.all_reduce(vote)
+        told = torch.empty((), pin_memory=True)
+        told.copy_(vote, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.votes.append((told, event))
+        if len(self.votes) <= self.LAG:
+            return False
+        told, event = self.votes.popleft()
+        event.synchronize()
+        return bool(told)
 
 
 class PeerFailure(RunError):

@@ -1,8 +1,12 @@
 """What a run shows and keeps: sums that stay on the device, log.jsonl, a progress bar, TensorBoard."""
 
+import errno
 import json
+import math
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +16,103 @@ from tqdm import tqdm
 
 from fasttrain.dataset import shown
 from fasttrain.distributed import Ranks
+from fasttrain.errors import RunError
 from fasttrain.predictions import Scores
 
 
 class Meter:
-    """Means of the loss and its terms between two log points. Adding never waits for the device; reading does."""
+    """Means of the loss, its terms and what they tell, and of the gradient's norm, between two log points. Adding
+    never waits for the device; reading does."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
-        self.names = names
-        self.sums = torch.zeros(len(names), device=device)
-        self.shares = [0.0] * len(names)
+        self.names = [*names, "grad_norm"]
+        self.values = torch.zeros(len(names), device=device)  # of the step under way
+        self.shares = [0.0] * len(names)  # how much of that step each value is of
+        self.sums = torch.zeros(2, len(self.names), device=device)  # values and shares of the steps before
+        self.none = torch.zeros_like(self.sums)
+        self._zero = torch.zeros((), device=device)
+        self._rows: dict[tuple[float, ...], Tensor] = {}
 
     def add(self, terms: dict[str, Tensor], share: float) -> None:
         """Add one micro-batch's terms (scalars on the device), the micro-batch being `share` of its step."""
-        for at, name in enumerate(self.names):
-            if name in terms:
-                self.sums[at].add_(terms[name].detach(), alpha=share)
-                self.shares[at] += share
+        names = self.names[:-1]
+        self.values.add_(torch.stack([terms[n].detach() if n in terms else self._zero for n in names]), alpha=share)
+        self.shares = [had + share * (name in terms) for had, name in zip(self.shares, names, strict=True)]
 
-    def state(self) -> list[list[float]]:
-        """[sums, shares] so far, as plain numbers; waits for the device."""
-        return [self.sums.tolist(), self.shares]
+    def commit(self, grad_norm: Tensor, bad: Tensor) -> None:
+        """The step is done; it does not count where `bad`, a bool on the device."""
+        shares = (*self.shares, 1.0)
+        if shares not in self._rows:  # a few patterns in all
+            self._rows[shares] = torch.tensor(shares, device=self.sums.device)
+        step = torch.stack([torch.cat([self.values, grad_norm[None]]), self._rows[shares]])
+        self.sums.add_(torch.where(bad, self.none, step))
+        self.values.zero_()
+        self.shares = [0.0] * len(self.shares)
 
-    def restore(self, states: list[list[list[float]]], ranks: Ranks) -> None:
+    def state(self) -> dict[str, list[float]]:
+        """{name: [sum, share]} so far, as plain numbers; waits for the device."""
+        return dict(zip(self.names, self.sums.T.tolist(), strict=True))
+
+    def restore(self, states: list[dict[str, list[float]]], ranks: Ranks) -> None:
         """Go on from the states of a run's ranks: its own, or their mean where there were more or fewer of them."""
         own = [states[ranks.rank]] if len(states) == ranks.world else states
-        self.sums.copy_(torch.tensor([sums for sums, _ in own]).mean(0))
-        self.shares = list(own[0][1])
+        columns = [[state.get(name, [0.0, 0.0]) for name in self.names] for state in own]
+        self.sums.copy_(torch.tensor(columns).mean(0).T)
 
     def read(self, ranks: Ranks) -> dict[str, float]:
-        """Mean of each term over all ranks and over the steps since the last reading that had it; start afresh."""
-        sums = ranks.mean(self.sums).tolist()
-        means = {n: total / share for n, total, share in zip(self.names, sums, self.shares, strict=True) if share}
+        """Mean of each term over all ranks and over the good steps since the last reading that had it; start afresh."""
+        sums, shares = ranks.sum(self.sums).tolist()
         self.sums.zero_()
-        self.shares = [0.0] * len(self.names)
-        return means
+        return {n: total / share for n, total, share in zip(self.names, sums, shares, strict=True) if share}
 
 
 class Log:
     """log.jsonl (one JSON object a line), the progress bar on stderr and, where installed, TensorBoard.
 
-    Only rank 0 has an open log; on the others every call but `skip` does nothing.
+    Only rank 0 has an open log; on the others every call but `skip` does nothing. A line that the disk does not take
+    raises RunError, or, where `tolerant`, is lost, which is said once.
     """
 
-    def __init__(self, out: Path, ranks: Ranks, *, start_step: int, steps: int, batch_size: int) -> None:
-        self.open, self.rank = ranks.first, ranks.rank
+    def __init__(
+        self, out: Path, ranks: Ranks, *, start_step: int, steps: int, batch_size: int, tolerant: bool = False
+    ) -> None:
+        self.open, self.rank, self.tolerant = ranks.first, ranks.rank, tolerant
         self.path = out / "log.jsonl"
+        self.losing = self.torn = False
         self.steps, self.batch_size = steps, batch_size
         self.last_step, self.last_time = start_step, time.perf_counter()
         if not self.open:
             return
-        self.file = self.path.open("a", encoding="utf-8")
         self.board = _tensorboard(out)
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
     def event(self, event: str, **values: Any) -> None:
         if self.open:
-            self.file.write(json.dumps({"event": event, **values}) + "\n")
-            self.file.flush()
+            self._append({"event": event, **values})
 
     def skip(self, skip: tuple[str, str, str]) -> None:
         """An image that is not trained on (see `faults.Skip`). Every rank tells its own."""
         path, reason, substitute = map(shown, skip)
-        line = json.dumps({"event": "skip", "rank": self.rank, "path": path, "reason": reason, "instead": substitute})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._append({"event": "skip", "rank": self.rank, "path": path, "reason": reason, "instead": substitute})
         tqdm.write(f"skipping {path}: {reason}; instead: {substitute}", file=sys.stderr)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """A whole line at the file's end, in one write; after a part of one, on a line of its own."""
+        content = b"\n" * self.torn + (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                written = file.write(content)
+                self.torn = (self.torn and not written) or 0 < written < len(content)
+                if written < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.losing = False
+        except OSError as error:
+            if not self.tolerant:
+                raise RunError(f"cannot write {shown(self.path)}: {error.strerror}") from None
+            if not self.losing:
+                tqdm.write(f"cannot write {shown(self.path)}: {error.strerror}; lines are lost", file=sys.stderr)
+            self.losing = True
 
     def advance(self) -> None:
         if self.open:
@@ -92,18 +126,28 @@ class Log:
         now = time.perf_counter()
         rate = (step - self.last_step) * self.batch_size / (now - self.last_time)
         self.last_step, self.last_time = step, now
-        loss = means["loss"]
-        terms = {name: each for name, each in means.items() if name != "loss" and "/" not in name}
+        loss = means.get("loss", math.nan)  # nothing is there when no step since the point before was good
+        apart = ("loss", "grad_norm")
+        terms = {name: each for name, each in means.items() if name not in apart and "/" not in name}
         stats = {name: each for name, each in means.items() if "/" in name}
         told = {"terms": terms, "stats": stats} if stats else {"terms": terms}
-        self.event("train", epoch=epoch, step=step, lr=lr, loss=loss, **told, images_per_s=round(rate, 1))
+        whole = {name: means.get(name) for name in apart}
+        self.event("train", epoch=epoch, step=step, lr=lr, **whole, **told, images_per_s=round(rate, 1))
         line = f"loss {loss:.3f} lr {lr:.4f} {rate:.0f} img/s"
         self.bar.set_description(f"epoch {epoch}", refresh=False)
         self.bar.set_postfix_str(line)
         if not self.on_terminal:
             print(f"step {step} of {self.steps}: epoch {epoch} {line}", file=sys.stderr)
-        self._scalars(step, {"lr": lr, "images_per_s": rate, "loss": loss})
+        self._scalars(step, {"lr": lr, "images_per_s": rate, **{n: means[n] for n in apart if n in means}})
         self._scalars(step, {f"loss/{name}": each for name, each in (terms | stats).items()})
+
+    def failed(self, step: int, failed: dict[int, dict[str, Any]]) -> None:
+        """Steps (from 0) up to `step` whose loss or gradient was not finite, with their values."""
+        if not self.open:
+            return
+        self.event("not_finite", step=step, steps=[{"step": each + 1, **told} for each, told in failed.items()])
+        few = ", ".join(str(each + 1) for each in list(failed)[:5]) + (", …" if len(failed) > 5 else "")
+        self.say(f"loss or gradient not finite in step {few}: it changed nothing")
 
     def evaluation(self, epoch: int, step: int, scores: Scores, averaged: Scores | None) -> None:
         """Scores of the weights and, where the run averages them, of the averaged ones."""
@@ -127,15 +171,19 @@ class Log:
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            try:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+            except OSError as error:  # log.jsonl has it all
+                self.board = None
+                self.say(f"TensorBoard's file cannot be written: {error.strerror}; nothing more goes there")
 
     def close(self) -> None:
         if self.open:
             self.bar.close()
-            self.file.close()
             if self.board:
-                self.board.close()
+                with suppress(OSError):
+                    self.board.close()
 
 
 def _tensorboard(out: Path) -> Any:

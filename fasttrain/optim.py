@@ -22,7 +22,13 @@ def sgd(model: nn.Module, settings: Optim) -> torch.optim.SGD:
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
+    made = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
+    if settings.momentum:
+        # torch would leave it to the first step, and that step may be skipped (by float16's scaler, or a guard): the
+        # buffers would then hold whatever was in memory. From zeros the first step gives the same momentum.
+        for each in parameters:
+            made.state[each]["momentum_buffer"] = torch.zeros_like(each)
+    return made
 
 
 def rate(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:

@@ -1,8 +1,12 @@
 """Training: one function, read from top to bottom."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain import __version__, checkpoint, optim, recipes
+from fasttrain import __version__, checkpoint, optim, resume, rundir
 from fasttrain.batch import Batch, Loss, Output, Term
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe, Save
 from fasttrain.dataset import Index, require_classes, shown
@@ -18,6 +22,8 @@ from fasttrain.distributed import Ranks, StopSignals
 from fasttrain.ema import Ema
 from fasttrain.errors import RunError, Stopped, UserError
 from fasttrain.evaluate import evaluate
+from fasttrain.guard import REPORT, Diverged, Guard
+from fasttrain.initial import initialise
 from fasttrain.kernels.mix import mix
 from fasttrain.losses.distillation import Distillation
 from fasttrain.meter import Log, Meter
@@ -27,6 +33,8 @@ from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
 from fasttrain.pipelines.views import named
 from fasttrain.predictions import Scores
+from fasttrain.saver import Saver
+from fasttrain.watch import EVALUATING, SAVING, TRAINING, WAITING, Watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,36 +68,61 @@ def train(
     """Train a settled recipe into the run's folder `out`: on from its checkpoint, or from other weights, or scratch.
 
     Every rank calls this with the same arguments but its own `ranks`. Raises UserError where the settings, the data
-    or the checkpoint do not fit together, RunError where a file cannot be decoded or the memory does not suffice, and
-    Stopped where a SIGTERM or SIGUSR1 came: after the step (on several ranks at the next log point), and saved.
+    or the checkpoint do not fit together, RunError where a file cannot be decoded, the memory does not suffice or
+    losses stay not finite, and Stopped where a SIGTERM or SIGUSR1 came: after the step, and saved.
     """
+    while True:
+        try:
+            return course(recipe, out, train_index, val_index, ranks, resume_from)
+        except Diverged as fault:
+            resume_from = ranks.from_first(partial(go_back, out, fault, train_index, recipe.guard.rewinds))
+            if resume_from is None:
+                raise RunError(str(fault) + f"; {shown(out / REPORT)} has the steps and their images") from None
+
+
+def course(
+    recipe: Recipe,
+    out: Path,
+    train_index: Index,
+    val_index: Index | None,
+    ranks: Ranks,
+    resume_from: Path | None,
+) -> Result:
+    """The loop: what `train` does, up to the end or to where a guard has to go back, which it raises as Diverged."""
     device, dtype = ranks.device, DTYPES[recipe.precision]
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
     teacher = load_teacher(recipe, train_index.classes, device)
     torch.manual_seed(recipe.seed)
     model = Classifier.of(recipe, len(train_index.classes))
-    came_from = ""
+    notes = []
     if resume_from is None:
         require_init(recipe)
         if recipe.init.weights:
-            came_from = checkpoint.initialise(model, recipe.init, recipe.arch, train_index.classes)
+            notes.append(initialise(model, recipe.init, recipe.arch, train_index.classes))
     model.to(device).to(memory_format=torch.channels_last)
     ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
     optimizer = optim.sgd(model, recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = checkpoint.State(model, optimizer, scaler, ema)
 
-    start, best, scores = 0, None, None
+    names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
+    meter = Meter(names, device)
+    guard = Guard(model, optimizer, scaler, names, device, recipe.guard.patience)
     logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
-    identity = {
-        "recipe": recipes.to_dict(recipe),
-        "classes": list(train_index.classes),
-        "data": train_index.fingerprint(),
-    }
+    start, best, scores, rewinds, changed = 0, None, None, 0, []
+    identity = resume.identity(recipe, train_index.classes, train_index.fingerprint())
     if resume_from is not None:
         saved = checkpoint.load(resume_from)
-        checkpoint.refuse_other(saved, identity)
-        checkpoint.restore(saved, model, optimizer, scaler, ema)
-        start, best = saved.meta["step"], saved.meta["best"]
+        changed = resume.accepted(saved, identity, recipe.resume.allow)
+        if saved.meta["world"] != ranks.world:
+            changed.append(f"ranks were {saved.meta['world']} and are {ranks.world}")
+        checkpoint.restore(saved, state)
+        start, best = resume.step_of(saved, plan.steps_per_epoch), saved.meta["best"]
+        plan, rewinds = replace(plan, shift=saved.meta["shift"]), saved.meta["rewinds"]
+        guard.reset(saved.meta["streak"])
+        meter.restore(saved.meta["meters"], ranks)
+        logged |= saved.meta["logged"]
+        notes += [f"going on with changes: {'; '.join(changed)}"] if changed else []
         if start >= plan.steps:
             return Result(start, None, best)
 
@@ -114,8 +147,8 @@ def train(
     if val_index is not None:
         views = named("center", recipe.image_size)
         evaluation = Evaluation(val_index, views, plan.micro_batch, device, threads, ranks.world, ranks.rank)
-    meter = Meter(["loss", *(name for loss in recipe.losses for name in names_of(loss))], device)
-    log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size)
+    tolerant = recipe.save.on_error == "go_on"
+    log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size, tolerant=tolerant)
     log.event(
         "resume" if start else "start",
         step=start,
@@ -124,27 +157,33 @@ def train(
         world=ranks.world,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={"fasttrain": __version__, "torch": torch.__version__},
+        **({"changed": changed} if changed else {}),
     )
-    for line in filter(None, (came_from, about_groups(plan))):
+    for line in filter(None, (*notes, about_groups(plan))):
         log.event("note", text=line)
         log.say(line)
     skip = log.skip if recipe.data.on_bad == "skip" else None
     stream = batches(plan, train_index, device, threads, start, on_skip=skip)
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
-    if resume_from is not None:
-        meter.restore(saved.meta["meters"], ranks)
-        logged = saved.meta["logged"]
-    with StopSignals() as signals, closing(log), memory_named(plan):
-        for step in range(start, plan.steps):
+    saver, watch = Saver(out, recipe.save, log), Watch(ranks, recipe.machine.hang_timeout)
+    step = read_at = start
+    with closing(log), saver, StopSignals() as signals, watch, memory_named(plan):
+        while step < plan.steps:
             epoch = step // plan.steps_per_epoch
             lr = lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # Dropout and the like draw from a generator that knows the step, so no state has to be saved.
-            torch.manual_seed((recipe.seed << 32) + step * ranks.world + ranks.rank & 0x7FFF_FFFF_FFFF_FFFF)
+            draw = (step + plan.shift) * ranks.world + ranks.rank
+            torch.manual_seed((recipe.seed << 32) + draw & 0x7FFF_FFFF_FFFF_FFFF)
 
+            seen = []
             for micro in range(plan.micro_batches):
+                watch.at(step, WAITING)
                 pixels, numbers = next(stream)
+                watch.at(step, TRAINING)
+                if recipe.machine.hash_batches:
+                    seen += hashes(pixels, [train_index.ids[number] for number in numbers.tolist()])
                 params, mixing = plan.mix_params(step, micro)
                 own = _to(labels[numbers], device)
                 mixed = mix(pixels, _to(torch.from_numpy(params), device), IMAGENET_MEAN, IMAGENET_STD, dtype)
@@ -161,23 +200,31 @@ def train(
                         output = network(mixed.images)
                     terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
                     loss = torch.stack([term.loss for term in terms.values()]).sum()
-                    scaler.scale(loss / plan.micro_batches).backward()
+                    scaler.scale(loss / plan.micro_batches).backward(guard.seed(loss))
                 meter.add(values_of(loss, terms), 1 / plan.micro_batches)
-            scaler.step(optimizer)
-            scaler.update()
+            meter.commit(*guard.step(step, meter.values))
             optimizer.zero_grad()
 
             done = step + 1
             if ema:
                 ema.update(model, done)
             log.advance()
+            if recipe.machine.hash_batches:
+                everywhere = [each for share in ranks.gather(seen) for each in share]
+                log.event("batch", step=done, sha256=sha256("".join(everywhere).encode()).hexdigest())
             epoch_ends = done % plan.steps_per_epoch == 0
-            log_point = done % recipe.machine.log_steps == 0 or epoch_ends
-            if log_point:
+            if done % recipe.machine.log_steps == 0 or epoch_ends:
                 means = meter.read(ranks)
                 log.train(epoch, done, lr, means)
                 for name in logged.keys() & means:
                     logged[name].append(means[name])
+                saver.look()
+                if streak := guard.read():
+                    failed = guard.failed(done, done - read_at)
+                    log.failed(done, failed)
+                if streak >= recipe.guard.patience:
+                    raise Diverged(done, plan, rewinds, failed, guard.worst())
+                read_at = done
             improved = val_index is None
             if epoch_ends:
                 for each in recipe.losses:
@@ -187,6 +234,7 @@ def train(
                     logged[each.name].clear()
                 if evaluation is not None:
                     assert val_index is not None
+                    watch.at(step, EVALUATING)
                     ranks.share_buffers(model)
                     raw = evaluate(model, evaluation, val_index, ranks, dtype)
                     averaged = None
@@ -196,45 +244,60 @@ def train(
                     log.evaluation(epoch, done, raw, averaged)
                     scores = averaged or raw
                     improved = best is None or scores.top1 > best
-            # Ranks agree to stop where they wait for each other anyway; a rank alone need not wait.
-            stopping = (log_point or ranks.world == 1) and ranks.any(bool(signals.name))
+            stopping = signals.agreed(ranks)
             if stopping or done == plan.steps or saves_at(recipe.save, done, plan.steps_per_epoch):
+                watch.at(step, SAVING)
                 best = scores.top1 if scores and improved else best
                 meters = ranks.gather(meter.state())
                 if ranks.first:
-                    path = checkpoint.save(
-                        out,
-                        done,
-                        model,
-                        optimizer,
-                        scaler,
-                        ema,
-                        improved=improved,
-                        keep=recipe.save.keep,
-                        archived=epoch_ends and is_multiple(epoch + 1, recipe.save.archive_epochs),
-                        meta={
-                            **identity,
-                            "best": best,
-                            "scores": scores._asdict() if scores else None,
-                            "meters": meters,
-                            "logged": logged,
-                        },
-                    )
-                    log.event("checkpoint", epoch=epoch, step=done, path=str(path.relative_to(out)))
-                log.resume_clock()
+                    meta = {
+                        **identity,
+                        "epoch_steps": plan.steps_per_epoch,
+                        "world": ranks.world,
+                        "shift": plan.shift,
+                        "rewinds": rewinds,
+                        "streak": int(guard.streak),
+                        "best": best,
+                        "scores": scores._asdict() if scores else None,
+                        "meters": meters,
+                        "logged": logged,
+                    }
+                    archived = epoch_ends and is_multiple(epoch + 1, recipe.save.archive_epochs)
+                    saver.save(done, state, epoch, improved=improved, archived=archived, meta=meta)
             if stopping and done < plan.steps:
+                saver.finish(last=True)
                 log.event("stopped", step=done, signal=signals.name)
                 raise Stopped(
                     f"stopped by {signals.name or 'a signal to another rank'} after step {done} of {plan.steps}, and "
                     "saved; the same command goes on from there"
                 )
-            if epoch_ends:
+            if epoch_ends or stopping:
                 log.resume_clock()
+            step = done
+        saver.finish(last=True)
         log.event("end", step=plan.steps, best=best)
     return Result(plan.steps, scores, best)
 
 
 COLLAPSED = "its mean stayed at the margin, as if all images were one; lower lr_scale or the loss's weight"
+
+
+def go_back(out: Path, fault: Diverged, index: Index, rewinds: int) -> Path | None:
+    """The checkpoint from which a run that has diverged goes on, past the images at which it did; or None, and a
+    report in the run's folder, where it has gone back `rewinds` times or has none."""
+    found = rundir.before_streak(out) if fault.rewinds < rewinds else None
+    if found is None:
+        fault.report(out, index)
+        return None
+    made = checkpoint.branch(out, found, lambda step: {"shift": fault.shift(step), "rewinds": fault.rewinds + 1})
+    print(f"{fault}; going back to {shown(found)}, on with the images after these", file=sys.stderr)
+    return made
+
+
+def hashes(pixels: Tensor, ids: Sequence[str]) -> list[str]:
+    """SHA-256 of each image's id and pixels, uint8 [B, H, W, 3]; waits for the device."""
+    rows = pixels.cpu().numpy()
+    return [sha256(os.fsencode(name) + b"\0" + row.tobytes()).hexdigest() for name, row in zip(ids, rows, strict=True)]
 
 
 def saves_at(save: Save, step: int, steps_per_epoch: int) -> bool:

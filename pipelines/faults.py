@@ -34,6 +34,16 @@ def trouble(path: str) -> str:
     return ""
 
 
+def require_folder(path: str) -> None:
+    """RunError where the folder of an image has gone: then it is no use to look for others."""
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise RunError(
+            f"{shown(folder)} is no longer there or cannot be read, as if its disk had gone; once it is back, the same "
+            "command goes on from the last checkpoint"
+        )
+
+
 class Skip(NamedTuple):
     """An image that is not trained on, why not, and the one that takes its place wherever it comes; paths."""
 
@@ -49,12 +59,13 @@ def substitutes(
 
     The substitute is the next image of the class in the index, after the last again the first, that can be decoded:
     it depends on the files alone. replacement: int64 [N], the images found so far, others in their own place. Raises
-    RunError where a class has no image that can be decoded.
+    RunError where a class has no image that can be decoded, or its folder has gone.
     """
     for number in numbers.tolist():
         reason = "its header cannot be read" if index.sizes[number, 0] == 0 else trouble(index.paths[number])
         if not reason:
             continue
+        require_folder(index.paths[number])
         same = np.flatnonzero(index.labels == index.labels[number])
         start = int(np.searchsorted(same, number)) + 1
         for other in np.roll(same, -start)[:-1].tolist():
@@ -67,10 +78,12 @@ def substitutes(
 
 
 def decode_error(error: Exception, paths: Sequence[str]) -> RunError:
-    """A RunError that names the first of `paths` that cannot be read and decoded, or all of the batch if each can."""
+    """A RunError that names the first of `paths` that cannot be read and decoded, or all of the batch if each can.
+    Raises one itself where a folder has gone."""
     for path in paths:
         reason = trouble(path)
         if reason:
+            require_folder(path)
             return RunError(f"cannot decode {shown(path)}: {reason}; mend or remove it")
     few = ", ".join(shown(path) for path in paths[:3])
     return RunError(f"the data pipeline failed on a batch of {len(paths)} files ({few}, …): {_gist(error)}")

@@ -116,7 +116,7 @@ class Plan:
 
     Each epoch takes the global batches one after another from its own order and drops the last partial batch; with
     `groups` the batches are P x K ones. A rank has an equal, contiguous share of each, in micro-batches of
-    `micro_batch` images.
+    `micro_batch` images. With `shift` every step takes what belongs to the step so many later.
     """
 
     seed: int
@@ -130,6 +130,7 @@ class Plan:
     groups: Groups | None = None
     world: int = 1
     rank: int = 0
+    shift: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe, index: Index, world: int = 1, rank: int = 0) -> "Plan":
@@ -178,22 +179,26 @@ class Plan:
         """Micro-batches a rank puts through the network in one step."""
         return self.batch_size // self.world // self.micro_batch
 
+    def place(self, step: int) -> tuple[int, int]:
+        """Epoch of the images of a step, and the step's position in it."""
+        return divmod(step + self.shift, self.steps_per_epoch)
+
     def images(self, step: int, micro: int) -> NDArray[np.int64]:
         """Numbers of the images in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = self.place(step)
         start = position * self.batch_size + self.rank * (self.batch_size // self.world) + micro * self.micro_batch
         order = self.groups.order(self.seed, epoch) if self.groups else epoch_order(self.seed, epoch, self.count)
         return order[start : start + self.micro_batch]
 
     def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32]) -> Draws:
-        return image_draws(self.seed, step // self.steps_per_epoch, images, sizes, self.augment)
+        return image_draws(self.seed, self.place(step)[0], images, sizes, self.augment)
 
     def mix_params(self, step: int, micro: int) -> tuple[NDArray[np.float32], bool]:
         """The mix kernel's table for this rank's micro-batch, and whether this step mixes at all.
 
         The box, or λ, is the global step's own; the partners are a permutation of the micro-batch.
         """
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = self.place(step)
         by = step_mix(self.seed, epoch, position, self.image_size, self.mix)
         params = mix_kernel.plain_params(self.micro_batch)
         if by is None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from fasttrain import checkpoint, dataset, recipes
+from fasttrain import dataset, recipes, rundir
 from fasttrain.config import Augment, Ema, Init, Mix, Optim, Recipe
 from fasttrain.distributed import ranks
 from fasttrain.losses.triplet import Triplet
@@ -154,7 +154,7 @@ def trained(args: argparse.Namespace, data: Path, out: Path, seed: int, row: Row
     recipe = recipe_of(args, row.run, seed, out.parent / "cutmix" / "last")
     with ranks("auto") as here:
         recipe = settle(recipe, here.device)
-        start = checkpoint.open_run(out, "auto", recipes.to_toml(recipe))
+        start = rundir.open_run(out, "auto", recipes.to_toml(recipe))
         train(recipe, out, dataset.scan(data / "train"), dataset.scan(data / "val"), here, start)
     events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     last = [event for event in events if event["event"] == "eval"][-1]

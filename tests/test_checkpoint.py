@@ -10,7 +10,8 @@ from fasttrain.config import Optim
 from fasttrain.errors import RunError, UserError
 from fasttrain.models import Classifier
 
-META = {"recipe": {"arch": "test_resnet"}, "classes": ["a", "b"], "data": "0", "best": None}
+META = {"recipe": {"arch": "test_resnet"}, "classes": ["a", "b"], "data": "0", "best": None, "epoch_steps": 1}
+META |= {"world": 1, "shift": 0, "rewinds": 0, "streak": 0, "meters": [], "logged": {}}
 
 
 def state(seed=0, steps=2):
@@ -32,14 +33,15 @@ SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 def save(out, step=1, improved=False, keep=2, of=None):
     model, optimizer = of or state()
-    return checkpoint.save(out, step, model, optimizer, SCALER, improved=improved, keep=keep, meta=META)
+    snapshot = checkpoint.Snapshot().take(checkpoint.State(model, optimizer, SCALER))
+    return checkpoint.save(out, step, snapshot, improved=improved, keep=keep, meta=META)
 
 
 def test_everything_comes_back_in_the_parameters_own_layout(tmp_path):
     model, optimizer = state()
     save(tmp_path, of=(model, optimizer))
     other, fresh = state(seed=1, steps=0)
-    checkpoint.restore(checkpoint.load(tmp_path / "last"), other, fresh, SCALER)
+    checkpoint.restore(checkpoint.load(tmp_path / "last"), checkpoint.State(other, fresh, SCALER))
     for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fasttrain import checkpoint, dataset, meter, recipes
+from fasttrain import dataset, meter, recipes, rundir
 from fasttrain import train as training
 from fasttrain.config import Augment, Ema, Init, Machine, Mix
 from fasttrain.distributed import Ranks
@@ -87,7 +87,7 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(training, "batches", watched)
     monkeypatch.setattr(meter.Meter, "read", read)
     recipe = tiny(**changes)
-    start = checkpoint.open_run(tmp_path / "run", "auto", recipes.to_toml(recipe))
+    start = rundir.open_run(tmp_path / "run", "auto", recipes.to_toml(recipe))
     try:
         result = training.train(recipe, tmp_path / "run", index, None, Ranks(0, 1, 0, 1, GPU), start)
     finally:

@@ -103,10 +103,10 @@ def test_a_run_over_bad_files_logs_each_once_and_goes_on_exactly(folder, tmp_pat
         each["instead"].rsplit("/", 2)[1] == each["path"].rsplit("/", 2)[1] and each["rank"] == 0 for each in skips
     )
 
-    from test_train import Stop, stop_after, weights
+    from test_train import Stop, fail_at, weights
 
     with monkeypatch.context() as patch:
-        stop_after(patch, 1)
+        fail_at(patch, 3)
         with pytest.raises(Stop):
             run(recipe, tmp_path / "stopped", index)
     run(recipe, tmp_path / "stopped", index)

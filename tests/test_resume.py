@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_train import events, part_of, run, tiny, weights
 
-from fasttrain import checkpoint
+from fasttrain import checkpoint, rundir
 from fasttrain import train as training
 from fasttrain.config import Ema, Init, Machine, Mix, Save
 from fasttrain.errors import Stopped, UserError
@@ -173,6 +173,8 @@ from fasttrain import checkpoint, optim
 from fasttrain.config import Optim
 
 torch.set_num_threads(1)
+META = {"recipe": {}, "classes": [], "data": "", "best": None, "epoch_steps": 1, "world": 1, "shift": 0, "rewinds": 0}
+META |= {"streak": 0, "meters": [], "logged": {}}
 count, fatal, armed = 0, 0, False
 
 
@@ -210,8 +212,8 @@ def saves(out):
         with torch.no_grad():
             model.weight.fill_(step)
         armed = step == 2
-        meta = {"recipe": {}, "classes": [], "data": "", "best": None}
-        checkpoint.save(out, step, model, optimizer, scaler, improved=True, keep=2, meta=meta)
+        snapshot = checkpoint.Snapshot().take(checkpoint.State(model, optimizer, scaler))
+        checkpoint.save(out, step, snapshot, improved=True, keep=2, meta=META)
 
 
 for name in ("rename", "replace", "symlink", "fsync", "mkdir", "unlink", "rmdir"):
@@ -245,7 +247,7 @@ def test_a_kill_at_any_write_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     kills = int(done.stdout)
     for fatal in range(1, kills + 2):
         out = tmp_path / "runs" / f"run{fatal}"
-        for found in (checkpoint._newest(out), checkpoint.find(out)):
+        for found in (rundir.newest(out), checkpoint.find(out)):
             assert found is not None
             saved = checkpoint.load(found)
             assert saved.meta["step"] in (1, 2) and (saved.model["weight"] == saved.meta["step"]).all()
@@ -291,7 +293,7 @@ def test_two_runs_into_one_folder_and_a_signal(demo_set, tmp_path):
     log = events(tmp_path / "run")
     stopped = next(each for each in log if each["event"] == "stopped")
     assert next(each for each in log if each["event"] == "resume")["step"] == stopped["step"]
-    with checkpoint.lock(tmp_path / "run"):
+    with rundir.lock(tmp_path / "run"):
         pass
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run"]
 

@@ -13,6 +13,7 @@ from fasttrain import train as training
 from fasttrain.config import Ema, Init, Mix, Optim
 from fasttrain.ema import Ema as Average
 from fasttrain.errors import UserError
+from fasttrain.initial import initialise
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
@@ -51,7 +52,7 @@ def test_all_but_the_new_head_is_taken_and_named(first, index):  # noqa: F811
     torch.manual_seed(5)
     model = Classifier.of(stage2(first), 10)
     head = model.cosine.weight.detach().clone()  # type: ignore[union-attr]
-    said = checkpoint.initialise(model, Init(str(first)), "test_resnet", index.classes)
+    said = initialise(model, Init(str(first)), "test_resnet", index.classes)
     stored = weights(first)
     for name, each in model.state_dict().items():
         assert torch.equal(each, head if name == "cosine.weight" else stored[name]), name
@@ -63,7 +64,7 @@ def test_other_classes_start_with_another_classifier(first, index):  # noqa: F81
     for classes in (["a", "b", "c"], [*index.classes[:-1], "zebra"]):
         model = Classifier("test_resnet", len(classes))
         fresh = {name: each.clone() for name, each in model.state_dict().items()}
-        said = checkpoint.initialise(model, Init(str(first)), "test_resnet", classes)
+        said = initialise(model, Init(str(first)), "test_resnet", classes)
         assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
         for name, each in model.state_dict().items():
             assert torch.equal(each, fresh[name] if "fc" in name else weights(first)[name]), name
@@ -71,10 +72,10 @@ def test_other_classes_start_with_another_classifier(first, index):  # noqa: F81
 
 def test_what_does_not_fit_is_refused_by_name(first, index, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match=r"holds a test_resnet, and this run trains a resnet18"):
-        checkpoint.initialise(Classifier("resnet18", 10), Init(str(first)), "resnet18", index.classes)
+        initialise(Classifier("resnet18", 10), Init(str(first)), "resnet18", index.classes)
     other = Classifier("resnet18", 10)
     with pytest.raises(UserError, match=r"backbone\.\S+ is .* in it and .* in this network"):
-        checkpoint.initialise(other, Init(str(first)), "test_resnet", index.classes)
+        initialise(other, Init(str(first)), "test_resnet", index.classes)
     with pytest.raises(UserError, match="is no checkpoint"):
         run(stage2(tmp_path / "none"), tmp_path / "run", index)
 
@@ -192,10 +193,10 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monke
     moved = [name for name in raw if f"ema.{name}" in averaged]
     assert moved and any(not torch.equal(averaged[f"ema.{name}"], averaged[name]) for name in moved)
 
-    from test_train import Stop, stop_after
+    from test_train import Stop, fail_at
 
     with monkeypatch.context() as patch:
-        stop_after(patch, 1)
+        fail_at(patch, 5)
         with pytest.raises(Stop):
             run(recipe, tmp_path / "stopped", index, index)
     run(recipe, tmp_path / "stopped", index, index)
@@ -216,7 +217,7 @@ def test_init_takes_averaged_weights_unless_told_otherwise(index, tmp_path):  # 
     for averaged, prefix in ((True, "ema."), (False, "")):
         model = Classifier("test_resnet", 10)
         init = Init(str(tmp_path / "run"), averaged=averaged)
-        said = checkpoint.initialise(model, init, "test_resnet", index.classes)
+        said = initialise(model, init, "test_resnet", index.classes)
         assert ("averaged weights" in said) == averaged
         assert all(torch.equal(each, stored[prefix + name]) for name, each in model.named_parameters())
 

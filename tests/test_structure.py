@@ -11,10 +11,10 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"train", "show", "doctor", "bench"},
-    {"evaluate", "ensemble", "check"},
+    {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial"},
     {"recipes", "pipelines", "checkpoint", "optim", "ema"},
     {"models", "losses"},
-    {"batch", "config", "dataset", "distributed", "schedule", "meter", "errors", "files", ""}
+    {"batch", "config", "dataset", "distributed", "schedule", "meter", "watch", "errors", "files", ""}
     | {
         "demo",
         "place",

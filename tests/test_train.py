@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrain import checkpoint, dataset, recipes
+from fasttrain import checkpoint, dataset, recipes, rundir
 from fasttrain import train as training
 from fasttrain.config import Augment, Ema, Init, Machine, Mix, Optim, Save
 from fasttrain.distributed import Ranks
@@ -54,7 +54,7 @@ def tiny(**changes):
 
 
 def run(recipe, out, index, val=None, resume="auto"):
-    start = checkpoint.open_run(out, resume, recipes.to_toml(recipe))
+    start = rundir.open_run(out, resume, recipes.to_toml(recipe))
     return training.train(training.settle(recipe, CPU.device), out, index, val, CPU, start)
 
 
@@ -139,18 +139,17 @@ class Stop(Exception):
     pass
 
 
-def stop_after(monkeypatch, epoch_ends: int):
-    """Let a run fail right after so many checkpoints."""
-    honest, saved = checkpoint.save, []
+def fail_at(monkeypatch, step: int):
+    """Let a run fail in its step of that number, from 0."""
+    honest = training.batches
 
-    def save(*args, **kwargs):
-        path = honest(*args, **kwargs)
-        saved.append(path)
-        if len(saved) == epoch_ends:
-            raise Stop
-        return path
+    def failing(plan, *args, **settings):
+        for count, batch in enumerate(honest(plan, *args, **settings)):
+            if count == step * plan.micro_batches:
+                raise Stop
+            yield batch
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(training, "batches", failing)
 
 
 @pytest.mark.parametrize("changes", [{}, {"micro_batch": 5}, {"arch": "test_vit", "image_size": 160}])
@@ -162,7 +161,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(index, tmp_path, monkeyp
     for stops in range(1, recipe.epochs):
         out = tmp_path / f"stopped{stops}"
         with monkeypatch.context() as patch:
-            stop_after(patch, stops)
+            fail_at(patch, stops * len(index) // recipe.batch_size)
             with pytest.raises(Stop):
                 run(recipe, out, index, index)
         run(recipe, out, index, index)
@@ -173,14 +172,11 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(index, tmp_path, monkeyp
         assert "resume" in [each["event"] for each in events(out)]
 
         def timeless(folder):
-            drop = ("images_per_s", "versions")
+            drop = ("images_per_s", "held_s", "write_s")
             kept = [each for each in events(folder) if each["event"] in ("train", "eval", "checkpoint")]
             return [{key: value for key, value in each.items() if key not in drop} for each in kept]
 
-        # The interrupted save of the first run was complete but not yet logged.
-        whole = timeless(tmp_path / "whole")
-        missing = [each for each in whole if each not in timeless(out)]
-        assert [each["event"] for each in missing] == ["checkpoint"] and len(timeless(out)) == len(whole) - 1
+        assert sorted(map(str, timeless(out))) == sorted(map(str, timeless(tmp_path / "whole")))
 
 
 def test_a_finished_run_is_not_run_again(index, tmp_path):
@@ -289,13 +285,6 @@ def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch
     plan = Plan.of(tiny(micro_batch=1), index)
     assert "smaller --image-size" in str(training.out_of_memory(plan))
     assert "micro_batch=3" in str(training.out_of_memory(replace(plan, micro_batch=9)))
-
-
-def test_losses_that_are_not_finite_do_not_hide(index, tmp_path):
-    """Until guards exist, a diverged run must at least say so: the loss in the log is not a number."""
-    recipe = tiny(optim=Optim(lr=1e30, lr_batch=0), epochs=1)
-    run(recipe, tmp_path / "run", index)
-    assert "NaN" in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 @pytest.mark.slow

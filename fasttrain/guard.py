@@ -1,0 +1,154 @@
+"""Keeping what is not finite out of a network, without waiting for the device."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.dataset import Index, shown
+from fasttrain.files import replacing
+from fasttrain.pipelines.plan import Plan
+
+REPORT = "not_finite.json"
+
+
+class Guard:
+    """Takes an optimizer's step only where the gradient is finite; else weights, momentum and buffers (BatchNorm's
+    statistics) stay what they were. All of it is decided on the device.
+
+    With float16 the scaler skips steps of its own while it looks for a scale; a step counts as failed only once the
+    scale is down to 1. names: of the values of a step that are kept for a report; patience: steps that it covers.
+
+    On several ranks the gradients have been exchanged before, so that all come to the same answer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        names: list[str],
+        device: torch.device,
+        patience: int,
+    ) -> None:
+        self.optimizer, self.scaler, self.names, self.patience = optimizer, scaler, names, patience
+        self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self.one = torch.ones((), device=device)
+        self.nan = torch.full((), math.nan, device=device)
+        self.streak = torch.zeros((), device=device)  # failed steps in a row, up to now
+        self.longest = torch.zeros((), device=device)  # and at most, since the last reading
+        self.history = torch.zeros(patience, len(names) + 1, device=device)  # of the last steps; the last column is
+        self.norms: tuple[Tensor, ...] = ()  # the gradient's norm, and this is each parameter's in the last step
+        self.buffers: list[tuple[list[Tensor], Tensor]] = []  # of one dtype, and a copy of them that is whole
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in by_dtype.values():
+            self.buffers.append((buffers, _joined(buffers)))
+
+    def seed(self, loss: Tensor) -> Tensor:
+        """The gradient of a loss with which backward has to begin: 1, or nan where the loss is not finite, so that
+        whatever the network makes of it the gradient is not finite either, on any rank."""
+        return torch.where(loss.detach().isfinite(), self.one, self.nan)
+
+    @torch.no_grad()
+    def step(self, step: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The optimizer's step with the gradients that are there, or nothing. values: this step's, float32 [names].
+
+        Gives the gradient's norm and whether it was not finite, both scalars on the device.
+        """
+        self.norms = torch._foreach_norm([each.grad for each in self.parameters.values() if each.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(self.norms))
+        bad = norm.isfinite().logical_not_()
+        failed = bad
+        if self.scaler.is_enabled():
+            scale = self.scaler.scale(self.one)
+            norm, failed = norm / scale, bad & (scale <= 1)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # What a scaler would tell a fused optimizer: leave everything as it is where this is 1.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self._keep_buffers(bad)
+        self.streak.add_(1).mul_(failed)
+        torch.maximum(self.longest, self.streak, out=self.longest)
+        torch.cat([values, norm[None]], out=self.history[step % self.patience])
+        return norm, bad
+
+    def _keep_buffers(self, bad: Tensor) -> None:
+        for at, (buffers, whole) in enumerate(self.buffers):
+            whole = torch.where(bad, whole, _joined(buffers))
+            parts = whole.split([each.numel() for each in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(each) for part, each in zip(parts, buffers, strict=True)])
+            self.buffers[at] = buffers, whole
+
+    def reset(self, streak: int = 0) -> None:
+        """Begin anew, with the buffers as they are now; streak: failed steps in a row before."""
+        self.streak.fill_(streak)
+        self.longest.zero_()
+        self.history.zero_()
+        self.buffers = [(buffers, _joined(buffers)) for buffers, _ in self.buffers]
+
+    def read(self) -> int:
+        """The most failed steps in a row since the last reading, with those before it. Waits for the device."""
+        longest = int(self.longest)
+        self.longest.zero_()
+        return longest
+
+    def failed(self, done: int, steps: int) -> dict[int, dict[str, Any]]:
+        """What was kept of the failed ones among the last `steps` of `done` steps (at most `patience`): {step, from
+        0: values by name, and `grad_norm`}. Waits for the device."""
+        history = self.history.tolist()
+        found = {}
+        for step in range(max(0, done - min(steps, self.patience)), done):
+            *values, norm = history[step % self.patience]
+            if not math.isfinite(norm):
+                told = dict(zip(self.names, map(plain, values), strict=True))
+                found[step] = told | {"grad_norm": plain(norm)}
+        return found
+
+    def worst(self) -> dict[str, Any]:
+        """Gradient norms of the last step, by parameter: those that are not finite."""
+        named = [name for name, each in self.parameters.items() if each.grad is not None] or list(self.parameters)
+        norms = torch.stack(self.norms).tolist()
+        return {name: plain(norm) for name, norm in zip(named, norms, strict=True) if not math.isfinite(norm)}
+
+
+def plain(value: float) -> float | str:
+    """A number as JSON has it, which knows neither nan nor infinities: those as text."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _joined(buffers: list[Tensor]) -> Tensor:
+    return torch.cat([each.reshape(-1) for each in buffers])
+
+
+class Diverged(Exception):
+    """Too many steps in a row were not finite. done: steps done; plan: the one that they followed; rewinds: how often
+    the run had gone back before; failed and norms: as `Guard.failed` and `Guard.worst` give them."""
+
+    def __init__(
+        self, done: int, plan: Plan, rewinds: int, failed: dict[int, dict[str, Any]], norms: dict[str, Any]
+    ) -> None:
+        super().__init__(f"loss or gradient was not finite in step {done} and those before it, which changed nothing")
+        self.done, self.plan, self.rewinds, self.failed, self.norms = done, plan, rewinds, failed, norms
+
+    def shift(self, step: int) -> int:
+        """The plan's shift with which a run that goes on from `step` takes the images that come next."""
+        return self.plan.shift + self.done - step
+
+    def report(self, out: Path, index: Index) -> None:
+        """Write what is known of the failed steps into a run's folder. Raises RunError like `replacing`."""
+        plans = [replace(self.plan, rank=rank) for rank in range(self.plan.world)]
+        steps = []
+        for step, values in self.failed.items():
+            numbers = [n for each in plans for micro in range(each.micro_batches) for n in each.images(step, micro)]
+            steps.append({"step": step + 1, **values, "images": [shown(index.paths[number]) for number in numbers]})
+        content = {"step": self.done, "rewinds": self.rewinds, "gradient_norms": self.norms, "steps": steps}
+        with replacing(out / REPORT) as aside:
+            aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,79 @@
+"""Going on from a checkpoint: what may differ between the run that wrote it and the one that takes it up."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from fasttrain import recipes
+from fasttrain.checkpoint import Checkpoint
+from fasttrain.config import Recipe
+from fasttrain.dataset import shown
+from fasttrain.errors import UserError
+
+# A run may go on with other values of these: none changes which images a step takes or what is done to them.
+_FREE = ("name", "micro_batch", "init", "guard", "save", "resume", "data", "machine")
+
+
+def identity(recipe: Recipe, classes: Sequence[str], fingerprint: str) -> dict[str, Any]:
+    """What a run is, as plain values: its recipe, the names of its classes and the fingerprint of its images."""
+    return {"recipe": recipes.to_dict(recipe), "classes": list(classes), "data": fingerprint}
+
+
+def accepted(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> list[str]:
+    """What differs between a checkpoint's run and `ours` (an `identity`), a line each, all of it allowed.
+
+    allow: `data`, `classes`, keys of the recipe, or parts of it. Raises UserError that names each difference that is
+    not allowed, or what in `allow` is no such name.
+    """
+    keys = [key for key in _flat(ours["recipe"]) if key.split(".")[0] not in _FREE]
+    names = {"data", "classes", *keys, *(key.rpartition(".")[0] for key in keys if "." in key)}
+    for name in allow:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; data, classes, or a key such as optim.lr"
+            raise UserError(f"resume.allow: nothing called {shown(name)!r} can differ{hint}")
+    found = _differences(saved.meta, ours)
+    refused = [line for key, line in found.items() if not any(f"{key}.".startswith(f"{name}.") for name in allow)]
+    if refused:
+        first = next(key for key, line in found.items() if line in refused)
+        raise UserError(
+            f"cannot go on from {shown(saved.path)}: {'; '.join(refused)}. Name another --out, start over with "
+            f"--resume never, or go on all the same with --set 'resume.allow=[\"{shown(first)}\"]'"
+        )
+    return list(found.values())
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
+    """What differs, by name, as text."""
+    was, now = _flat(theirs["recipe"]), _flat(ours["recipe"])
+    found = {
+        key: f"{shown(key)} was {_brief(was.get(key))} and is {_brief(now.get(key))}"
+        for key in {**was, **now}
+        if key.split(".")[0] not in _FREE and was.get(key) != now.get(key)
+    }
+    if theirs["classes"] != ours["classes"]:
+        other = sorted(set(theirs["classes"]) ^ set(ours["classes"]))
+        names = f"{', '.join(map(shown, other[:3]))}{', …' if other[3:] else ''}" or "in another order"
+        found["classes"] = f"the classes are others ({names})"
+    elif theirs["data"] != ours["data"]:
+        found["data"] = "the training images are others"
+    return found
+
+
+def _brief(value: Any) -> str:
+    text = shown(repr(value))
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def step_of(saved: Checkpoint, steps_per_epoch: int) -> int:
+    """The step to go on from: the checkpoint's, or the one at the same share of the epoch where an epoch has another
+    number of steps now."""
+    epoch, position = divmod(saved.meta["step"], saved.meta["epoch_steps"])
+    return epoch * steps_per_epoch + position * steps_per_epoch // saved.meta["epoch_steps"]

@@ -1,0 +1,106 @@
+"""A run's folder: made or reopened, kept to one process, and the checkpoint in it to go on from."""
+
+import fcntl
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fasttrain import checkpoint
+from fasttrain.dataset import shown
+from fasttrain.errors import UserError
+
+
+def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
+    """Make or reopen a run's folder and write its recipe.toml; gives the checkpoint to go on from, or None.
+
+    resume: `auto` (OUT/last where there is one), `never` (a run that is there is moved aside) or a path. UserError
+    where the folder holds something else than a run.
+    """
+    used = out.is_dir() and any(out.iterdir())
+    if used and not (out / "recipe.toml").is_file():
+        raise UserError(f"{shown(out)} is not empty and holds no run; name another --out")
+    if used and resume == "never":
+        aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
+        out.rename(aside)
+        print(f"the run that was in {shown(out)} is now {shown(aside)}", file=sys.stderr)
+    start = None
+    if resume == "auto":
+        start = newest(out)
+    elif resume != "never":
+        start = checkpoint.find(Path(resume))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (start and (out / "recipe.toml").exists()):
+            (out / "recipe.toml").write_text(recipe_toml, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {shown(out)}: {error.strerror}") from None
+    return start
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Keep a run's folder to one process. UserError where another has it; one that has died does not."""
+    path = out.parent / f".{out.name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read(64).strip()
+                file.close()
+                raise UserError(
+                    f"another run is writing to {shown(out)} ({holder or 'just started'}); "
+                    "wait for it, stop it, or name another --out"
+                ) from None
+            file.close()  # its holder has removed it in the meantime
+    except OSError as error:
+        raise UserError(f"cannot write to {shown(out.parent)}: {error.strerror}") from None
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def newest(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run: `last`, or, with a word on stderr, one before it. None where there is
+    none yet; UserError where there are only damaged ones."""
+    candidates = _course(out)
+    for candidate in candidates:
+        try:
+            checkpoint.verify(candidate)
+            return candidate
+        except UserError as error:
+            print(f"{error}; looking at the one before", file=sys.stderr)
+    if candidates:
+        raise UserError(f"no checkpoint in {shown(out / 'checkpoints')} is whole; start over with --resume never")
+    return None
+
+
+def before_streak(out: Path) -> Path | None:
+    """The newest whole checkpoint that was not taken while steps were failing, or None where there is none."""
+    for candidate in _course(out):
+        try:
+            if checkpoint.verify(candidate)["streak"] == 0:
+                return candidate
+        except UserError as error:
+            print(f"{error}; looking at the one before", file=sys.stderr)
+    return None
+
+
+def _course(out: Path) -> list[Path]:
+    """The checkpoints up to `last`, newest first; what comes after it belongs to a course that the run has left."""
+    steps = sorted((out / "checkpoints").glob("step-*"), reverse=True)
+    last = (out / "last").resolve()
+    return [each for each in steps if not last.is_dir() or each.name <= last.name]

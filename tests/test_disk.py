@@ -1,0 +1,250 @@
+"""Disks that fill up, go away or come back: what is on them stays whole, and each is told in one line."""
+
+import json
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from test_resume import LONG, await_line, same, start
+from test_train import events, part_of, run, tiny
+
+from fasttrain import checkpoint, saver
+from fasttrain import train as training
+from fasttrain.config import Data, Save
+from fasttrain.errors import RunError
+from fasttrain.meter import Log
+
+
+@pytest.fixture(scope="module")
+def index(demo_set):
+    """60 images: three steps an epoch of 20."""
+    return part_of(demo_set, 6)
+
+
+# ---- a full disk
+
+
+def limited(limit: int, *args: object) -> subprocess.CompletedProcess:
+    """`fasttrain run` where no file may grow beyond so many bytes, as on a disk that is full."""
+    command = [sys.executable, "-m", "fasttrain", "run", "--device", "cpu", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=200,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+
+
+EVERY_FIVE = ("--set", "save.every_steps=5", "--set", "save.keep=9")
+SHORT = ("--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--seed", "0")
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(demo_set, tmp_path):
+    """The second run cannot write more than 100 kB into a file; after it the disk has room again."""
+    args = (*SHORT, "--data", demo_set / "train", "--out", tmp_path / "run")
+    limited(resource.RLIM_INFINITY, *args, "--epochs", 3, *EVERY_FIVE)
+    out = tmp_path / "run"
+    shutil.copytree(out, tmp_path / "whole", symlinks=True)
+    for name in ("step-00000030", "step-00000025"):  # as if it had ended at 20
+        shutil.rmtree(out / "checkpoints" / name)
+    (out / "last").unlink()
+    (out / "last").symlink_to("checkpoints/step-00000020")
+    done = limited(100_000, *args, "--epochs", 3, *EVERY_FIVE)
+    said = done.stderr.splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert said[-1].startswith("fasttrain: cannot write a checkpoint to")
+    assert said[-1].endswith("the one before is whole")
+    assert checkpoint.load(out / "last").meta["step"] == 20
+    assert limited(resource.RLIM_INFINITY, *args, "--epochs", 3, *EVERY_FIVE).returncode == 0
+    same(out, tmp_path / "whole")
+
+
+def test_a_full_disk_may_be_trained_past(index, tmp_path, monkeypatch, capsys):
+    """Saves fail after the first epoch until before the last: the run goes on, and the last one has to succeed."""
+    recipe = tiny(epochs=4, save=Save(on_error="go_on"))
+    run(recipe, tmp_path / "whole", index, index)
+    honest, full = checkpoint.save_file, [0]
+
+    def save_file(tensors, path):
+        full[0] += 1
+        if 2 < full[0] < 5:  # the first file of each of two checkpoints
+            raise OSError(28, "No space left on device")
+        honest(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    run(recipe, tmp_path / "run", index, index)
+    log = events(tmp_path / "run")
+    assert len([each for each in log if each["event"] == "save_failed"]) == 2
+    assert [each["step"] for each in log if each["event"] == "checkpoint"] == [3, 12]
+    assert capsys.readouterr().err.count("training goes on, since save.on_error is go_on") == 2
+    same(tmp_path / "run", tmp_path / "whole")
+
+    def never(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", never)
+    with pytest.raises(RunError, match=r"cannot write a checkpoint to .*No space left.*the one before is whole"):
+        run(recipe, tmp_path / "last", index, index)
+
+
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_a_log_that_cannot_grow(tmp_path, capsys, tolerant):
+    """A line that is torn by the end of the disk stands alone; later ones are whole again. Tried in a process of its
+    own, since the limit stays."""
+    program = f"""
+import resource, sys
+from pathlib import Path
+import torch
+from fasttrain.distributed import Ranks
+from fasttrain.errors import RunError
+from fasttrain.meter import Log
+log = Log(Path({str(tmp_path)!r}), Ranks(0, 1, 0, 1, torch.device("cpu")), start_step=0, steps=9, batch_size=1,
+          tolerant={tolerant})
+log.board = None
+log.event("one", text="x" * 50)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+try:
+    log.event("two", text="x" * 50)
+    log.event("three", text="x" * 50)
+except RunError as error:
+    print("stopped:", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.event("four", text="x" * 50)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in (lines[0], lines[-1])] == ["one", "four"] and len(lines) == 3
+    assert done.stderr.count("cannot write") == (1 if tolerant else 0)
+    assert done.stdout.startswith("stopped: cannot write") == (not tolerant)
+
+
+# ---- saving beside the training
+
+
+def test_the_loop_does_not_wait_for_the_disk(index, tmp_path, monkeypatch):
+    """While a write hangs, steps go on; what is written is the state of its step, though weights have moved on."""
+    recipe = tiny(epochs=2)
+    run(recipe, tmp_path / "whole", index)
+    steps: list[int] = []
+    written, honest = threading.Event(), checkpoint.save_file
+    advance = Log.advance
+
+    def slow(tensors, path):
+        while len(steps) < 5 and not written.is_set():  # two steps after the first save, which comes after the third
+            time.sleep(0.01)
+        written.set()
+        honest(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(Log, "advance", lambda log: (steps.append(1), advance(log)))
+    run(recipe, tmp_path / "run", index)
+    assert written.is_set()
+    for name in ("step-00000003", "step-00000006"):
+        ours, theirs = (checkpoint.load(tmp_path / each / "checkpoints" / name) for each in ("run", "whole"))
+        for one, other in ((ours.model, theirs.model), (ours.train, theirs.train)):
+            assert one.keys() == other.keys() and all(torch.equal(each, other[key]) for key, each in one.items())
+    kept = [each for each in events(tmp_path / "run") if each["event"] == "checkpoint"]
+    assert all(each["held_s"] >= 0 and each["write_s"] > 0 for each in kept) and len(kept) == 2
+
+
+def test_no_thread_is_left(index, tmp_path, monkeypatch):
+    """Not after a run, nor after one that failed while a checkpoint was being written."""
+    before = set(threading.enumerate())
+    run(tiny(epochs=1), tmp_path / "run", index)
+    honest = saver.Saver.save
+
+    def save(*args, **settings):
+        honest(*args, **settings)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(saver.Saver, "save", save)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny(epochs=1), tmp_path / "failed", index)
+    assert {each for each in threading.enumerate() if each.name in ("saver", "watch")} <= before
+    checkpoint.verify(tmp_path / "failed" / "last")
+    assert [each["step"] for each in events(tmp_path / "failed") if each["event"] == "checkpoint"] == [3]
+
+
+# ---- data that goes away
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_images_that_have_gone_end_the_run_in_a_line(demo_set, tmp_path, on_bad):
+    """The folder is renamed while the run is under way, and back; the same command goes on."""
+    shutil.copytree(demo_set / "train", tmp_path / "data")
+    args = (*LONG, "--data", tmp_path / "data", "--out", tmp_path / "run", "--on-bad", on_bad)
+    first = start(*args)
+    await_line(first, "epoch 1")
+    (tmp_path / "data").rename(tmp_path / "gone")
+    _, said = first.communicate(timeout=100)
+    last = said.splitlines()[-1]
+    assert first.returncode == 1 and "Traceback" not in said
+    assert last.startswith(f"fasttrain: {tmp_path / 'data'}/") and "is no longer there" in last
+    assert "skipping" not in said
+    (tmp_path / "gone").rename(tmp_path / "data")
+    second = start(*args)
+    await_line(second, " of 4000")
+    second.kill()
+    second.communicate()
+    assert [each["event"] for each in events(tmp_path / "run") if each["event"] in ("start", "resume")] == [
+        "start",
+        "resume",
+    ]
+
+
+def test_nothing_is_written_beside_the_images(demo_set, tmp_path):
+    """A mount that may only be read is enough. (For a superuser, who may write all the same, times must not change.)"""
+    data = tmp_path / "data"
+    shutil.copytree(demo_set / "train", data)
+    files = [data, *data.rglob("*")]
+    for each in files:
+        each.chmod(stat.S_IREAD | (stat.S_IEXEC if each.is_dir() else 0))
+    before = {each: each.stat().st_mtime_ns for each in files}
+    done = limited(resource.RLIM_INFINITY, *SHORT, "--epochs", 1, "--data", data, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert {each: each.stat().st_mtime_ns for each in [data, *data.rglob("*")]} == before
+    for each in files:
+        each.chmod(0o755)
+
+
+def test_images_of_which_one_is_gone_are_told_apart_from_all(index, tmp_path):
+    """One missing file in a folder that is there is named itself."""
+    copies = []
+    for path in index.paths:
+        copy = tmp_path / "data" / os.path.relpath(path, os.path.commonpath(index.paths))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+        copies.append(str(copy))
+    moved = replace(index, paths=tuple(copies))
+    os.unlink(copies[7])
+    with pytest.raises(RunError, match=rf"cannot decode {copies[7]}: it cannot be read \(No such file"):
+        run(tiny(epochs=1, data=Data(train=(str(tmp_path / "data"),))), tmp_path / "run", moved)
+
+
+def test_weights_are_there_after_a_save_of_a_moved_model(index, tmp_path):
+    """The copies are of the values at the time, also for tensors that later change in place."""
+    model = training.Classifier("test_resnet", 3)
+    optimizer = training.optim.sgd(model, tiny().optim)
+    state = checkpoint.State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    snapshot = checkpoint.Snapshot().take(state)
+    kept = {name: each.clone() for name, each in model.state_dict().items()}
+    with torch.no_grad():
+        for each in model.parameters():
+            each.add_(1)
+    assert all(torch.equal(snapshot.files["model.safetensors"][name], each) for name, each in kept.items())
+    memory = {name: each.data_ptr() for name, each in snapshot.files["model.safetensors"].items()}
+    snapshot.take(state)
+    assert memory == {name: each.data_ptr() for name, each in snapshot.files["model.safetensors"].items()}
+    assert all(torch.equal(snapshot.files["model.safetensors"][n], e) for n, e in model.state_dict().items())

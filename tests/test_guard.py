@@ -1,0 +1,323 @@
+"""Losses and gradients that are not finite: they change nothing, runs go back and past them, and say what it was."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import logged, same
+from test_train import CPU, events, part_of, run, tiny, weights
+from torch import nn
+
+from fasttrain import checkpoint, optim
+from fasttrain import train as training
+from fasttrain.config import Ema, Guard, Init, Machine, Mix, Optim, Save
+from fasttrain.errors import RunError
+from fasttrain.guard import Guard as Guarding
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.triplet import Triplet
+from fasttrain.pipelines.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def index(demo_set):
+    """100 images: five steps an epoch of 20."""
+    return part_of(demo_set, 10)
+
+
+def poison(monkeypatch, calls, value=math.nan):
+    """Put `value` into one pixel of the images that the network gets in the given calls of the mix, from 0."""
+    honest, count = training.mix, [0]
+
+    def mix(*args):
+        mixed = honest(*args)
+        if count[0] in calls:
+            mixed.images[0, 0, 0, 0] = value
+        count[0] += 1
+        return mixed
+
+    monkeypatch.setattr(training, "mix", mix)
+
+
+def explode(monkeypatch, steps):
+    """Make one gradient infinite in the given steps, with a loss that is finite."""
+    honest, count = training.Guard.step, [0]
+
+    def step(guard, number, values):
+        if count[0] in steps:
+            assert values[0].isfinite()
+            next(iter(guard.parameters.values())).grad[0] = math.inf
+        count[0] += 1
+        return honest(guard, number, values)
+
+    monkeypatch.setattr(training.Guard, "step", step)
+
+
+def at(out: Path, step: int):
+    saved = checkpoint.load(out / "checkpoints" / f"step-{step:08}")
+    return saved.model | saved.train
+
+
+EVERY = Save(every_steps=1, keep=99)
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("micro_batch", [0, 10])
+def test_a_step_that_is_not_finite_changes_nothing(index, tmp_path, monkeypatch, how, step, micro_batch):
+    """Weights, momentum, BatchNorm's statistics and their count; in the first step too, where torch's own fused SGD
+    would leave the momentum to whatever is in memory. Of two micro-batches the second is bad."""
+    recipe = tiny(epochs=1, save=EVERY, micro_batch=micro_batch, optim=Optim(warmup_epochs=0))
+    run(recipe, tmp_path / "good", index)
+    with monkeypatch.context() as patch:
+        if how == "gradient":
+            explode(patch, {step})
+        else:
+            poison(patch, {2 * step + 1 if micro_batch else step}, float(how))
+        run(recipe, tmp_path / "bad", index)
+    if step:
+        before = at(tmp_path / "good", step)
+    else:
+        torch.manual_seed(recipe.seed)
+        before = dict(training.Classifier.of(recipe, 10).state_dict())
+    after = at(tmp_path / "bad", step + 1)
+    momenta = {name for name in after if name.startswith("momentum.")}
+    assert (
+        momenta and after.keys() - momenta == before.keys() - momenta and any("running_var" in name for name in after)
+    )
+    for name, each in after.items():
+        expected = before[name] if name in before else torch.zeros_like(each)
+        assert torch.equal(each, expected), name
+    told = [each for each in events(tmp_path / "bad") if each["event"] == "not_finite"]
+    assert [each["step"] for event in told for each in event["steps"]] == [step + 1]
+    assert told[0]["steps"][0]["grad_norm"] in ("nan", "inf")
+    # The log's means are of the good steps alone, and the run goes on to learn from them.
+    losses = [each["loss"] for each in events(tmp_path / "bad") if each["event"] == "train"]
+    assert all(math.isfinite(each) for each in losses)
+    assert not torch.equal(at(tmp_path / "bad", 5)["backbone.fc.weight"], after["backbone.fc.weight"])
+
+
+def test_averaged_weights_and_metrics_of_bad_steps(index, tmp_path, monkeypatch):
+    """A window without a good step has no loss; the average takes in weights, never what is not finite."""
+    recipe = tiny(epochs=1, save=EVERY, ema=Ema(0.9))
+    poison(monkeypatch, {0, 1})
+    run(recipe, tmp_path / "run", index)
+    trained = [each for each in events(tmp_path / "run") if each["event"] == "train"]
+    assert trained[0]["loss"] is None and trained[0]["grad_norm"] is None and trained[0]["terms"] == {}
+    assert all(each.isfinite().all() for each in weights(tmp_path / "run").values())
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_the_logged_gradient_norm_is_that_of_the_step(index, tmp_path, monkeypatch):
+    """Beside autograd's own gradients, in float64."""
+    norms = []
+    honest = training.Guard.step
+
+    def step(guard, number, values):
+        norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in guard.parameters.values())))
+        return honest(guard, number, values)
+
+    monkeypatch.setattr(training.Guard, "step", step)
+    run(tiny(epochs=1, machine=Machine(device="cpu", compile="off", log_steps=1, workers=2)), tmp_path / "run", index)
+    found = [each["grad_norm"] for each in events(tmp_path / "run") if each["event"] == "train"]
+    assert found == pytest.approx(norms, rel=1e-5) and len(found) == 5
+
+
+# ---- going back
+
+
+def watch_images(monkeypatch):
+    """The numbers of the images of every batch that comes from the pipeline."""
+    honest, seen = training.batches, []
+
+    def watched(*args, **settings):
+        for batch in honest(*args, **settings):
+            seen.append(batch.numbers.tolist())
+            yield batch
+
+    monkeypatch.setattr(training, "batches", watched)
+    return seen
+
+
+RECIPE = tiny(epochs=3, guard=Guard(patience=2, rewinds=2), save=Save(every_steps=1, keep=3))
+
+
+def test_a_run_goes_back_and_on_with_other_images(index, tmp_path, monkeypatch):
+    """Steps 7 and 8 (from 1) fail; the run goes on from the checkpoint of step 6 with the images of steps 9, 10, …"""
+    with monkeypatch.context() as patch:
+        seen = watch_images(patch)
+        poison(patch, {6, 7})
+        result = run(RECIPE, tmp_path / "run", index, index)
+    assert result.steps == 15
+    plan = Plan.of(RECIPE, index)
+    order = [plan.images(step, 0).tolist() for step in range(17)]
+    assert seen == order[:8] + order[8:17]
+    log = events(tmp_path / "run")
+    assert [each["step"] for each in log if each["event"] == "resume"] == [6]
+    meta = checkpoint.load(tmp_path / "run" / "last").meta
+    assert (meta["step"], meta["shift"], meta["rewinds"], meta["streak"]) == (15, 2, 1, 0)
+    assert all(each.isfinite().all() for each in weights(tmp_path / "run").values())
+    # What was written while steps failed is no place to come back to.
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000008").exists()
+
+
+def test_a_run_that_went_back_is_resumed_exactly(index, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, {6, 7})
+        run(RECIPE, tmp_path / "whole", index, index)
+    honest = training.batches
+
+    def failing(plan, train_index, device, threads, start=0, **settings):
+        for count, batch in enumerate(honest(plan, train_index, device, threads, start, **settings)):
+            if start + count == 11:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        poison(patch, {6, 7})
+        patch.setattr(training, "batches", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(RECIPE, tmp_path / "stopped", index, index)
+    run(RECIPE, tmp_path / "stopped", index, index)
+    same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_run_that_does_not_get_past_it_ends_with_a_report(index, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        seen = watch_images(patch)
+        poison(patch, set(range(6, 99)))
+        with pytest.raises(RunError, match=r"not finite in step 8 .* \S*not_finite.json has the steps") as caught:
+            run(RECIPE, tmp_path / "run", index, index)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err.count("going back to") == 2
+    report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert report["step"] == 8 and report["rewinds"] == 2
+    assert [each["step"] for each in report["steps"]] == [7, 8]
+    assert [each["images"] for each in report["steps"]] == [[index.paths[n] for n in batch] for batch in seen[-2:]]
+    assert all(each["loss"] == each["cross_entropy"] == each["grad_norm"] == "nan" for each in report["steps"])
+    assert set(report["gradient_norms"].values()) == {"nan"} and "backbone.fc.weight" in report["gradient_norms"]
+    # The same command, with the cause gone, goes on.
+    assert run(RECIPE, tmp_path / "run", index, index).steps == 15
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(index, tmp_path, monkeypatch):
+    poison(monkeypatch, {0, 1})
+    with pytest.raises(RunError, match="not finite in step 2"):
+        run(RECIPE, tmp_path / "run", index)
+    assert json.loads((tmp_path / "run" / "not_finite.json").read_text())["rewinds"] == 0
+
+
+def test_a_learning_rate_without_bounds_is_caught_by_itself(index, tmp_path):
+    """Nothing injected: weights that grow beyond float32 make the next losses infinite."""
+    recipe = replace(RECIPE, optim=Optim(lr=1e30, lr_batch=0), guard=Guard(patience=2, rewinds=0), epochs=1)
+    with pytest.raises(RunError, match="not finite"):
+        run(recipe, tmp_path / "run", index)
+
+
+def test_triplet_with_accumulation_is_guarded_too(index, tmp_path, monkeypatch):
+    recipe = replace(
+        RECIPE,
+        losses=(CrossEntropy(0.1), Triplet()),
+        images_per_class=2,
+        micro_batch=10,
+        mix=Mix(cutmix=0),
+        init=Init(force_scratch=True),
+    )
+    with monkeypatch.context() as patch:
+        poison(patch, {13, 14})  # the second micro-batch of step 7 and the first of step 8
+        assert (
+            run(recipe, tmp_path / "run", index, index).steps == recipe.epochs * Plan.of(recipe, index).steps_per_epoch
+        )
+    assert all(math.isfinite(each["loss"] or 0) for each in logged(tmp_path / "run").values() if "loss" in each)
+
+
+# ---- float16's scaler
+
+
+def test_a_scaler_looking_for_its_scale_is_no_failure():
+    """Float16 gradients of 3 · 2^16 and 3 · 2^15 overflow, those of 3 · 2^14 do not: two steps are skipped, none has
+    failed."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = optim.sgd(model, Optim())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, patience=4)
+    start = model.weight.detach().clone()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    moved = []
+    for step in range(4):
+        loss = 3 * nn.functional.linear(torch.tensor([[1.0, 0.5]]).half(), model.weight.half()).float().sum()
+        scaler.scale(loss).backward(guard.seed(loss))
+        norm, bad = guard.step(step, loss.detach()[None])
+        optimizer.zero_grad()
+        moved.append(not bool(bad))
+    assert moved == [False, False, True, True] and guard.read() == 0
+    assert norm.item() == pytest.approx(3 * math.sqrt(1.25), rel=1e-5)
+    assert model.weight.isfinite().all() and not torch.equal(model.weight, start)
+
+
+def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
+    model = nn.Linear(2, 1)
+    optimizer, scaler = optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, patience=4)
+    for step in range(5):
+        loss = model(torch.tensor([[1.0, math.nan]])).sum()
+        scaler.scale(loss).backward(guard.seed(loss))
+        guard.step(step, loss.detach()[None])
+        optimizer.zero_grad()
+    assert guard.read() == 3 and all(each.isfinite().all() for each in model.parameters())  # at 1, ½ and ¼
+
+
+# ---- two ranks
+
+RANKED = """
+import os, sys
+from fasttrain import train
+from fasttrain.cli import main
+honest, count = train.mix, [0]
+
+
+def mix(*args):
+    mixed = honest(*args)
+    if os.environ["RANK"] == "1" and count[0] in (2, 3):
+        mixed.images[0, 0, 0, 0] = float("nan")
+    count[0] += 1
+    return mixed
+
+
+train.mix = mix
+main(sys.argv[1:])
+"""
+
+
+def test_what_one_rank_computes_changes_neither(demo_set, tmp_path):
+    """Steps 3 and 4 are bad on rank 1 alone; both ranks leave them out, go back together and end alike."""
+    (tmp_path / "ranked.py").write_text(RANKED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "ranked.py"), "run", "--arch", "test_resnet", "--image-size", "32", "--epochs", "1"]
+    command += [
+        "--device",
+        "cpu",
+        "--batch-size",
+        "50",
+        "--data",
+        str(demo_set / "train"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    for setting in ("guard.patience=2", "save.every_steps=1", "machine.log_steps=1", "save.keep=20"):
+        command += ["--set", setting]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("going back to") == 1
+    log = events(tmp_path / "out")
+    assert [each["step"] for each in log if each["event"] == "resume"] == [2]
+    assert [e["step"] for each in log if each["event"] == "not_finite" for e in each["steps"]] == [3, 4]
+    meta = checkpoint.load(tmp_path / "out" / "last").meta
+    assert (meta["step"], meta["shift"], meta["rewinds"]) == (10, 2, 1)
+    before, after = at(tmp_path / "out", 2), at(tmp_path / "out", 3)
+    assert not [name for name, each in after.items() if not torch.equal(each, before[name])]
