@@ -10,7 +10,10 @@ from pathlib import Path
 
 from fasttrain import checkpoint
 from fasttrain.dataset import shown
-from fasttrain.errors import UserError
+from fasttrain.errors import RunError, UserError
+from fasttrain.files import replacing
+
+RECIPE = "recipe.toml"
 
 
 def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
@@ -20,7 +23,7 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
     where the folder holds something else than a run.
     """
     used = out.is_dir() and any(out.iterdir())
-    if used and not (out / "recipe.toml").is_file():
+    if used and not (out / RECIPE).is_file():
         raise UserError(f"{shown(out)} is not empty and holds no run; name another --out")
     if used and resume == "never":
         aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
@@ -33,11 +36,20 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
         start = checkpoint.find(Path(resume))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (start and (out / "recipe.toml").exists()):
-            (out / "recipe.toml").write_text(recipe_toml, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {shown(out)}: {error.strerror}") from None
+    if not (start and (out / RECIPE).exists()):
+        write_recipe(out, recipe_toml)
     return start
+
+
+def write_recipe(out: Path, recipe_toml: str) -> None:
+    """Keep a run's recipe in its folder. UserError where the disk does not take it."""
+    try:
+        with replacing(out / RECIPE) as aside:
+            aside.write_text(recipe_toml, encoding="utf-8")
+    except RunError as error:
+        raise UserError(str(error)) from None
 
 
 @contextmanager

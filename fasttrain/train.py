@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain import __version__, checkpoint, optim, resume, rundir
+from fasttrain import __version__, checkpoint, optim, recipes, resume, rundir
 from fasttrain.batch import Batch, Loss, Output, Term
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe, Save
 from fasttrain.dataset import Index, require_classes, shown
@@ -125,6 +125,8 @@ def course(
         notes += [f"going on with changes: {'; '.join(changed)}"] if changed else []
         if start >= plan.steps:
             return Result(start, None, best)
+        if changed and ranks.first:
+            rundir.write_recipe(out, recipes.to_toml(recipe))
 
     network: Callable[[Tensor], Output] = model.train()
     without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
