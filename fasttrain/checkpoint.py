@@ -26,6 +26,7 @@ from fasttrain.dataset import shown
 from fasttrain.ema import Ema
 from fasttrain.errors import RunError, UserError
 from fasttrain.models import Classifier
+from fasttrain.models.aligned import cut, pad
 
 FORMAT = 3
 _MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
@@ -53,9 +54,9 @@ class Snapshot:
 
     def take(self, state: State) -> "Snapshot":
         """Copy everything; on a GPU the copies are only asked for, in order with what comes before and after them."""
-        averaged = {f"ema.{name}": each for name, each in state.ema.model.named_parameters()} if state.ema else {}
+        averaged = cut(dict(state.ema.model.named_parameters()), state.ema.model) if state.ema else {}
         self._copy(_MODEL, state.model.state_dict())
-        self._copy(_TRAIN, _momentum(state) | averaged)
+        self._copy(_TRAIN, _momentum(state) | {f"ema.{name}": each for name, each in averaged.items()})
         self.scaler = state.scaler.state_dict()
         if next(state.model.parameters()).is_cuda:
             self.copied = torch.cuda.Event()
@@ -157,6 +158,7 @@ def _free_name(out: Path, step: int) -> Path:
 
 def _put_in_place(aside: Path, final: Path, meta: dict[str, Any]) -> None:
     """Complete a checkpoint by its meta.json, and give it its name once all of it is on the disk."""
+    meta = meta | {"checksum": _checksum(meta)}
     (aside / _META).write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for name in (_MODEL, _TRAIN, _META, "."):
         _sync(aside / name)
@@ -166,7 +168,8 @@ def _put_in_place(aside: Path, final: Path, meta: dict[str, Any]) -> None:
 
 def _momentum(state: State) -> dict[str, Tensor]:
     found = {name: state.optimizer.state[each].get("momentum_buffer") for name, each in state.model.named_parameters()}
-    return {f"momentum.{name}": each for name, each in found.items() if each is not None}
+    kept = cut({name: each for name, each in found.items() if each is not None}, state.model)
+    return {f"momentum.{name}": each for name, each in kept.items()}
 
 
 def _sha256(path: Path) -> str:
@@ -197,6 +200,8 @@ def _prune(out: Path, home: Path, keep: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
     for remains in home.glob(".step-*"):  # of processes that were killed
         shutil.rmtree(remains, ignore_errors=True)
+    for remains in (*out.glob(".last.*"), *out.glob(".best.*")):
+        remains.unlink(missing_ok=True)
 
 
 def _is_archived(path: Path) -> bool:
@@ -260,15 +265,22 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{shown(file)} cannot be read as a checkpoint's: {shown(str(error))}") from None
     if not isinstance(meta, dict):
         raise UserError(f"{shown(file)} cannot be read as a checkpoint's: it holds no object")
+    # Format first: those before had no checksum.
     if meta.get("format") != FORMAT:
         was = shown(repr(meta.get("format"))[:40])
         raise UserError(f"{shown(path)} has checkpoint format {was}; this fasttrain reads {FORMAT}")
+    if meta.pop("checksum", None) != _checksum(meta):
+        raise UserError(f"{shown(file)} is damaged: it does not have the checksum that it names")
     for key, holds in _CONTENT.items():
         if not holds(meta.get(key)):
             raise UserError(
                 f"{shown(file)} cannot be read as a checkpoint's: its {key!r} is missing or of another kind"
             )
     return meta
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _is_count(value: Any) -> bool:
@@ -299,6 +311,7 @@ _CONTENT: dict[str, Callable[[Any], bool]] = {
     "recipe": lambda value: type(value) is dict,
     "classes": _all(lambda value: type(value) is str, list),
     "data": lambda value: type(value) is str,
+    "sizes": lambda value: type(value) is str,
     "best": lambda value: value is None or _is_number(value),
     "meters": _all(_all(lambda value: _is_mean(value) and len(value) == 2, dict), list),
     "logged": _all(_is_mean, dict),
@@ -310,13 +323,15 @@ _CONTENT: dict[str, Callable[[Any], bool]] = {
 def restore(saved: Checkpoint, state: State) -> None:
     """Put a checkpoint's whole state back. UserError when the network's tensors are others."""
     restore_model(saved, state.model)
+    momenta = {key.removeprefix("momentum."): each for key, each in saved.train.items() if key.startswith("momentum.")}
+    try:
+        momenta = pad(momenta, state.model)
+    except UserError as error:
+        raise _misfit(saved, f"momentum of {error}") from None
     for name, parameter in state.model.named_parameters():
-        momentum, buffer = saved.train.get(f"momentum.{name}"), state.optimizer.state[parameter].get("momentum_buffer")
-        if momentum is None or buffer is None:
-            continue
-        if momentum.shape != buffer.shape:
-            raise _misfit(saved, f"the momentum of {name} is {list(momentum.shape)}, not {list(buffer.shape)}")
-        buffer.copy_(momentum)
+        buffer = state.optimizer.state[parameter].get("momentum_buffer")
+        if name in momenta and buffer is not None:
+            buffer.copy_(momenta[name])
     if state.ema:
         restore_model(saved, state.ema.model, averaged=True)
     try:

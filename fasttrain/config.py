@@ -181,14 +181,17 @@ class Machine:
     """How to run, not what to train: none of this changes the order of samples or their pixels.
 
     workers: DALI's threads a rank (0: this rank's share of the cores). compile: torch.compile, `auto` is on for CUDA.
-    log_steps: steps between two log points; the host waits for the device there and nowhere else. hash_batches: log a
-    hash of every step's images, in their order over all ranks, and wait for them. hang_timeout: seconds without
-    progress after which a run on several ranks ends and names the rank that is behind (0: never).
+    align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
+    and its checkpoints stay the same. log_steps: steps between two log points; the host waits for the device there
+    and nowhere else. hash_batches: log a hash of every step's images, in their order over all ranks, and wait for
+    them. hang_timeout: seconds without progress after which a run on several ranks ends and names the rank that is
+    behind (0: never).
     """
 
     device: str = "auto"
     workers: int = 0
     compile: str = "auto"
+    align: bool = False
     log_steps: int = 20
     hash_batches: bool = False
     hang_timeout: float = 1800.0

@@ -46,10 +46,14 @@ class Index:
         return len(self.paths)
 
     def fingerprint(self) -> str:
-        """SHA-256 over ids, labels and sizes: the same for the same images in another place."""
+        """SHA-256 over classes, ids and labels: the same for the same images in another place."""
         digest = hashlib.sha256("\0".join(self.classes + self.ids).encode(errors="surrogateescape"))
-        digest.update(self.labels.astype("<i8").tobytes() + self.sizes.astype("<i4").tobytes())
+        digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def fingerprint_of_sizes(self) -> str:
+        """SHA-256 over the images' sizes, of which crops are planned."""
+        return hashlib.sha256(self.sizes.astype("<i4").tobytes()).hexdigest()
 
 
 def cache_dir() -> Path:

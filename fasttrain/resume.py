@@ -7,16 +7,21 @@ from typing import Any
 from fasttrain import recipes
 from fasttrain.checkpoint import Checkpoint
 from fasttrain.config import Recipe
-from fasttrain.dataset import shown
+from fasttrain.dataset import Index, shown
 from fasttrain.errors import UserError
 
 # A run may go on with other values of these: none changes which images a step takes or what is done to them.
 _FREE = ("name", "micro_batch", "init", "guard", "save", "resume", "data", "machine")
 
 
-def identity(recipe: Recipe, classes: Sequence[str], fingerprint: str) -> dict[str, Any]:
-    """What a run is, as plain values: its recipe, the names of its classes and the fingerprint of its images."""
-    return {"recipe": recipes.to_dict(recipe), "classes": list(classes), "data": fingerprint}
+def identity(recipe: Recipe, index: Index) -> dict[str, Any]:
+    """What a run is, as plain values: its recipe, the names of its classes, and fingerprints of its images."""
+    return {
+        "recipe": recipes.to_dict(recipe),
+        "classes": list(index.classes),
+        "data": index.fingerprint(),
+        "sizes": index.fingerprint_of_sizes(),
+    }
 
 
 def accepted(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> list[str]:
@@ -57,6 +62,9 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]
         found["classes"] = f"the classes are others ({names})"
     elif theirs["data"] != ours["data"]:
         found["data"] = "the training images are others"
+    elif theirs["sizes"] != ours["sizes"] and ours["recipe"]["data"]["on_bad"] == "stop":
+        # With `skip` an image may have become unreadable meanwhile, and has no size then.
+        found["data"] = "training images have other sizes"
     return found
 
 

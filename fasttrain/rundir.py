@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fasttrain import checkpoint
@@ -87,14 +87,20 @@ def lock(out: Path) -> Iterator[None]:
 
 def newest(out: Path) -> Path | None:
     """The newest whole checkpoint of a run: `last`, or, with a word on stderr, one before it. None where there is
-    none yet; UserError where there are only damaged ones."""
-    candidates = _course(out)
+    none yet; UserError where there are only damaged ones. Where there is a whole one, damaged ones are renamed, so
+    that they do not count as kept ones."""
+    candidates, damaged = _course(out), []
     for candidate in candidates:
         try:
             checkpoint.verify(candidate)
-            return candidate
         except UserError as error:
             print(f"{error}; looking at the one before", file=sys.stderr)
+            damaged.append(candidate)
+            continue
+        for each in damaged:
+            with suppress(OSError):  # a disk that is read-only is told elsewhere
+                each.rename(each.with_name(f"damaged-{each.name}"))
+        return candidate
     if candidates:
         raise UserError(f"no checkpoint in {shown(out / 'checkpoints')} is whole; start over with --resume never")
     return None

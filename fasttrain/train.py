@@ -110,7 +110,7 @@ def course(
     guard = Guard(model, optimizer, scaler, names, device, recipe.guard.patience)
     logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
     start, best, scores, rewinds, changed = 0, None, None, 0, []
-    identity = resume.identity(recipe, train_index.classes, train_index.fingerprint())
+    identity = resume.identity(recipe, train_index)
     if resume_from is not None:
         saved = checkpoint.load(resume_from)
         changed = resume.accepted(saved, identity, recipe.resume.allow)
@@ -269,6 +269,7 @@ def course(
             if stopping and done < plan.steps:
                 saver.finish(last=True)
                 log.event("stopped", step=done, signal=signals.name)
+                ranks.any(False)  # until rank 0 has saved: a launcher ends all ranks once one has ended
                 raise Stopped(
                     f"stopped by {signals.name or 'a signal to another rank'} after step {done} of {plan.steps}, and "
                     "saved; the same command goes on from there"

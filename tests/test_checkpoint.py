@@ -10,7 +10,14 @@ from fasttrain.config import Optim
 from fasttrain.errors import RunError, UserError
 from fasttrain.models import Classifier
 
-META = {"recipe": {"arch": "test_resnet"}, "classes": ["a", "b"], "data": "0", "best": None, "epoch_steps": 1}
+META = {
+    "recipe": {"arch": "test_resnet"},
+    "classes": ["a", "b"],
+    "data": "0",
+    "sizes": "0",
+    "best": None,
+    "epoch_steps": 1,
+}
 META |= {"world": 1, "shift": 0, "rewinds": 0, "streak": 0, "meters": [], "logged": {}}
 
 

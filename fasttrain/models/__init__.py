@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import timm
 import torch
+from timm.models.tresnet import TResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttrain.batch import Output, at_least_float32
 from fasttrain.config import Recipe
 from fasttrain.errors import UserError
+from fasttrain.models.aligned import align
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ class Classifier(nn.Module):
     the features are the pooled ones that enter the classifier (after its dropout, where the network has one).
 
     cosine_head: also gives, in training mode, `Output.cosine` [B, K] from a second head without a bias.
-    zero_gamma=False: norms that timm starts at 0 start at 1. Raises UserError for a network that timm cannot make.
+    zero_gamma=False: norms that timm starts at 0 start at 1. aligned: a TResNet's widths are filled up to multiples
+    of 8 (see `models.aligned`), which changes nothing else. Raises UserError for a network that timm cannot make.
     """
 
-    def __init__(self, arch: str, classes: int, *, cosine_head: bool = False, zero_gamma: bool = True) -> None:
+    def __init__(
+        self, arch: str, classes: int, *, cosine_head: bool = False, zero_gamma: bool = True, aligned: bool = False
+    ) -> None:
         super().__init__()
         if not timm.is_model(arch):
             close = difflib.get_close_matches(arch, [*ARCHS, *timm.list_models()], n=3)
@@ -51,13 +56,16 @@ class Classifier(nn.Module):
             raise UserError(f"{arch!r} does not end in one linear classifier; choose another network")
         if not zero_gamma:
             _start_norms_at_one(self.backbone)
+        if aligned and isinstance(self.backbone, TResNet):
+            align(self.backbone)
         self.cosine = CosineHead(classifier.in_features, classes) if cosine_head else None
 
     @classmethod
     def of(cls, recipe: Recipe, classes: int) -> "Classifier":
         """The network that a recipe trains, with random weights."""
         cosine_head = any(loss.cosine_head for loss in recipe.losses)
-        return cls(recipe.arch, classes, cosine_head=cosine_head, zero_gamma=recipe.zero_gamma)
+        aligned = recipe.machine.align
+        return cls(recipe.arch, classes, cosine_head=cosine_head, zero_gamma=recipe.zero_gamma, aligned=aligned)
 
     @property
     def classifier_prefix(self) -> str:
