@@ -25,12 +25,12 @@ from fasttrain.config import Recipe
 from fasttrain.dataset import shown
 from fasttrain.ema import Ema
 from fasttrain.errors import RunError, UserError
+from fasttrain.files import read_json
 from fasttrain.models import Classifier
 from fasttrain.models.aligned import cut, pad
 
 FORMAT = 3
 _MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
-_META_BYTES = 64 << 20  # at most; a thousand classes take some 50 kB
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _prune(out: Path, home: Path, keep: int) -> None:
-    kept = {(out / link).resolve() for link in ("best", "last")}
+    kept = {Path(os.path.realpath(out / link)) for link in ("best", "last")}  # Path.resolve raises for loops
     for old in sorted(home.glob("step-*"))[:-keep]:
         if old.resolve() not in kept and not _is_archived(old):
             shutil.rmtree(old, ignore_errors=True)
@@ -217,7 +217,7 @@ def find(path: Path) -> Path:
     Raises UserError where there is none.
     """
     for candidate in (path, path / "best", path / "last"):
-        if (candidate / _META).is_file():
+        if os.path.isfile(candidate / _META):  # False for paths that there cannot be; Path.is_file raises for some
             return candidate.resolve()
     raise UserError(f"{shown(path)} is no checkpoint and holds none")
 
@@ -256,12 +256,10 @@ def read_meta(path: Path) -> dict[str, Any]:
     """
     file = path / _META
     try:
-        if not file.is_file() or file.stat().st_size > _META_BYTES:
-            raise UserError(f"{shown(file)} is missing, or no file of at most {_META_BYTES >> 20} MiB")
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = read_json(file)
     except OSError as error:
         raise UserError(f"{shown(file)} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{shown(file)} cannot be read as a checkpoint's: {shown(str(error))}") from None
     if not isinstance(meta, dict):
         raise UserError(f"{shown(file)} cannot be read as a checkpoint's: it holds no object")
@@ -269,10 +267,14 @@ def read_meta(path: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         was = shown(repr(meta.get("format"))[:40])
         raise UserError(f"{shown(path)} has checkpoint format {was}; this fasttrain reads {FORMAT}")
-    if meta.pop("checksum", None) != _checksum(meta):
+    try:
+        whole = meta.pop("checksum", None) == _checksum(meta)
+    except RecursionError:  # json writes less deeply than it reads
+        whole = False
+    if not whole:
         raise UserError(f"{shown(file)} is damaged: it does not have the checksum that it names")
     for key, holds in _CONTENT.items():
-        if not holds(meta.get(key)):
+        if key not in meta or not holds(meta[key]):
             raise UserError(
                 f"{shown(file)} cannot be read as a checkpoint's: its {key!r} is missing or of another kind"
             )
@@ -288,7 +290,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -1e300 < value < 1e300
+    return type(value) in (int, float) and -1e30 < value < 1e30  # finite in float32, and so are sums
 
 
 def _all(holds: Callable[[Any], bool], within: type[list] | type[dict]) -> Callable[[Any], bool]:
@@ -299,17 +301,18 @@ def _all(holds: Callable[[Any], bool], within: type[list] | type[dict]) -> Calla
 
 
 _is_mean = _all(_is_number, list)
+_are_texts = _all(lambda value: type(value) is str, list)
 # What a run reads from meta.json. The recipe is checked where it is made, tensors where they are put.
 _CONTENT: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
-    "epoch_steps": _is_count,
-    "world": _is_count,
+    "epoch_steps": lambda value: _is_count(value) and value > 0,
+    "world": lambda value: _is_count(value) and value > 0,
     "rewinds": _is_count,
     "shift": _is_count,
     "streak": _is_count,
     "archived": lambda value: type(value) is bool,
     "recipe": lambda value: type(value) is dict,
-    "classes": _all(lambda value: type(value) is str, list),
+    "classes": lambda value: _are_texts(value) and 0 < len(value) == len(set(value)),
     "data": lambda value: type(value) is str,
     "sizes": lambda value: type(value) is str,
     "best": lambda value: value is None or _is_number(value),
@@ -367,9 +370,19 @@ def network(path: Path, averaged: bool | None = None) -> tuple[Classifier, Recip
     """
     saved = load(path)
     recipe = recipes.from_dict(saved.meta["recipe"], where=shown(saved.path))
+    _require_fit(saved, recipe)
     model = Classifier.of(recipe, len(saved.meta["classes"]))
     restore_model(saved, model, averaged=has_average(saved) if averaged is None else averaged)
     return model.eval(), recipe, saved.meta["classes"]
+
+
+def _require_fit(saved: Checkpoint, recipe: Recipe) -> None:
+    """UserError unless a checkpoint has the tensors of its network; found before the network takes any memory."""
+    with torch.device("meta"):
+        own = Classifier.of(recipe, len(saved.meta["classes"])).state_dict()
+    for name, each in own.items():
+        if name not in saved.model or saved.model[name].shape != each.shape:
+            raise _misfit(saved, f"{name} is missing or not {list(each.shape)}")
 
 
 def weights(saved: Checkpoint, averaged: bool) -> dict[str, Tensor]:

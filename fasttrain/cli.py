@@ -113,8 +113,11 @@ def run(
     Without --data it trains on a drawn demo set, on small images for a few epochs. The same command again goes on
     where a run was stopped. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
     """
+    from fasttrain.distributed import ranks, stop_at_once
+
+    if not dry_run:
+        stop_at_once()
     from fasttrain import dataset, recipes, rundir
-    from fasttrain.distributed import ranks
     from fasttrain.train import settle, summary, train
 
     recipe = _chosen(arch, recipe_name, loss)
@@ -479,20 +482,20 @@ def data_check(folder: str, aside: str | None, out: Path | None, workers: int) -
         click.echo(f"wrote {dataset.shown(out)}")
     if aside:
         moved = quarantine.quarantine(folder, [each.path for each in report.bad], aside)
-        click.echo(
-            f"moved {moved} files to {dataset.shown(aside)}; back: {_program()} data restore {dataset.shown(aside)}"
-        )
+        back = f"{_program()} data restore {dataset.shown(aside)} {dataset.shown(folder)}"
+        click.echo(f"moved {moved} files to {dataset.shown(aside)}; back: {back}")
     if report.bad:
         sys.exit(1)
 
 
 @data_.command("restore")
-@click.argument("aside", metavar="DIR", type=_folder)
-def data_restore(aside: str) -> None:
-    """Move the files of a quarantine back to where they were."""
+@click.argument("aside", metavar="ASIDE", type=_folder)
+@click.argument("folder", metavar="DIR", type=_folder)
+def data_restore(aside: str, folder: str) -> None:
+    """Move the files of a quarantine, ASIDE, back to where they were in DIR."""
     from fasttrain import dataset, quarantine
 
-    click.echo(f"moved {quarantine.restore(aside)} files back from {dataset.shown(aside)}")
+    click.echo(f"moved {quarantine.restore(aside, folder)} files back from {dataset.shown(aside)}")
 
 
 _link_option = click.option("--link/--copy", default=False, help="Hard links instead of copies. Default: copies.")

@@ -238,7 +238,8 @@ class Recipe:
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
-        _require(bool(self.name), "name", "a text", self.name)
+        inside = self.name.isprintable() and not {"", ".", ".."} & set(self.name.split("/"))
+        _require(inside, "name", "a printable text, and lead to a folder inside of runs/", self.name)
         _require(bool(self.arch), "arch", "the name of a network", self.arch)
         least, most = IMAGE_SIZES
         _require(least <= self.image_size <= most, "image_size", f"{least} to {most} pixels", self.image_size)

@@ -63,7 +63,10 @@ def cache_dir() -> Path:
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as text that is safe to print, whatever bytes it has."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and no path can
+        text = str(path)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -74,6 +77,9 @@ def open_data(data: "Data") -> tuple[Index, Index | None]:
     is given. Raises UserError when the two do not have the same classes.
     """
     folders, val = [], data.val
+    for each in (*data.train, *filter(None, [val])):
+        if not os.path.isdir(each):
+            raise UserError(f"no such folder: {shown(each)}")
     for each in data.train:
         folder = Path(each)
         if is_split(folder / "train"):
@@ -297,11 +303,15 @@ def _header_size(path: str) -> tuple[int, int]:
 
 def _load_sizes(cache: Path, count: int) -> NDArray[np.int32] | None:
     try:
+        if not cache.is_file():  # a pipe would be waited for
+            return None
         with cache.open("rb") as file:
             sizes = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy raises whatever a broken header leads Python's parser to
         return None
-    return sizes if sizes.shape == (count, 2) and sizes.dtype == np.int32 else None
+    if sizes.shape != (count, 2) or sizes.dtype != np.int32:
+        return None
+    return sizes if ((sizes > 0).all(1) | (sizes == 0).all(1)).all() else None
 
 
 def _store_sizes(cache: Path, sizes: NDArray[np.int32]) -> None:

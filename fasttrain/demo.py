@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fasttrain.dataset import shown
 from fasttrain.errors import UserError
+from fasttrain.files import read_json
 
 SHAPES, TEXTURES, COLOURS = ("cross", "disc", "triangle"), ("checks", "stripes"), ("blue", "red")
 # Ten of the twelve combinations: more than any two of the three properties have values together (six at most).
@@ -59,7 +61,7 @@ def make(folder: Path, seed: int = 0) -> bool:
         # Another process may have made the same set in the meantime.
         if _read_mark(folder / _MARK) == stamp:
             return False
-        raise UserError(f"cannot make the demo set in {folder}: {error.strerror}") from None
+        raise UserError(f"cannot make the demo set in {shown(folder)}: {error.strerror}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return True
@@ -67,7 +69,7 @@ def make(folder: Path, seed: int = 0) -> bool:
 
 def _read_mark(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
 

@@ -173,6 +173,19 @@ def _check_gpu(local_rank: int) -> None:
         raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}")
 
 
+def stop_at_once() -> None:
+    """From now on SIGTERM and SIGUSR1 raise Stopped where they find the main thread: for what comes before a run's
+    first step, which has nothing to save. `StopSignals` takes them over."""
+
+    def stop(number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        alone = os.environ.get("RANK", "0") == "0"
+        raise Stopped(f"stopped by {name} before a step was done; the same command starts again" if alone else "")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+
+
 class StopSignals:
     """While it is open, SIGTERM and SIGUSR1 no longer end the process: they are noted, for the loop to ask."""
 

@@ -56,6 +56,8 @@ class Meter:
     def restore(self, states: list[dict[str, list[float]]], ranks: Ranks) -> None:
         """Go on from the states of a run's ranks: its own, or their mean where there were more or fewer of them."""
         own = [states[ranks.rank]] if len(states) == ranks.world else states
+        if not own:
+            return
         columns = [[state.get(name, [0.0, 0.0]) for name in self.names] for state in own]
         self.sums.copy_(torch.tensor(columns).mean(0).T)
 

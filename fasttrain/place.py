@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fasttrain.dataset import shown
 from fasttrain.errors import RunError, UserError
+from fasttrain.files import opened, read_json
 
 _BLOCK = 4096  # bytes; what file systems commonly round a file's size up to
 _MISSING_HEAD = "# source files that are missing\n"
@@ -89,6 +90,9 @@ def place(
         sizes = [info.st_size for each in todo if (info := infos[sources[each]])]
         _require_room(base, sum(-(-size // _BLOCK) * _BLOCK for size in sizes))
 
+    folders = sorted({(partial / each).parent for each in (*sources, *texts)})
+    if any(os.path.realpath(folder) != str(folder) for folder in (partial, *folders)):
+        raise UserError(f"{shown(partial)} is or holds a link to a folder; remove it or name another --out")
     aside = partial / f".part-{os.getpid()}"
     at = ""
     try:
@@ -97,7 +101,7 @@ def place(
     except OSError as error:
         raise UserError(f"cannot write to {shown(partial)}: {error.strerror}") from None
     try:
-        for folder in sorted({(partial / each).parent for each in (*sources, *texts)}):
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         for at, text in texts.items():
             _write(partial / at, text)
@@ -136,13 +140,14 @@ def _holds_more(folder: Path, than: set[str]) -> bool:
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
 
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)  # a link would be written through
     part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
 
@@ -187,7 +192,7 @@ def _refuse_missing(report: Path, infos: Mapping[str, os.stat_result | None]) ->
         return
     some = ", ".join(map(shown, absent[:3])) + (", …" if absent[3:] else "")
     line = f"{len(absent)} of {len(infos)} source files are missing: {some}"
-    if report.exists() and not _is_our_list(report):
+    if os.path.lexists(report) and not _is_our_list(report):
         raise UserError(f"{line}; {shown(report)} is in the way of the whole list")
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +205,10 @@ def _refuse_missing(report: Path, infos: Mapping[str, os.stat_result | None]) ->
 
 def _is_our_list(path: Path) -> bool:
     try:
-        return path.read_bytes().startswith(_MISSING_HEAD.encode())
+        if path.is_symlink():  # ours is none, and would be written through
+            return False
+        with opened(path) as file:
+            return file.read(len(_MISSING_HEAD)) == _MISSING_HEAD.encode()
     except OSError:
         return False
 

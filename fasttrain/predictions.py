@@ -1,5 +1,6 @@
 """Files of probabilities: what `eval` and `predict` write, and `ensemble` reads. An .npz without pickles."""
 
+import os
 import re
 import tokenize
 import zipfile
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from fasttrain.dataset import shown
 from fasttrain.errors import UserError
-from fasttrain.files import replacing
+from fasttrain.files import opened, replacing
 
 _REQUIRED = ("ids", "classes", "probs")
 # What numpy and zipfile raise over bytes that they do not expect.
@@ -87,9 +88,9 @@ def require_own(path: Path) -> None:
 
 def _looks_like_ours(path: Path) -> bool:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             return {f"{name}.npy" for name in _REQUIRED} <= set(archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+    except (OSError, *_DAMAGE):
         return False
 
 
@@ -97,14 +98,21 @@ def load(path: Path, per_size: bool = True) -> Predictions:
     """Read a file of anybody's; without per_size only what is fused. Raises UserError that names the file and what is
     wrong with it."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            # Stored, not compressed, as numpy writes them: then a file cannot unpack to more than its own size.
-            packed = [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
-            names = [each.filename for each in archive.infolist()]
-        if packed or len(set(names)) < len(names):
-            raise ValueError("it is compressed; write it with numpy.savez")
-        with np.load(path, allow_pickle=False) as archive:
-            wanted = [name for name in archive.files if per_size or not _SIZE.fullmatch(name)]
+        with opened(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+            # Stored, not compressed, as numpy writes them, and none inside another: then a file cannot unpack to more
+            # than its own size.
+            if any(each.compress_type != zipfile.ZIP_STORED for each in entries):
+                raise ValueError("it is compressed; write it with numpy.savez")
+            if len({each.filename for each in entries}) < len(entries):
+                raise ValueError("it holds something twice")
+            if sum(each.file_size for each in entries) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its arrays overlap")
+            file.seek(0)
+            archive = np.load(file, allow_pickle=False)
+            known = {*_REQUIRED, "labels"}
+            wanted = [name for name in archive.files if name in known or (per_size and _SIZE.fullmatch(name))]
             return _checked({name: archive[name] for name in wanted})
     except OSError as error:
         raise UserError(f"cannot read {shown(path)}: {error.strerror or error}") from None
@@ -121,6 +129,11 @@ def _checked(arrays: dict[str, NDArray]) -> Predictions:
     for name, each in (("ids", ids), ("classes", classes)):
         if each.dtype.kind != "U" or each.ndim != 1:
             raise ValueError(f"{name!r} is not a list of texts")
+        letters = np.frombuffer(each.astype(each.dtype.newbyteorder("<")).tobytes(), "<u4")
+        # Halves of surrogate pairs are none, but for those that stand for bytes in names of files.
+        halves = (letters >= 0xD800) & (letters < 0xE000) & ~((letters >= 0xDC80) & (letters < 0xDD00))
+        if (letters > 0x10FFFF).any() or halves.any():
+            raise ValueError(f"{name!r} has letters that there are none of")
         if len(np.unique(each)) < len(each):
             raise ValueError(f"{name!r} names something twice")
     if not len(ids) or not len(classes):

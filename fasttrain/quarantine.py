@@ -12,14 +12,15 @@ from typing import Any
 
 from fasttrain.dataset import shown
 from fasttrain.errors import UserError
+from fasttrain.files import read_json as read_any_json
 
 _MANIFEST = "restore.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
+        found = read_any_json(path)
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -76,15 +77,21 @@ def require_place(folder: str | Path, aside: str | Path) -> None:
         raise UserError(f"{shown(aside)} is neither empty nor a quarantine; name another folder")
 
 
-def restore(aside: str | Path) -> int:
+def restore(aside: str | Path, folder: str | Path) -> int:
     """Move the files of a quarantine back and remove what is then empty. Returns how many went back.
 
-    UserError where there is no quarantine, or where files could not go back: nothing is overwritten, they stay.
+    folder: the one that was checked; a quarantine may be anybody's, and nothing is written outside of it. UserError
+    where there is no quarantine, where a file belongs elsewhere, or where files could not go back: nothing is
+    overwritten, they stay.
     """
     place = Path(os.path.realpath(aside))
     moves = _moves(place)
     if moves is None:
         raise UserError(f"{shown(aside)} is no quarantine: {_MANIFEST} is missing or damaged")
+    home = os.path.join(os.path.realpath(folder), "")
+    for source in moves.values():
+        if not os.path.join(os.path.realpath(os.path.dirname(source)), "").startswith(home):
+            raise UserError(f"{shown(source)} is where a file of {shown(aside)} belongs, outside of {shown(folder)}")
     count, stay = 0, {}
     for to, source in moves.items():
         held = str(place / to)
@@ -108,9 +115,9 @@ def restore(aside: str | Path) -> int:
             (place / _MANIFEST).unlink()
     except OSError as error:
         raise UserError(f"cannot write {shown(place / _MANIFEST)}: {error.strerror}") from None
-    for folder, _, _ in os.walk(place, topdown=False):
+    for inside, _, _ in os.walk(place, topdown=False):
         with suppress(OSError):  # not empty
-            os.rmdir(folder)
+            os.rmdir(inside)
     if stay:
         source, why = next(iter(stay.values()))
         raise UserError(f"{len(stay)} files stay in {shown(aside)}; the first belongs at {shown(source)}: {why}")
@@ -125,9 +132,24 @@ def _moves(place: Path) -> dict[str, str] | None:
         moves = {to: os.fsdecode(bytes.fromhex(source)) for to, source in rows}
     except (KeyError, TypeError, ValueError):
         return None
-    inside = all(os.path.isabs(source) and ".." not in Path(to).parts and not os.path.isabs(to)
-                 for to, source in moves.items())  # fmt: skip
-    return moves if inside else None
+    return moves if all(_is_possible(place, to, source) for to, source in moves.items()) else None
+
+
+def _is_possible(place: Path, to: str, source: str) -> bool:
+    """Whether `quarantine` can have made such a move: of a visible file, to the same path in the quarantine."""
+    held, was = str(place / to), to
+    while was.endswith(".again") and not source.endswith(f"/{was}"):
+        was = was.removesuffix(".again")
+    return (
+        "\0" not in to + source
+        and to != _MANIFEST
+        and all(part and not part.startswith(".") for part in to.split("/"))
+        and os.path.isabs(source)
+        and os.path.normpath(source) == source
+        and source.endswith(f"/{was}")
+        and os.path.realpath(os.path.dirname(held)) == os.path.dirname(held)  # not through a link
+        and (os.path.islink(held) or not os.path.isdir(held))
+    )
 
 
 def _write_moves(place: Path, moves: dict[str, str]) -> None:

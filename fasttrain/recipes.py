@@ -14,7 +14,9 @@ import tomli_w
 
 from fasttrain.batch import Loss
 from fasttrain.config import Augment, Data, Mix, Optim, Recipe
+from fasttrain.dataset import shown
 from fasttrain.errors import UserError
+from fasttrain.files import read_text
 from fasttrain.losses import LOSSES
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -22,6 +24,8 @@ from fasttrain.losses.distillation import Distillation
 from fasttrain.losses.triplet import Triplet
 
 T = TypeVar("T")
+
+_TOML_LENGTH, _TOML_DOTS = 1 << 16, 1000  # most characters, and most dots in a line
 
 # What `--loss` names: the losses of the report's three combinations.
 COMBINATIONS: dict[str, tuple[Loss, ...]] = {
@@ -139,11 +143,12 @@ def demo(recipe: Recipe, folder: Path, parameters: int) -> Recipe:
 def by_name(name: str) -> Recipe:
     """A recipe of `RECIPES`, or of a TOML file when `name` ends in .toml."""
     if name.endswith(".toml"):
-        path = Path(name)
         try:
-            return from_toml(path.read_text(encoding="utf-8"), where=name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the recipe {name}: {error}") from None
+            text = read_text(name, _TOML_LENGTH)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"cannot read the recipe {shown(name)}: {shown(why)}") from None
+        return from_toml(text, where=shown(name))
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}{_nearest(name, RECIPES)}; `fasttrain recipes` lists them")
     return RECIPES[name]
@@ -174,17 +179,29 @@ def _plain(value: Any) -> Any:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Text that `from_toml` turns back into an equal recipe."""
-    return tomli_w.dumps(to_dict(recipe))
+    """Text that `from_toml` turns back into an equal recipe, and that is safe to print."""
+    text = tomli_w.dumps(to_dict(recipe))
+    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08X}" for c in text)
 
 
 def from_toml(text: str, where: str = "recipe") -> Recipe:
     """Read a recipe. A key that is left out has its default; an unknown one is an error that names the nearest."""
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{where}: not valid TOML: {error}") from None
+        table = _parsed(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid TOML: {shown(str(error))}") from None
     return from_dict(table, where)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """What TOML of anybody's says. ValueError where it is none, or would keep tomllib busy: for a key of many parts
+    that takes time with the square of their number."""
+    if len(text) > _TOML_LENGTH or any(line.count(".") > _TOML_DOTS for line in text.splitlines()):
+        raise ValueError("it is too long for a recipe")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def from_dict(table: dict[str, Any], where: str) -> Recipe:
@@ -205,10 +222,10 @@ def override(recipe: Recipe, setting: str, by: str = "--set") -> Recipe:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"{by} {setting}: expected key=value or part.key=value")
+        raise UserError(f"{by} {shown(setting)}: expected key=value or part.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _parsed(f"value = {text}")["value"]
+    except ValueError:
         value = text
     table = to_dict(recipe)
     at = table
@@ -264,7 +281,7 @@ def _losses(table: Any, where: str) -> tuple[Any, ...]:
 def _typed(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
-            raise UserError(f"{where}: {key} must be a table of settings, not {value!r}")
+            raise UserError(f"{where}: {key} must be a table of settings, not {_told(value)}")
         return _build(hint, value, where, key + ".")
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
@@ -273,12 +290,22 @@ def _typed(hint: Any, value: Any, where: str, key: str) -> Any:
         if isinstance(value, list) and len(value) == len(kinds):
             return tuple(_typed(kind, each, where, key) for kind, each in zip(kinds, value, strict=True))
         size = "any number" if kinds[-1] is ... else str(len(kinds))
-        raise UserError(f"{where}: {key} must be a list of {size} of {kinds[0].__name__}, not {value!r}")
+        raise UserError(f"{where}: {key} must be a list of {size} of {kinds[0].__name__}, not {_told(value)}")
+    if hint in (int, float) and type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where}: {key} must be a number of 64 bits, not {_told(value)}")
     if hint is float and type(value) is int:
         return float(value)
     if hint is float and type(value) is float and not math.isfinite(value):
         raise UserError(f"{where}: {key} must be a finite number, not {value!r}")
     if type(value) is not hint:
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-        raise UserError(f"{where}: {key} must be {kind}, not {value!r}")
+        raise UserError(f"{where}: {key} must be {kind}, not {_told(value)}")
     return value
+
+
+def _told(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, or lists in lists
+        return "what cannot be told here"
+    return text if len(text) <= 200 else f"{text[:199]}…"

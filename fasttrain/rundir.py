@@ -29,6 +29,9 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
         aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(aside)
         print(f"the run that was in {shown(out)} is now {shown(aside)}", file=sys.stderr)
+    for name in (RECIPE, "log.jsonl"):
+        if (out / name).is_symlink():
+            raise UserError(f"{shown(out / name)} is a link, and a run writes there; remove it or name another --out")
     start = None
     if resume == "auto":
         start = newest(out)
@@ -59,7 +62,7 @@ def lock(out: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = path.open("a+")
+            file = path.open("a+", encoding="utf-8", errors="replace")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -69,7 +72,7 @@ def lock(out: Path) -> Iterator[None]:
                 holder = file.read(64).strip()
                 file.close()
                 raise UserError(
-                    f"another run is writing to {shown(out)} ({holder or 'just started'}); "
+                    f"another run is writing to {shown(out)} ({shown(holder) or 'just started'}); "
                     "wait for it, stop it, or name another --out"
                 ) from None
             file.close()  # its holder has removed it in the meantime
@@ -120,5 +123,6 @@ def before_streak(out: Path) -> Path | None:
 def _course(out: Path) -> list[Path]:
     """The checkpoints up to `last`, newest first; what comes after it belongs to a course that the run has left."""
     steps = sorted((out / "checkpoints").glob("step-*"), reverse=True)
-    last = (out / "last").resolve()
-    return [each for each in steps if not last.is_dir() or each.name <= last.name]
+    last = Path(os.path.realpath(out / "last"))  # Path.resolve raises for loops
+    known = last.is_dir() and last.name.startswith("step-")
+    return [each for each in steps if not known or each.name <= last.name]

@@ -1,13 +1,14 @@
 """The challenge's submission: a CSV of one predicted class for each test image, and a strict scorer for it."""
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from fasttrain.dataset import shown
 from fasttrain.errors import UserError
-from fasttrain.files import replacing
+from fasttrain.files import opened, replacing
 
 HEADER, LABELS_HEADER = ("Image IDs", "Predictions"), ("Image IDs", "Labels")
 
@@ -36,7 +37,7 @@ def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
 
 def _is_submission(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return file.readline(64).strip() == ",".join(HEADER).encode()
     except OSError:
         return False
@@ -49,7 +50,7 @@ def read(path: Path, header: tuple[str, str]) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(opened(path), encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
             first = next(rows, None)
             if first is None or tuple(first) != header:
@@ -65,7 +66,7 @@ def read(path: Path, header: tuple[str, str]) -> dict[str, int]:
                     raise UserError(f"{where}: {shown(text)!r} is no class; classes are whole numbers from 0")
                 found[name] = int(text)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {shown(path)}: {error}") from None
+        raise UserError(f"cannot read {shown(path)}: {shown(str(error))}") from None
     return found
 
 

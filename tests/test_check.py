@@ -397,8 +397,20 @@ def test_quarantine_can_be_undone(zoo, tmp_path):
     listed = json.loads((aside / "restore.json").read_text(encoding="ascii"))["moves"]
     assert len(listed) == len(bad) and {"zebra/bad\\xff.jpg", "ape/zeros.jpg"} <= {each["to"] for each in listed}
     assert quarantine(report, aside) == 0, "all are there already"
-    assert quarantining.restore(aside) == len(bad)
+    assert quarantining.restore(aside, root) == len(bad)
     assert snapshot(root) == before and not aside.exists()
+
+
+def test_a_quarantine_of_anybodys_writes_nowhere_else(small, tmp_path):
+    """Neither to a folder beside the one that is named, nor through a link in it that leads out."""
+    assert quarantine(small, tmp_path / "aside") == 2
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path / "elsewhere", tmp_path / "se", small.folder / "yak"):
+        refuse("is where a file of .* belongs, outside of", quarantining.restore, tmp_path / "aside", folder)
+    (small.folder / "ape").rmdir()
+    (small.folder / "ape").symlink_to(tmp_path / "elsewhere")
+    refuse("belongs, outside of", quarantining.restore, tmp_path / "aside", small.folder)
+    assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "aside/ape/a.jpg").exists()
 
 
 @pytest.fixture
@@ -421,11 +433,11 @@ def test_a_quarantine_grows_and_overwrites_nothing(small, tmp_path):
     assert quarantine(small, aside) == 1
     assert (aside / "ape/a.jpg").read_bytes() == b"ape/a.jpg"
     assert (aside / "ape/a.jpg.again").read_bytes() == b"another"
-    refuse("1 files stay .* the place is taken", quarantining.restore, aside)
+    refuse("1 files stay .* the place is taken", quarantining.restore, aside, small.folder)
     assert {each.name for each in (small.folder / "ape").iterdir()} == {"a.jpg", "b.jpg"}
     assert (aside / "ape/a.jpg.again").read_bytes() == b"another"
     (small.folder / "ape/a.jpg").rename(small.folder / "ape/old.jpg")
-    assert quarantining.restore(aside) == 1 and not aside.exists()
+    assert quarantining.restore(aside, small.folder) == 1 and not aside.exists()
     assert (small.folder / "ape/a.jpg").read_bytes() == b"another"
 
 
@@ -440,7 +452,7 @@ def test_folders_that_are_no_quarantine_are_refused(small, tmp_path):
     for content in (b"", b"{}", b'{"moves": [{}]}', b'{"moves": 3}', evil("../../x", "/x"), evil("x", "relative")):
         put(tmp_path / "damaged" / "restore.json", content)
         refuse("neither empty nor a quarantine", quarantine, small, tmp_path / "damaged")
-        refuse("is no quarantine", quarantining.restore, tmp_path / "damaged")
+        refuse("is no quarantine", quarantining.restore, tmp_path / "damaged", tmp_path)
     assert snapshot(small.folder).keys() == {"ape", "ape/a.jpg", "ape/b.jpg", "yak", "yak/sound.jpg"}
 
 
@@ -487,6 +499,6 @@ def test_an_interrupted_move_can_be_undone(small, tmp_path, monkeypatch, step, a
             assert (aside / "restore.json").exists()
     names = {path for tree in (small.folder, aside) for path in snapshot(tree)}
     assert {"ape/a.jpg", "ape/b.jpg"} <= names, "each is in one place at least"
-    quarantining.restore(aside)
+    quarantining.restore(aside, small.folder)
     assert snapshot(small.folder) == before
     assert not aside.exists()

@@ -286,7 +286,8 @@ def test_data_check_names_bad_files_and_moves_them_aside_and_back(demo_set, tmp_
     assert "moved 1 files to" in found.stdout and not victim.exists()
     report = json.loads((tmp_path / "r.json").read_text())
     assert [(each["path"], each["kind"]) for each in report["findings"]] == [("disc-stripes-red/055.jpg", "truncated")]
-    assert "moved 1 files back" in call("data", "restore", tmp_path / "aside").stdout and victim.exists()
+    back = call("data", "restore", tmp_path / "aside", tmp_path / "set")
+    assert "moved 1 files back" in back.stdout and victim.exists()
 
 
 def test_data_vipriors_says_what_is_missing(tmp_path):

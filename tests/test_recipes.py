@@ -99,12 +99,13 @@ def test_every_recipe_survives_toml(name):
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+names = st.from_regex(r"\w[\w.+-]*(/\w[\w.+-]*)*", fullmatch=True).filter(str.isprintable)
 
 
 @given(
     st.builds(
         Recipe,
-        name=texts,
+        name=names,
         arch=texts,
         image_size=st.integers(8, 4096),
         epochs=st.integers(1, 10**6),

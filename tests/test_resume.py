@@ -173,8 +173,8 @@ from fasttrain import checkpoint, optim
 from fasttrain.config import Optim
 
 torch.set_num_threads(1)
-META = {"recipe": {}, "classes": [], "data": "", "sizes": "", "best": None, "epoch_steps": 1, "world": 1, "shift": 0, "rewinds": 0}
-META |= {"streak": 0, "meters": [], "logged": {}}
+META = {"recipe": {}, "classes": ["a"], "data": "", "sizes": "", "best": None, "epoch_steps": 1, "world": 1}
+META |= {"shift": 0, "rewinds": 0, "streak": 0, "meters": [], "logged": {}}
 count, fatal, armed = 0, 0, False
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fasttrain.batch import Output, at_least_float32
 from fasttrain.config import Recipe
+from fasttrain.dataset import shown
 from fasttrain.errors import UserError
 from fasttrain.models.aligned import align
 
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
         try:
             self.backbone = timm.create_model(arch, pretrained=False, num_classes=classes)
         except RuntimeError as error:
-            raise UserError(f"timm cannot make {arch!r}: {error}") from None
+            raise UserError(f"timm cannot make {arch!r}: {shown(str(error))}") from None
         classifier = self.backbone.get_classifier()
         if not isinstance(classifier, nn.Linear):
             raise UserError(f"{arch!r} does not end in one linear classifier; choose another network")
