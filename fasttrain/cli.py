@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fasttrain import __version__
-from fasttrain.errors import UserError
+from fasttrain import __version__, signals
+from fasttrain.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from fasttrain.config import Recipe
@@ -113,13 +113,15 @@ def run(
     Without --data it trains on a drawn demo set, on small images for a few epochs. The same command again goes on
     where a run was stopped. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
     """
-    from fasttrain.distributed import ranks, stop_at_once
-
     if not dry_run:
-        stop_at_once()
+        signals.note()
     from fasttrain import dataset, recipes, rundir
+    from fasttrain.distributed import ranks
     from fasttrain.train import settle, summary, train
 
+    if signals.noted():
+        again = "before a step was done; the same command starts again"
+        raise Stopped(f"stopped by {signals.noted()} {again}" if _writes() else "")
     recipe = _chosen(arch, recipe_name, loss)
     on_demo = not data and not recipe.data.train
     if on_demo:

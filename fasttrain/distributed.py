@@ -1,9 +1,7 @@
 """Ranks: what torchrun says of them, and the few things that they do together."""
 
 import os
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fasttrain import signals
 from fasttrain.errors import RunError, Stopped, UserError
 
 T = TypeVar("T")
@@ -173,39 +172,23 @@ def _check_gpu(local_rank: int) -> None:
         raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}")
 
 
-def stop_at_once() -> None:
-    """From now on SIGTERM and SIGUSR1 raise Stopped where they find the main thread: for what comes before a run's
-    first step, which has nothing to save. `StopSignals` takes them over."""
-
-    def stop(number: int, _: object) -> None:
-        name = signal.Signals(number).name
-        alone = os.environ.get("RANK", "0") == "0"
-        raise Stopped(f"stopped by {name} before a step was done; the same command starts again" if alone else "")
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-
-
 class StopSignals:
-    """While it is open, SIGTERM and SIGUSR1 no longer end the process: they are noted, for the loop to ask."""
+    """While it is open, SIGTERM and SIGUSR1 do not end the process: the loop asks for them after each step."""
 
     LAG = 2  # steps by which a GPU's ranks hear of each other
 
     def __enter__(self) -> "StopSignals":
-        self.name = ""
+        signals.note()
         self.votes: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():  # signals reach no other
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self.before[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, number: int, _: object) -> None:
-        self.name = signal.Signals(number).name
-
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        signals.forget()
+
+    @property
+    def name(self) -> str:
+        """The signal that has come to this rank, or nothing."""
+        return signals.noted()
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether to stop after this step, on all ranks or none; to be asked once a step.

@@ -71,13 +71,14 @@ def train(
     or the checkpoint do not fit together, RunError where a file cannot be decoded, the memory does not suffice or
     losses stay not finite, and Stopped where a SIGTERM or SIGUSR1 came: after the step, and saved.
     """
-    while True:
-        try:
-            return course(recipe, out, train_index, val_index, ranks, resume_from)
-        except Diverged as fault:
-            resume_from = ranks.from_first(partial(go_back, out, fault, train_index, recipe.guard.rewinds))
-            if resume_from is None:
-                raise RunError(str(fault) + f"; {shown(out / REPORT)} has the steps and their images") from None
+    with StopSignals() as signals:
+        while True:
+            try:
+                return course(recipe, out, train_index, val_index, ranks, signals, resume_from)
+            except Diverged as fault:
+                resume_from = ranks.from_first(partial(go_back, out, fault, train_index, recipe.guard.rewinds))
+                if resume_from is None:
+                    raise RunError(f"{fault}; {shown(out / REPORT)} has the steps and their images") from None
 
 
 def course(
@@ -86,6 +87,7 @@ def course(
     train_index: Index,
     val_index: Index | None,
     ranks: Ranks,
+    signals: StopSignals,
     resume_from: Path | None,
 ) -> Result:
     """The loop: what `train` does, up to the end or to where a guard has to go back, which it raises as Diverged."""
@@ -169,7 +171,7 @@ def course(
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
     saver, watch = Saver(out, recipe.save, log), Watch(ranks, recipe.machine.hang_timeout)
     step = read_at = start
-    with closing(log), saver, StopSignals() as signals, watch, memory_named(plan):
+    with closing(log), saver, watch, memory_named(plan):
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
             lr = lr_at(step)

@@ -31,6 +31,16 @@ def pipeline(path: Path) -> str:
     return "\n".join(lines)
 
 
+def save(path: Path) -> str:
+    """A line a network: seconds of a save."""
+    lines = ["| network | checkpoint | loop waits | thread writes | `torch.save` |", "| --- | --- | --- | --- | --- |"]
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        told = {name: f"{statistics.median(each):.2f} s" for name, each in row["seconds"].items()}
+        times = f"{told['held']} | {told['written by the thread']} | {told['torch.save']}"
+        lines.append(f"| `{row['arch']}` | {row['bytes'] / 1e6:.0f} MB | {times} |")
+    return "\n".join(lines)
+
+
 def ablation(path: Path) -> str:
     """A line a step: top-1, and what the step adds to the one that it is compared with."""
     lines = ["| recipe | top-1, % | gain, points | compared with |", "| --- | --- | --- | --- |"]
@@ -44,7 +54,7 @@ def ablation(path: Path) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("kernels", kernels), ("pipeline", pipeline), ("ablation", ablation)):
+    for name, table in (("kernels", kernels), ("pipeline", pipeline), ("ablation", ablation), ("save", save)):
         made = table(ROOT / "scripts" / "results" / f"{name}-cpu.json")
         found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = found.subn(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)

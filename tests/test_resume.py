@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,6 +297,17 @@ def test_two_runs_into_one_folder_and_a_signal(demo_set, tmp_path):
     with rundir.lock(tmp_path / "run"):
         pass
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("seconds", [0.8, 3])
+def test_a_signal_before_the_first_step(demo_set, tmp_path, seconds):
+    """While Python still imports, and later: nothing is saved, and it is told apart from a failure."""
+    process = start(*LONG, "--data", demo_set / "train", "--out", tmp_path / "run")
+    time.sleep(seconds)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in said
+    assert "stopped by SIGTERM before a step was done" in said or "after step 1 of" in said
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both(demo_set, tmp_path):

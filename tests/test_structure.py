@@ -14,7 +14,7 @@ LAYERS = [
     {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial"},
     {"recipes", "pipelines", "checkpoint", "optim", "ema"},
     {"models", "losses"},
-    {"batch", "config", "dataset", "distributed", "schedule", "meter", "watch", "errors", "files", ""}
+    {"batch", "config", "dataset", "distributed", "schedule", "meter", "watch", "signals", "errors", "files", ""}
     | {
         "demo",
         "place",
