@@ -18,6 +18,7 @@ setup(
     # is one import name for each. Listed by hand: a search for packages would find the top-level folders as well.
     packages=[
         "fasttrain",
+        "fasttrain.benchmarks",
         "fasttrain.models",
         "fasttrain.losses",
         "fasttrain.pipelines",

@@ -17,6 +17,9 @@ from fasttrain import __version__, signals
 from fasttrain.errors import Stopped, UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from fasttrain.benchmarks.common import Row
     from fasttrain.config import Recipe
     from fasttrain.dataset import Index
     from fasttrain.place import Placed
@@ -614,23 +617,197 @@ def bench() -> None:
     """Measure this machine, always beside peers in the same run."""
 
 
+_Command = Callable[..., None]
+_COMPILE = {None: "auto", True: "on", False: "off"}
+
+
+def _measured(rounds: int) -> Callable[[_Command], _Command]:
+    """The options that all benchmarks have."""
+    options = (
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option("--rounds", type=click.IntRange(1), default=rounds, show_default=True,
+                     help="Turns that each contender has."),
+        click.option("--json", "json_path", type=_file, metavar="FILE", help="Write the figures."),
+        click.option("--plot", type=_file, metavar="FILE.png", help="Draw the figures."),
+    )  # fmt: skip
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _tell(
+    rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, **settings: Any
+) -> None:
+    """Print a benchmark's figures, and write them where asked. settings: what it was asked to do."""
+    from fasttrain.benchmarks import common
+
+    click.echo(common.table(rows))
+    if json_path:
+        common.write_json(json_path, device, rows, settings)
+    if plot:
+        common.write_plot(plot, rows)
+
+
 @bench.command("kernels")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Turns that each contender has.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw the figures.")
+@_measured(rounds=15)
 def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path | None) -> None:
     """Mix and triplet kernels beside eager, compiled and library versions of the same work."""
-    from fasttrain import bench
+    from fasttrain.benchmarks.kernels import kernels
     from fasttrain.distributed import ranks
 
     with ranks(device) as here:
-        rows = bench.kernels(here.device, rounds)
-        click.echo(bench.table(rows))
-        if json_path:
-            bench.write_json(json_path, here.device, rows)
-        if plot:
-            bench.write_plot(plot, rows)
+        _tell(kernels(here.device, rounds), here.device, json_path, plot, rounds=rounds)
+
+
+@bench.command("pipeline")
+@click.option("--data", required=True, type=_folder, metavar="DIR", help="Images in class folders.")
+@click.option("--batch-size", "batch_sizes", type=click.IntRange(2), multiple=True, default=(64,), show_default=True,
+              help="Images a batch. Repeatable.")  # fmt: skip
+@click.option("--image-size", type=click.IntRange(8), default=224, show_default=True, help="In pixels.")
+@click.option("--autoaugment", "policies", type=click.Choice(["none", "imagenet"]), multiple=True,
+              default=("none", "imagenet"), show_default=True, help="Repeatable.")  # fmt: skip
+@click.option("--cutmix/--no-cutmix", default=True, show_default=True, help="Mix each batch.")
+@click.option("--images-per-class", type=click.IntRange(0), default=4, show_default=True,
+              help="Of the P x K batches; 0: leave them out.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Batches a turn.")
+@click.option("--profile", is_flag=True, help="Also where the project's own pipeline spends its time.")
+@_measured(rounds=5)
+def bench_pipeline(
+    data: str,
+    batch_sizes: tuple[int, ...],
+    image_size: int,
+    policies: tuple[str, ...],
+    cutmix: bool,
+    images_per_class: int,
+    precision: str,
+    workers: int,
+    steps: int,
+    profile: bool,
+    device: str,
+    rounds: int,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """The training pipeline beside timm's loader, torchvision v2 and DALI's stock pipeline, on the same images."""
+    from fasttrain import dataset
+    from fasttrain.benchmarks import pipeline
+    from fasttrain.config import Data
+    from fasttrain.distributed import ranks
+
+    with ranks(device) as here:
+        index, _ = dataset.open_data(Data(train=(data,)))
+        asked: dict[str, Any] = {
+            "batch_sizes": batch_sizes,
+            "image_size": image_size,
+            "policies": policies,
+            "cutmix": cutmix,
+            "images_per_class": images_per_class,
+            "workers": here.threads(workers),
+            "steps": steps,
+            "rounds": rounds,
+        }
+        dtype = pipeline.dtype_of(precision, here.device)
+        rows = pipeline.pipeline(index, here.device, dtype, profile=profile, **asked)
+        _tell(rows, here.device, json_path, plot, images=len(index), precision=precision, **asked)
+
+
+@bench.command("step")
+@click.option("--arch", "archs", multiple=True, metavar="A", help="Network; repeatable. Default: the report's three.")
+@click.option("--loss", type=click.Choice(COMBINATIONS), default="ce", show_default=True)
+@click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's.")
+@click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's.")
+@click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
+@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
+@click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
+@_measured(rounds=5)
+def bench_step(
+    archs: tuple[str, ...],
+    loss: str,
+    batch_size: int | None,
+    image_size: int | None,
+    classes: int,
+    precision: str,
+    compiled: bool | None,
+    steps: int,
+    host: bool,
+    device: str,
+    rounds: int,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """The training step on a batch that is on the device, beside timm's loop, eager and compiled."""
+    from fasttrain.benchmarks import step
+    from fasttrain.distributed import ranks
+    from fasttrain.models import ARCHS
+
+    with ranks(device) as here:
+        if host:
+            _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
+            return
+        chosen = [
+            step.recipe_of(arch, here.device, loss=loss, batch_size=batch_size, image_size=image_size,
+                           precision=precision, compiled=_COMPILE[compiled])
+            for arch in archs or ARCHS
+        ]  # fmt: skip
+        rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps)
+        _tell(rows, here.device, json_path, plot, loss=loss, classes=classes, steps=steps, rounds=rounds)
+
+
+@bench.command("train")
+@click.option("--data", required=True, type=_folder, metavar="DIR", help="Images in class folders.")
+@click.option("--arch", "archs", multiple=True, metavar="A", help="Network; repeatable. Default: the report's three.")
+@click.option("--loss", type=click.Choice(COMBINATIONS), default="ce", show_default=True)
+@click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's.")
+@click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's.")
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
+@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
+@click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps a turn.")
+@click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
+@_measured(rounds=3)
+def bench_train(
+    data: str,
+    archs: tuple[str, ...],
+    loss: str,
+    batch_size: int | None,
+    image_size: int | None,
+    precision: str,
+    compiled: bool | None,
+    workers: int,
+    steps: int,
+    warm_up: int,
+    device: str,
+    rounds: int,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Real runs beside their step alone, their pipeline alone, and timm's loader and loop."""
+    from fasttrain import dataset
+    from fasttrain.benchmarks import step
+    from fasttrain.benchmarks.train import end_to_end
+    from fasttrain.config import Data
+    from fasttrain.distributed import ranks
+    from fasttrain.models import ARCHS
+
+    with ranks(device) as here:
+        index, _ = dataset.open_data(Data(train=(data,)))
+        threads = here.threads(workers)
+        chosen = [
+            step.recipe_of(arch, here.device, loss=loss, batch_size=batch_size, image_size=image_size,
+                           precision=precision, compiled=_COMPILE[compiled], workers=threads)
+            for arch in archs or ARCHS
+        ]  # fmt: skip
+        rows = end_to_end(chosen, index, here, rounds=rounds, steps=steps, warm_up=warm_up)
+        asked = {"loss": loss, "workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds}
+        _tell(rows, here.device, json_path, plot, images=len(index), **asked)
 
 
 @main.command()

@@ -39,7 +39,8 @@ class Optim:
     The peak learning rate is lr_scale · lr · global batch / lr_batch (linear scaling), or lr_scale · lr where lr_batch
     is 0. schedule `step` multiplies the rate by step_factor at the start of each epoch of step_epochs, which count
     from the start of the run. decay_norm_bias=false takes weight decay off every parameter with at most one dimension
-    (biases, norm weights).
+    (biases, norm weights). impl: whose kernels take the step, `torch` or, where it is installed, `apex`; the step is
+    the same.
     """
 
     lr: float = 0.1
@@ -53,8 +54,10 @@ class Optim:
     schedule: str = "cosine"
     step_epochs: tuple[int, ...] = (30, 60, 90)
     step_factor: float = 0.1
+    impl: str = "torch"
 
     def __post_init__(self) -> None:
+        _require(self.impl in ("torch", "apex"), "impl", "torch or apex", self.impl)
         _require(self.lr > 0, "lr", "above 0", self.lr)
         _require(self.lr_scale > 0, "lr_scale", "above 0", self.lr_scale)
         _require(self.schedule in ("cosine", "step"), "schedule", "cosine or step", self.schedule)

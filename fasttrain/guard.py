@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fasttrain.dataset import Index, shown
 from fasttrain.files import replacing
+from fasttrain.optim import hold
 from fasttrain.pipelines.plan import Plan
 
 REPORT = "not_finite.json"
@@ -71,8 +72,7 @@ class Guard:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            # What a scaler would tell a fused optimizer: leave everything as it is where this is 1.
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+            hold(self.optimizer, bad)
             self.optimizer.step()
         self._keep_buffers(bad)
         self.streak.add_(1).mul_(failed)

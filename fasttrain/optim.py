@@ -1,19 +1,22 @@
 """The optimizer, SGD with momentum, and the learning rate that a recipe asks for at each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.config import Optim, Recipe
+from fasttrain.errors import UserError
 from fasttrain.schedule import lr_at
 
 
-def sgd(model: nn.Module, settings: Optim) -> torch.optim.SGD:
+def sgd(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
     """Fused SGD over all parameters; the learning rate is set before each step (see `rate`).
 
     Weight decay is on every parameter. With decay_norm_bias=false it is off where a parameter has at most one
-    dimension: biases and the weights of norms (Bag of Tricks, section 3.1).
+    dimension: biases and the weights of norms (Bag of Tricks, section 3.1). Raises UserError where settings.impl is
+    apex and that is not installed, or the network is not on a GPU.
     """
     parameters = [each for each in model.parameters() if each.requires_grad]
     spared = [] if settings.decay_norm_bias else [each for each in parameters if each.ndim <= 1]
@@ -22,13 +25,39 @@ def sgd(model: nn.Module, settings: Optim) -> torch.optim.SGD:
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
-    made = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
+    how: dict[str, Any] = {"lr": 0.0, "momentum": settings.momentum, "nesterov": settings.nesterov}
+    if settings.impl == "apex":
+        made = _apex_sgd(parameters)(groups, **how)
+    else:
+        made = torch.optim.SGD(groups, **how, fused=True)
     if settings.momentum:
         # torch would leave it to the first step, and that step may be skipped (by float16's scaler, or a guard): the
         # buffers would then hold whatever was in memory. From zeros the first step gives the same momentum.
         for each in parameters:
             made.state[each]["momentum_buffer"] = torch.zeros_like(each)
     return made
+
+
+def _apex_sgd(parameters: Sequence[nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError:
+        raise UserError(
+            "optim.impl=apex: NVIDIA's apex is not installed. Build it from its source with --cpp_ext and --cuda_ext "
+            "(the package of that name on PyPI is something else), or leave optim.impl at torch"
+        ) from None
+    if not all(each.is_cuda for each in parameters):
+        raise UserError("optim.impl=apex works on GPUs only; leave optim.impl at torch")
+    return FusedSGD
+
+
+def hold(optimizer: torch.optim.Optimizer, where: Tensor) -> None:
+    """Make an optimizer of `sgd` leave weights and momentum as they are in its next step, where `where`, a bool on
+    the device, is true; decided there."""
+    if hasattr(optimizer, "_dummy_overflow_buf"):  # apex's kernels return at once where this is not 0
+        optimizer._dummy_overflow_buf.copy_(where)
+    else:  # what a GradScaler tells torch's
+        optimizer.grad_scale, optimizer.found_inf = None, where.float()  # type: ignore[attr-defined]
 
 
 def rate(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:

@@ -1,5 +1,6 @@
 """Training: one function, read from top to bottom."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,9 @@ def course(
     ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
     optimizer = optim.sgd(model, recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if scaler.is_enabled() and recipe.optim.impl == "apex":
+        raise UserError("optim.impl=apex waits for the device in every step with float16; leave it at torch")
+    torch.backends.cudnn.benchmark = True  # of the algorithms for a shape the fastest; shapes stay the same
     state = checkpoint.State(model, optimizer, scaler, ema)
 
     names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
@@ -171,7 +175,7 @@ def course(
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
     saver, watch = Saver(out, recipe.save, log), Watch(ranks, recipe.machine.hang_timeout)
     step = read_at = start
-    with closing(log), saver, watch, memory_named(plan):
+    with closing(log), saver, watch, collecting_apart(), memory_named(plan):
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
             lr = lr_at(step)
@@ -276,6 +280,8 @@ def course(
                     f"stopped by {signals.name or 'a signal to another rank'} after step {done} of {plan.steps}, and "
                     "saved; the same command goes on from there"
                 )
+            if epoch_ends:
+                gc.collect()
             if epoch_ends or stopping:
                 log.resume_clock()
             step = done
@@ -364,6 +370,22 @@ def values_of(loss: Tensor, terms: dict[str, Term]) -> dict[str, Tensor]:
 def _to(values: Tensor, device: torch.device) -> Tensor:
     """A small CPU tensor on the device, without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+@contextmanager
+def collecting_apart() -> Iterator[None]:
+    """Python's garbage collector rests meanwhile, and leaves alone what is there now: its pauses come at any moment,
+    and hosts that feed several GPUs wait for the slowest."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Any
 import click
 import torch
 
-from fasttrain import bench, checkpoint, optim
+from fasttrain import checkpoint, optim
+from fasttrain.benchmarks import common
 from fasttrain.config import Optim
 from fasttrain.models import ARCHS, Classifier
 
@@ -86,7 +87,7 @@ def main(device: str, rounds: int, out: Path | None, json_path: Path | None) -> 
         told = ", ".join(f"{name} {statistics.median(each):.3f} s" for name, each in found.items())
         click.echo(f"{arch}, {size / 1e6:.0f} MB: {told}")
     if json_path:
-        json_path.write_text(json.dumps(bench.about(place) | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(common.about(place) | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

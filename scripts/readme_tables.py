@@ -1,67 +1,156 @@
-"""Write README.md's tables anew from the results under scripts/results: python scripts/readme_tables.py"""
+"""Write README.md's tables anew from the results in scripts/results: python scripts/readme_tables.py
+
+A table `<!-- NAME -->` … `<!-- end -->` is made of all results NAME-*.json (`fasttrain bench NAME --json`), one after
+another, each under a line that says on what and when it was measured.
+"""
 
 import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
+OWN = "fasttrain"
+Rows = list[dict[str, Any]]
 
 
-def kernels(path: Path) -> str:
-    """A line a case: each contender's milliseconds, and how many times the project's own that is."""
-    cases: dict[str, list[dict]] = {}
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        cases.setdefault(f"{row['work']} {row['case']}", []).append(row)
-    lines = ["| work | fasttrain | others |", "| --- | --- | --- |"]
-    for case, (own, *others) in cases.items():
+def by_case(rows: Rows) -> dict[str, Rows]:
+    """The rows of each case, in their order."""
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(f"{row['work']} {row['case']}", []).append(row)
+    return found
+
+
+def grid(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def kernels(rows: Rows) -> str:
+    """A line a case: the project's milliseconds, and how many times that each other contender takes."""
+    lines = []
+    for case, (own, *others) in by_case(rows).items():
         told = [f"{each['contender']} {each['seconds'] / own['seconds']:.1f}x" for each in others]
-        lines.append(f"| {case} | {own['seconds'] * 1e3:.1f} ms | {', '.join(told)} |")
-    return "\n".join(lines)
+        lines.append([case, f"{own['seconds'] * 1e3:.1f} ms", ", ".join(told)])
+    return grid(["work", OWN, "others"], lines)
 
 
-def pipeline(path: Path) -> str:
-    """A line a policy: images a second of each loader."""
-    results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    names = list(results[0]["images_per_s"])
-    lines = [f"| AutoAugment | {' | '.join(names)} | fasttrain to timm |", "| --- " * (len(names) + 2) + "|"]
-    for each in results:
-        middle = [f"{statistics.median(each['images_per_s'][name]):.0f} img/s" for name in names]
-        lines.append(f"| {each['autoaugment']} | {' | '.join(middle)} | {each['ratio']:.2f} |")
-    return "\n".join(lines)
+def pipeline(rows: Rows) -> str:
+    """A line a case: images a second of each loader; and below, where they were measured, the stages' microseconds."""
+    whole = by_case([row for row in rows if row["work"] == "pipeline"])
+    stages = by_case([row for row in rows if row["work"] == "stages"])
+    made = [_a_column_each(whole, lambda row: f"{row['images_per_s']:.0f} img/s", "batch")]
+    if stages:
+        # Cases without AutoAugment lack a stage, so the longest gives the columns.
+        made.append(
+            _a_column_each(stages, lambda row: f"{row['us_per_image']:.0f} µs", "an image's time in each stage")
+        )
+    return "\n\n".join(made)
 
 
-def save(path: Path) -> str:
+def _a_column_each(cases: dict[str, Rows], cell: Any, title: str) -> str:
+    names = [row["contender"] for row in max(cases.values(), key=len)]
+    lines = []
+    for rows in cases.values():
+        cells = {row["contender"]: cell(row) for row in rows}
+        lines.append([rows[0]["case"], *(cells.get(name, "") for name in names)])
+    return grid([title, *names], lines)
+
+
+def contenders(rows: Rows) -> str:
+    """A line a contender: its time with the spread, its rate, and what else is known of it."""
+    known = ("eta", "host_ms", "peak_gib")
+    titles = {"eta": "η", "host_ms": "host, ms", "peak_gib": "memory, GiB"}
+    found = [key for key in known if any(key in row for row in rows)]
+    rates = any(row["images"] for row in rows)
+    lines = []
+    for case, inside in by_case(rows).items():
+        own = inside[0]["seconds"]
+        for number, row in enumerate(inside):
+            spread = f"{row['seconds'] * 1e3:.1f} ({row['least'] * 1e3:.1f} … {row['most'] * 1e3:.1f})"
+            rate = [f"{row['images_per_s']:.0f}" if row["images"] else ""] if rates else []
+            more = [f"{row[key]:.2f}" if key in row else "" for key in found]
+            title = "" if number else case.partition(" ")[2]
+            lines.append([title, row["contender"], spread, *rate, f"{row['seconds'] / own:.2f}", *more])
+    head = ["", "contender", "ms a step", *(["img/s"] if rates else []), f"x {OWN}", *(titles[key] for key in found)]
+    return grid(head, lines)
+
+
+def save(rows: Rows) -> str:
     """A line a network: seconds of a save."""
-    lines = ["| network | checkpoint | loop waits | thread writes | `torch.save` |", "| --- | --- | --- | --- | --- |"]
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    lines = []
+    for row in rows:
         told = {name: f"{statistics.median(each):.2f} s" for name, each in row["seconds"].items()}
-        times = f"{told['held']} | {told['written by the thread']} | {told['torch.save']}"
-        lines.append(f"| `{row['arch']}` | {row['bytes'] / 1e6:.0f} MB | {times} |")
-    return "\n".join(lines)
+        times = [told[name] for name in ("held", "written by the thread", "torch.save")]
+        lines.append([f"`{row['arch']}`", f"{row['bytes'] / 1e6:.0f} MB", *times])
+    return grid(["network", "checkpoint", "loop waits", "thread writes", "`torch.save`"], lines)
 
 
-def ablation(path: Path) -> str:
+def ablation(rows: Rows) -> str:
     """A line a step: top-1, and what the step adds to the one that it is compared with."""
-    lines = ["| recipe | top-1, % | gain, points | compared with |", "| --- | --- | --- | --- |"]
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    lines = []
+    for row in rows:
         top1 = f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
         gain = f"{100 * row['gain']:+.1f} ± {100 * row['gain_interval']:.1f}" if "gain" in row else ""
-        lines.append(f"| {row['title']} | {top1} | {gain} | {row.get('beside', '')} |")
-    return "\n".join(lines)
+        lines.append([row["title"], top1, gain, row.get("beside", "")])
+    return grid(["recipe", "top-1, %", "gain, points", "compared with"], lines)
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
+TABLES = {
+    "kernels": kernels,
+    "pipeline": pipeline,
+    "step": contenders,
+    "host": contenders,
+    "train": contenders,
+    "ablation": ablation,
+    "save": save,
+}
+
+
+def caption(told: dict[str, Any]) -> str:
+    """On what, how often and when it was measured, as one line; nothing where the results do not say."""
+    if "device" not in told:
+        return ""
+    clocks = told.get("clocks_mhz") or {}
+    settings = told.get("settings", {})
+    rounds = {row["n"] for row in told["rows"] if "n" in row}
+    facts = [
+        told["device"],
+        " and ".join(f"{name} {mhz:.0f} MHz" for name, mhz in clocks.items() if name in ("cpu", "sm")),
+        f"workers: {settings['workers']}" if "workers" in settings else "",
+        f"torch threads: {told['threads']}" if "threads" in told else "",
+        f"torch {told['versions']['torch']}" if "torch" in told.get("versions", {}) else "",
+        f"medians of {min(rounds)} rounds" if rounds else "",
+        told.get("date", ""),
+    ]
+    return f"*{', '.join(filter(None, facts))}*\n\n"
+
+
+def tables(name: str, results: Path) -> str:
+    """All tables of a name, each under its caption; nothing where there are no results."""
+    made = []
+    for path in sorted(results.glob(f"{name}-*.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        made.append(caption(told) + TABLES[name](told["rows"]))
+    return "\n\n".join(made)
+
+
+def write(readme: Path, results: Path) -> None:
+    """Put the tables in their places. SystemExit where results have no place, or a place more than one."""
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("kernels", kernels), ("pipeline", pipeline), ("ablation", ablation), ("save", save)):
-        made = table(ROOT / "scripts" / "results" / f"{name}-cpu.json")
-        found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = found.subn(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
+    for name in TABLES:
+        made = tables(name, results)
+        if not made:
+            continue
+        place = re.compile(rf"(<!-- {name} -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+        count = len(place.findall(text))
         if count != 1:
-            raise SystemExit(f"README.md must have one place for the table {name!r}")
+            raise SystemExit(f"{readme.name} must have one place for the table {name!r}, not {count}")
+        start, end = place.search(text).span(2)  # type: ignore[union-attr]  # there is one
+        text = f"{text[:start]}{made}\n{text[end:]}"
     readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write(ROOT / "README.md", ROOT / "scripts" / "results")

@@ -1,7 +1,12 @@
+import sys
+import types
+
+import pytest
 import torch
 
 from fasttrain import optim
 from fasttrain.config import Optim
+from fasttrain.errors import UserError
 from fasttrain.models import Classifier
 
 
@@ -40,3 +45,55 @@ def test_steps_are_the_textbooks():
         optimizer.zero_grad()
     for parameter, expected in zip(model.parameters(), weights, strict=True):
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+class FusedSGD(torch.optim.SGD):
+    """What apex's takes and looks at, on top of torch's: its kernels return where their flag is not 0."""
+
+    def __init__(self, params, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False, wd_after_momentum=False):
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
+        assert not wd_after_momentum
+        self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int32)
+
+    def step(self, closure=None):
+        assert all("momentum_buffer" in self.state[each] for group in self.param_groups for each in group["params"])
+        return None if self._dummy_overflow_buf.item() else super().step(closure)
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """As if apex was installed, and worked on CPUs."""
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    module = types.ModuleType("apex.optimizers")
+    module.FusedSGD = FusedSGD  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+
+def test_apex_is_told_the_same_and_can_be_held(apex, monkeypatch):
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
+    settings = Optim(nesterov=True, decay_norm_bias=False, weight_decay=1e-2)
+    found = []
+    for impl in ("torch", "apex"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        optimizer = optim.sgd(model, Optim(**(vars(settings) | {"impl": impl})))
+        assert isinstance(optimizer, FusedSGD) == (impl == "apex")
+        for step in range(4):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            model(torch.ones(5, 4)).square().mean().backward()
+            optim.hold(optimizer, torch.tensor(step in (0, 2)))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([each.detach() for each in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_apex_needs_its_own_installation_and_a_gpu(monkeypatch, request):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(UserError, match=r"not installed\. Build it from its source .* PyPI is something else"):
+        optim.sgd(Classifier("test_resnet", 5), Optim(impl="apex"))
+    request.getfixturevalue("apex")
+    with pytest.raises(UserError, match="works on GPUs only"):
+        optim.sgd(Classifier("test_resnet", 5), Optim(impl="apex"))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train", "show", "doctor", "bench"},
+    {"train", "show", "doctor", "benchmarks"},
     {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial"},
     {"recipes", "pipelines", "checkpoint", "optim", "ema"},
     {"models", "losses"},

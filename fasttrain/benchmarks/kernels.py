@@ -1,15 +1,8 @@
-"""Benchmarks. Everything is measured beside its peers in one run, in turns, and told as medians with their spread."""
+"""The project's kernels beside eager, compiled and library versions of the same work."""
 
-import datetime
-import importlib.metadata
-import itertools
-import json
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fasttrain.benchmarks.common import OWN, Row, race, row
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.errors import UserError
 from fasttrain.kernels import mix, triplet
 
 BATCHES_CPU, BATCHES_GPU = (64, 128), (64, 128, 256, 512, 1024)
@@ -26,22 +19,7 @@ TRIPLET_CPU, TRIPLET_GPU = (
     ((128, 2048), (256, 2656), (1024, 2048)),
     ((128, 2048), (256, 2656), (512, 2048), (1024, 2048)),
 )
-_SIZE = 224
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender in one case. seconds: the median, with least and most. launches: GPU kernels, or operations on a
-    CPU. bytes: read and written by them. Both are counted by a trace; compiled code does not show in it (0)."""
-
-    work: str
-    case: str
-    contender: str
-    seconds: float
-    least: float
-    most: float
-    launches: int
-    bytes: int
+SIZE = 224
 
 
 def kernels(device: torch.device, rounds: int = 15) -> list[Row]:
@@ -51,10 +29,11 @@ def kernels(device: torch.device, rounds: int = 15) -> list[Row]:
     rows: list[Row] = []
     for batch in BATCHES_GPU if on_gpu else BATCHES_CPU:
         contenders, least = _mix_contenders(batch, device)
-        found = _race("mix", f"{batch} x {_SIZE}²", contenders, device, rounds)
+        found = _race("mix", f"{batch} x {SIZE}²", contenders, device, rounds)
         # One pass: images in, images out, and a few bytes of parameters, partners and shares an image.
-        if not least <= found[0].bytes <= least + 64 * batch:
-            raise RuntimeError(f"mix moves {found[0].bytes} bytes, of which {least} are needed")
+        moved = found[0].details["bytes"]
+        if not least <= moved <= least + 64 * batch:
+            raise RuntimeError(f"mix moves {moved} bytes, of which {least} are needed")
         rows += found
     for batch, width in TRIPLET_GPU if on_gpu else TRIPLET_CPU:
         for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
@@ -69,7 +48,7 @@ def _mix_contenders(batch: int, device: torch.device) -> tuple[dict[str, Callabl
     from timm.data import Mixup
     from torchvision.transforms import v2
 
-    images = torch.randint(0, 256, (batch, _SIZE, _SIZE, 3), dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
     table = torch.from_numpy(mix.plain_params(batch))
     table[:, mix.PARTNER] = torch.randperm(batch).float()
@@ -97,7 +76,7 @@ def _mix_contenders(batch: int, device: torch.device) -> tuple[dict[str, Callabl
     if not torch.equal(mix.mix(*arguments).images, expected):
         raise RuntimeError("mix differs from its reference; its time means nothing")
     contenders = {
-        "fasttrain": lambda: mix.mix(*arguments),
+        OWN: lambda: mix.mix(*arguments),
         "reference, compiled": lambda: compiled(*arguments),
         "reference": lambda: mix.reference(*arguments),
         "timm: normalise + Mixup": with_timm,
@@ -134,7 +113,7 @@ def _triplet_contenders(
     if abs(ours().item() - eager().item()) > 0.02 * abs(eager().item()) + 0.02:
         raise RuntimeError("triplet differs from the eager form; its time means nothing")
     contenders = {
-        "fasttrain": gradient(ours),
+        OWN: gradient(ours),
         "eager": gradient(eager),
         "eager, compiled": gradient(torch.compile(eager)),
     }
@@ -151,24 +130,16 @@ def _triplet_contenders(
 
 
 def _race(
-    work: str,
-    case: str,
-    contenders: dict[str, Callable[[], Any]],
-    device: torch.device,
-    rounds: int,
+    work: str, case: str, contenders: dict[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> list[Row]:
-    """Each contender in turn, round after round. The first is the project's own."""
-    timed: dict[str, list[float]] = {name: [] for name in contenders}
+    """Launches are those of GPU kernels, on a CPU operations; bytes are read and written by them. Both are counted by
+    a trace; compiled code does not show in it, and has neither."""
     for function in contenders.values():
         for _ in range(3):
             function()
-    for _, (name, function) in itertools.product(range(rounds), contenders.items()):
-        timed[name].append(_seconds(function, device))
-    traces = {name: (0, 0) if "compiled" in name else _trace(each, device) for name, each in contenders.items()}
-    return [
-        Row(work, case, name, statistics.median(each), min(each), max(each), *traces[name])
-        for name, each in timed.items()
-    ]
+    timed = race(f"{work} {case}", {name: partial(_seconds, each, device) for name, each in contenders.items()}, rounds)
+    traces = {name: {} if "compiled" in name else _trace(each, device) for name, each in contenders.items()}
+    return [row(work, case, name, times, **traces[name]) for name, times in timed.items()]
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -198,68 +169,15 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-def _trace(function: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """Launches (on a CPU: operations) and bytes moved by one call; bytes of the operations that torch dispatches."""
+def _trace(function: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """`launches` (on a CPU: operations) and `bytes` moved by the operations that torch dispatches, of one call."""
     with _Operations() as operations:
         function()
     if device.type == "cpu":
-        return operations.count, operations.bytes
+        return {"launches": operations.count, "bytes": operations.bytes}
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()
-    return sum(each.device_type == torch.autograd.DeviceType.CUDA for each in profile.events()), operations.bytes
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown, a line a row, with how much slower than the project's own each contender is."""
-    lines = ["| work | case | contender | ms (least … most) | x fasttrain | launches | MB moved |", "| --- " * 7 + "|"]
-    own = {(row.work, row.case): row.seconds for row in rows if row.contender == "fasttrain"}
-    for row in rows:
-        ratio = row.seconds / own[row.work, row.case]
-        spread = f"{row.seconds * 1e3:.3f} ({row.least * 1e3:.3f} … {row.most * 1e3:.3f})"
-        traced = f"{row.launches or ''} | {row.bytes / 1e6:.1f}" if row.bytes else " | "
-        lines.append(f"| {row.work} | {row.case} | {row.contender} | {spread} | {ratio:.2f} | {traced} |")
-    return "\n".join(lines)
-
-
-def about(device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it: device, versions and date."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    packages = ("torch", "triton", "timm", "torchvision", "pytorch-metric-learning")
-    versions = {}
-    for each in packages:
-        try:
-            versions[each] = importlib.metadata.version(each)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
-
-
-def write_json(path: Path, device: torch.device, rows: list[Row]) -> None:
-    content = {**about(device), "rows": [vars(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def write_plot(path: Path, rows: list[Row]) -> None:
-    """Bars of milliseconds, a panel a case. Raises UserError where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    cases = list(dict.fromkeys((row.work, row.case) for row in rows))
-    figure = Figure(figsize=(8, 1.7 * len(cases)), layout="constrained")
-    for axes, case in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
-        inside = [row for row in rows if (row.work, row.case) == case][::-1]
-        bars = axes.barh([row.contender for row in inside], [row.seconds * 1e3 for row in inside])
-        axes.bar_label(bars, [f"{row.seconds * 1e3:.3g} ms" for row in inside], padding=3, fontsize=8)
-        axes.margins(x=0.15)
-        axes.set_title(" ".join(case), loc="left", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.set_visible(False)
-    figure.savefig(path)
+    launches = sum(each.device_type == torch.autograd.DeviceType.CUDA for each in profile.events())
+    return {"launches": launches, "bytes": operations.bytes}

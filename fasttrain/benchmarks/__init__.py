@@ -1,0 +1,1 @@
+"""Benchmarks, one file each; `common` has what they share."""

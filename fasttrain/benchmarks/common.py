@@ -1,0 +1,207 @@
+"""What the benchmarks share. Contenders have turns, round after round, in one run; they are told as medians with their
+spread, in a table, as JSON and as a picture."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fasttrain.errors import UserError
+
+OWN = "fasttrain"  # the contender that the others are compared with
+PACKAGES = ("torch", "triton", "timm", "torchvision", "nvidia-dali-cuda130", "pytorch-metric-learning", "pillow")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one case. seconds: the median over n rounds of what one call takes, with least and most.
+    images: that one call handles (0: it is not about images). details: what else is known, plain values by name."""
+
+    work: str
+    case: str
+    contender: str
+    seconds: float
+    least: float
+    most: float
+    n: int
+    images: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.seconds
+
+    def plain(self) -> dict[str, Any]:
+        """All of it in one level, as JSON has it."""
+        told = {key: value for key, value in vars(self).items() if key != "details"}
+        return told | ({"images_per_s": self.images_per_s} if self.images else {}) | dict(self.details)
+
+
+def race(case: str, contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each contender tells of its turns: seconds a call. Each has one in every round, and every other round goes
+    the other way, so that none always follows the same one. Progress goes to stderr."""
+    timed: dict[str, list[float]] = {name: [] for name in contenders}
+    with tqdm(total=rounds * len(contenders), desc=case, unit="turn", leave=False, disable=None) as bar:
+        for number in range(rounds):
+            for name in list(contenders)[:: -1 if number % 2 else 1]:
+                bar.set_postfix_str(name)
+                timed[name].append(contenders[name]())
+                bar.update()
+    return timed
+
+
+def row(work: str, case: str, contender: str, times: list[float], images: int = 0, **details: Any) -> Row:
+    """The Row of a contender's times in seconds a call."""
+    return Row(work, case, contender, statistics.median(times), min(times), max(times), len(times), images, details)
+
+
+def seconds(function: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Seconds a call takes on the device, over so many in a row. On a GPU by events before and after all of them; the
+    calls themselves are not waited for."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    before.record()
+    for _ in range(calls):
+        function()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1000 / calls
+
+
+def wall(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds from an idle device to an idle device, for work that other threads and streams do as well."""
+    settle(device)
+    start = time.perf_counter()
+    function()
+    settle(device)
+    return time.perf_counter() - start
+
+
+def settle(device: torch.device) -> None:
+    """Wait for all that a GPU has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, a line a row, with how many times the project's own time each contender takes."""
+    names = list(dict.fromkeys(name for row in rows for name in row.details))
+    rates = any(row.images for row in rows)
+    head = ["work", "case", "contender", "ms (least … most)", *(["img/s"] if rates else []), f"x {OWN}", *names]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    own = {(row.work, row.case): row.seconds for row in rows if row.contender == OWN}
+    for each in rows:
+        spread = f"{each.seconds * 1e3:.3f} ({each.least * 1e3:.3f} … {each.most * 1e3:.3f})"
+        rate = [f"{each.images_per_s:.0f}" if each.images else ""] if rates else []
+        base = own.get((each.work, each.case))
+        ratio = f"{each.seconds / base:.2f}" if base else ""
+        told = (_told(each.details.get(name)) for name in names)
+        lines.append(f"| {' | '.join([each.work, each.case, each.contender, spread, *rate, ratio, *told])} |")
+    return "\n".join(lines)
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What figures need beside them: date, device, its clocks, threads and versions."""
+    versions = {}
+    for each in PACKAGES:
+        try:
+            versions[each] = importlib.metadata.version(each)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "clocks_mhz": clocks(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | versions,
+    }
+
+
+def clocks(device: torch.device) -> dict[str, float] | None:
+    """Clocks as they are now, in MHz: of a GPU `sm` and `memory`, and at most `sm_max`; of a CPU `cpu`, the fastest
+    core's. None where the system does not tell."""
+    try:
+        if device.type != "cuda":
+            found = [float(value) for value in _cpuinfo("cpu MHz")]
+            return {"cpu": max(found)} if found else None
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        query = ["nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits"]
+        told = subprocess.run(
+            [*query, "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        values = [float(value) for value in told.stdout.split(",")]
+        return dict(zip(("sm", "memory", "sm_max"), values, strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError, AttributeError):
+        return None
+
+
+def _cpu() -> str:
+    return next(iter(_cpuinfo("model name")), f"{platform.machine()} CPU")
+
+
+def _cpuinfo(key: str) -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+
+
+def write_json(path: Path, device: torch.device, rows: list[Row], settings: Mapping[str, Any]) -> None:
+    """All figures, and `about`. settings: what the benchmark was asked to do, plain values by name."""
+    content = {**about(device), "settings": dict(settings), "rows": [row.plain() for row in rows]}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_plot(path: Path, rows: list[Row]) -> None:
+    """Bars, a panel a case: images a second, or milliseconds where a row is not about images. Raises UserError where
+    matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for each in rows:
+        cases.setdefault((each.work, each.case), []).insert(0, each)
+    bars = max(len(inside) for inside in cases.values())
+    figure = Figure(figsize=(8, (0.5 + 0.24 * bars) * len(cases)), layout="constrained")
+    for axes, ((work, case), inside) in zip(
+        figure.subplots(len(cases), squeeze=False)[:, 0], cases.items(), strict=True
+    ):
+        by_rate = all(each.images for each in inside)
+        values = [each.images_per_s if by_rate else each.seconds * 1e3 for each in inside]
+        drawn = axes.barh([each.contender for each in inside], values)
+        unit = "img/s" if by_rate else "ms"
+        axes.bar_label(drawn, [f"{value:.3g} {unit}" for value in values], padding=3, fontsize=8)
+        axes.margins(x=0.15)
+        axes.set_title(f"{work} {case}", loc="left", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.set_visible(False)
+    figure.savefig(path, format="png")

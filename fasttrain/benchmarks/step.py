@@ -1,0 +1,392 @@
+"""The training step alone, on a batch that is on the device: the project's beside timm's documented loop.
+
+A step is everything from the pipeline's pixels on: mixing, network, losses with their mining, gradients, optimizer and
+meters. What either loop does at its log points is left out.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from fasttrain import optim, recipes
+from fasttrain.batch import Batch, Output
+from fasttrain.benchmarks.common import OWN, Row, race, row, seconds, settle
+from fasttrain.benchmarks.pipeline import on_device, require_even
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Init, Recipe
+from fasttrain.dataset import Index
+from fasttrain.guard import Guard
+from fasttrain.kernels.mix import mix
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.meter import Meter
+from fasttrain.models import Classifier
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.train import Images
+from fasttrain.train import DTYPES, names_of, values_of
+from fasttrain.train import settle as settled
+
+EAGER = "fasttrain, eager"
+TIMM = "timm's loop"
+FEATURES = 3  # of the network of one parameter: one a colour, and as many classes
+
+
+def recipe_of(
+    arch: str,
+    device: torch.device,
+    *,
+    loss: str = "ce",
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    precision: str = "auto",
+    compiled: str = "auto",
+    workers: int = 0,
+) -> Recipe:
+    """A network's own recipe with one of the combinations of losses, settled for the device, from random weights;
+    other sizes, precision and compile (auto, on or off) where given. It never ends. Raises UserError where the batch
+    is odd: timm's Mixup takes even ones only."""
+    found = recipes.for_arch(arch, loss)
+    changed = replace(
+        found,
+        batch_size=batch_size or found.batch_size,
+        image_size=image_size or found.image_size,
+        precision=precision,
+        epochs=10**6,
+        init=Init(force_scratch=True),
+        machine=replace(found.machine, compile=compiled, workers=workers),
+    )
+    require_even([changed.batch_size])
+    return settled(changed, device)
+
+
+def step(
+    chosen: list[Recipe],
+    device: torch.device,
+    *,
+    classes: int = 1000,
+    rounds: int = 5,
+    steps: int = 10,
+    warm_up: int = 5,
+) -> list[Row]:
+    """Seconds a step of each settled recipe, over `steps` steps in each round, after `warm_up` steps that compile and
+    tune. timm's loop is trained by cross entropy whatever the recipe's losses are.
+
+    On a GPU also `host_ms`, the median time until the call of one step returns, and `peak_gib`, the memory that
+    the contender's tensors take at most.
+    """
+    rows = []
+    for recipe in chosen:
+        torch.compiler.reset()  # so that shapes of another case do not count as dynamic ones
+        makers = contenders(recipe, device, classes)
+        turns = {name: Turns(make, device, steps, warm_up) for name, make in makers.items()}
+        case = f"{recipe.arch}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
+        timed = race(case, turns, rounds)
+        rows += [row("step", case, name, timed[name], recipe.batch_size, **turns[name].told()) for name in turns]
+        del turns
+        gc.collect()
+    return rows
+
+
+def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, Callable[[], "Step | Timm"]]:
+    """What makes each contender; compiled ones where the recipe is compiled."""
+    index = synthetic(recipe, classes)
+    plan = Plan.of(recipe, index)
+    numbers = torch.from_numpy(plan.images(0, 0).copy())
+    pixels = torch.randint(0, 256, (recipe.batch_size, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8)
+    batch = Images(pixels.to(device), numbers)
+    planes = batch.pixels.permute(0, 3, 1, 2).contiguous()  # the layout that timm's loader gives
+    labels = torch.from_numpy(index.labels)[numbers].to(device)
+
+    def ours(each: Recipe) -> Step:
+        torch.manual_seed(each.seed)
+        return Step(each, Classifier.of(each, classes), plan, index, device, forever(batch))
+
+    def timms(**how: bool) -> Timm:
+        torch.manual_seed(recipe.seed)
+        model = timm.create_model(recipe.arch, num_classes=classes)
+        return Timm(recipe, model, classes, device, prefetched(planes, labels), **how)
+
+    compiled = recipe.machine.compile == "on"
+    made: dict[str, Callable[[], Step | Timm]] = {OWN: partial(ours, recipe)}
+    if compiled:
+        made[EAGER] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="off")))
+    made |= {TIMM: timms, f"{TIMM}, no .item()": partial(timms, item=False)}
+    best = TIMM
+    if compiled:
+        best = f"{TIMM}, compiled"
+        made |= {best: partial(timms, compiled=True), f"{best}, no .item()": partial(timms, compiled=True, item=False)}
+    made[f"{best}, no .item(), fused SGD"] = partial(timms, compiled=compiled, item=False, fused=True)
+    return made
+
+
+def forever(value: Any) -> Iterator[Any]:
+    """The same value again and again."""
+    while True:
+        yield value
+
+
+def prefetched(pixels: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A batch as timm's PrefetchLoader gives it, normalised anew each time. pixels: uint8 [B, 3, H, W]."""
+    mean, std = (
+        torch.tensor(each, device=pixels.device).view(1, 3, 1, 1) * 255 for each in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    while True:
+        yield pixels.float().sub_(mean).div_(std), labels
+
+
+def synthetic(recipe: Recipe, classes: int) -> Index:
+    """An index of labels only, with images enough for the recipe's batches. The files do not exist."""
+    each = max(2 * recipe.images_per_class, -(-recipe.batch_size // classes))
+    count = each * classes
+    sizes = np.full((count, 2), recipe.image_size, np.int32)
+    labels = np.repeat(np.arange(classes), each)
+    return Index(("",) * count, ("",) * count, labels, sizes, tuple(f"{label:08}" for label in range(classes)))
+
+
+class Step:
+    """The project's step, as its loop takes it on one device. `feed` gives the micro-batches, one after another; the
+    model comes from the CPU. Calling it trains one step and gives the loss, a scalar on the device, of its last one."""
+
+    cudnn_benchmark = False
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, plan: Plan, index: Index, device: torch.device, feed: Iterator[Images]
+    ) -> None:
+        self.recipe, self.plan, self.device, self.feed = recipe, plan, device, feed
+        self.dtype = DTYPES[recipe.precision]
+        self.labels = torch.from_numpy(index.labels)
+        model.to(device).to(memory_format=torch.channels_last)
+        self.optimizer = optim.sgd(model, recipe.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
+        self.meter = Meter(names, device)
+        self.guard = Guard(model, self.optimizer, self.scaler, names, device, recipe.guard.patience)
+        self.network: Callable[[Tensor], Output] = model.train()
+        if recipe.machine.compile == "on":
+            self.network = torch.compile(self.network)
+        self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
+        self.step = 0
+
+    def __call__(self) -> Tensor:
+        recipe, plan, step, device = self.recipe, self.plan, self.step, self.device
+        lr = self.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((recipe.seed << 32) + step + plan.shift & 0x7FFF_FFFF_FFFF_FFFF)
+        losses = []
+        for micro in range(plan.micro_batches):
+            pixels, numbers = next(self.feed)
+            params, mixing = plan.mix_params(step, micro)
+            own = on_device(self.labels[numbers], device)
+            mixed = mix(pixels, on_device(torch.from_numpy(params), device), IMAGENET_MEAN, IMAGENET_STD, self.dtype)
+            batch = Batch(own, own[mixed.partner], mixed.lam, mixing)
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = self.network(mixed.images)
+            terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
+            loss = torch.stack([term.loss for term in terms.values()]).sum()
+            self.scaler.scale(loss / plan.micro_batches).backward(self.guard.seed(loss))
+            self.meter.add(values_of(loss, terms), 1 / plan.micro_batches)
+            losses.append(loss.detach())
+        self.meter.commit(*self.guard.step(step, self.meter.values))
+        self.optimizer.zero_grad()
+        self.step += 1
+        return losses[-1]
+
+
+class Timm:
+    """A step of timm's training script as its documentation has it: Mixup (as CutMix) on the device, channels_last,
+    autocast, soft-target cross entropy, SGD, a schedule by updates, and a wait for the loss in every step.
+
+    `feed` gives normalised float32 images [B, 3, H, W] and labels int64 [B] on the device. item=False leaves out the
+    wait; fused takes torch's fused SGD, which timm does not by itself.
+    """
+
+    cudnn_benchmark = True  # as the script sets it
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        classes: int,
+        device: torch.device,
+        feed: Iterator[tuple[Tensor, Tensor]],
+        *,
+        compiled: bool = False,
+        item: bool = True,
+        fused: bool = False,
+    ) -> None:
+        from timm.data import Mixup
+        from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import CosineLRScheduler
+        from timm.utils import AverageMeter, NativeScaler
+
+        self.feed, self.item, self.device = feed, item, device
+        dtype = DTYPES[recipe.precision]
+        self.autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
+        model = model.to(device).to(memory_format=torch.channels_last)
+        self.optimizer = create_optimizer_v2(
+            model,
+            opt="momentum",  # timm's `sgd` is Nesterov's
+            lr=recipe.peak_lr,
+            momentum=recipe.optim.momentum,
+            weight_decay=recipe.optim.weight_decay,
+            filter_bias_and_bn=not recipe.optim.decay_norm_bias,
+            **({"fused": True} if fused else {}),
+        )
+        self.scaler = NativeScaler(device.type) if dtype == torch.float16 else None
+        smoothing = next((loss.smoothing for loss in recipe.losses if isinstance(loss, CrossEntropy)), 0.0)
+        shares = recipe.mix
+        self.mixup = None
+        self.criterion: nn.Module = LabelSmoothingCrossEntropy(smoothing)
+        if shares.cutmix or shares.mixup:
+            self.mixup = Mixup(
+                mixup_alpha=shares.mixup_alpha if shares.mixup else 0,
+                cutmix_alpha=shares.cutmix_alpha if shares.cutmix else 0,
+                prob=shares.cutmix + shares.mixup,
+                switch_prob=shares.cutmix / (shares.cutmix + shares.mixup),
+                label_smoothing=smoothing,
+                num_classes=classes,
+            )
+            self.criterion = SoftTargetCrossEntropy()
+        self.schedule = CosineLRScheduler(self.optimizer, t_initial=10**6, warmup_t=1000, t_in_epochs=False)
+        self.losses, self.times, self.updates = AverageMeter(), AverageMeter(), 0
+        self.network: Callable[[Tensor], Tensor] = model.train()
+        if compiled:
+            self.network = torch.compile(self.network)
+        self.optimizer.zero_grad()
+        self.since = time.time()
+
+    def __call__(self) -> Tensor:
+        images, targets = next(self.feed)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            output = self.network(images)
+            loss = self.criterion(output, targets)
+        if self.scaler is not None:
+            self.scaler(loss, self.optimizer)
+        else:
+            loss.backward()
+            self.optimizer.step()
+        if self.item:
+            self.losses.update(loss.item(), images.size(0))
+        self.updates += 1
+        self.optimizer.zero_grad()
+        self.times.update(time.time() - self.since)
+        self.since = time.time()
+        self.schedule.step_update(num_updates=self.updates, metric=self.losses.avg)
+        return loss.detach()
+
+
+@contextmanager
+def cudnn_benchmark(wanted: bool) -> Iterator[None]:
+    """Whether cuDNN tries its algorithms at the first call of each shape, meanwhile."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class Turns:
+    """A contender's turns, of so many steps each, and what they took."""
+
+    def __init__(self, make: Callable[[], "Step | Timm"], device: torch.device, steps: int, warm_up: int) -> None:
+        self.device, self.steps = device, steps
+        before = self._allocated()
+        self.step = make()
+        with cudnn_benchmark(self.step.cudnn_benchmark):
+            for _ in range(warm_up):
+                self.step()
+        settle(device)
+        gc.collect()
+        self.state = self._allocated() - before
+        self.most = 0
+        self.host: list[float] = []
+
+    def __call__(self) -> float:
+        with cudnn_benchmark(self.step.cudnn_benchmark):
+            if self.device.type != "cuda":
+                return seconds(self.step, self.device, self.steps)
+            self.host.append(returned(self.step, self.device, 1))
+            before = self._allocated()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            spent = seconds(self.step, self.device, self.steps)
+            self.most = max(self.most, torch.cuda.max_memory_allocated(self.device) - before)
+            return spent
+
+    def told(self) -> dict[str, float]:
+        """What is known besides the time; nothing on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        return {"host_ms": statistics.median(self.host) * 1e3, "peak_gib": (self.state + self.most) / 2**30}
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def returned(function: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Seconds until a call returns, the device being idle at first and not waited for."""
+    settle(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    spent = time.perf_counter() - start
+    settle(device)
+    return spent / calls
+
+
+class OneParameter(nn.Module):
+    """Images [B, 3, H, W] to FEATURES logits, their mean colours times one parameter: a network that costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3)) * self.weight
+
+
+class OneParameterOutput(OneParameter):
+    """The same in the form in which the project's networks answer."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return Output(logits, logits)
+
+
+def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: int = 20) -> list[Row]:
+    """Seconds until the call of a step returns, with a network of one parameter and eight images of 8 x 8 pixels, so
+    that hardly anything else is measured: what the loops themselves ask of the host."""
+    recipe = recipe_of("resnet18", device, batch_size=8, image_size=8, compiled="off")
+    index = synthetic(recipe, FEATURES)
+    plan = Plan.of(recipe, index)
+    numbers = torch.from_numpy(plan.images(0, 0).copy())
+    pixels = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8, device=device)
+    planes = pixels.permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(index.labels)[numbers].to(device)
+
+    def timms(**how: bool) -> Timm:
+        return Timm(recipe, OneParameter(), FEATURES, device, prefetched(planes, labels), **how)
+
+    made: dict[str, Step | Timm] = {
+        OWN: Step(recipe, OneParameterOutput(), plan, index, device, forever(Images(pixels, numbers))),
+        TIMM: timms(),
+        f"{TIMM}, no .item()": timms(item=False),
+        f"{TIMM}, no .item(), fused SGD": timms(item=False, fused=True),
+    }
+    for each in made.values():
+        returned(each, device, warm_up)
+    timed = race("host", {name: partial(returned, each, device, steps) for name, each in made.items()}, rounds)
+    return [row("host", "one parameter", name, times) for name, times in timed.items()]

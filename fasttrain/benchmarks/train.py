@@ -1,0 +1,140 @@
+"""Training end to end: the real `train` beside the two things that it is made of, and beside timm's.
+
+C is the step alone on a batch that is on the device, D the pipeline alone, its output normalised on the device, and E
+the run; what E reaches of the slower of the two is eta = E / min(C, D), in images a second.
+"""
+
+import gc
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from fasttrain import recipes, rundir
+from fasttrain.benchmarks import pipeline
+from fasttrain.benchmarks.common import OWN, Row, race, row, wall
+from fasttrain.benchmarks.step import Timm, Turns, contenders, cudnn_benchmark
+from fasttrain.config import Recipe
+from fasttrain.dataset import Index
+from fasttrain.distributed import Ranks
+from fasttrain.train import DTYPES, train
+
+STEP, PIPELINE = "C: its step alone", "D: its pipeline alone"
+TIMM, TIMM_NO_ITEM = "timm's loader and loop", "timm's loader and loop, no .item()"
+
+
+def end_to_end(
+    chosen: list[Recipe], index: Index, ranks: Ranks, *, rounds: int = 3, steps: int = 60, warm_up: int = 20
+) -> list[Row]:
+    """Seconds a step of the real loop, with `eta`; of its parts; and of timm's loader with timm's loop, compiled
+    where the recipe is. Each over `steps` steps in each round, after `warm_up` steps; the run has LEAST_STEPS at
+    least. The index is taken as often as that takes, and for batches of P x K images as if of other classes.
+
+    The recipes are settled ones; `machine.workers` says how many threads, or processes, all loaders have.
+    """
+    rows = []
+    for recipe in chosen:
+        torch.compiler.reset()
+        images = whole(index, recipe, warm_up + steps)
+        case = f"{recipe.arch}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
+        timed = race(case, turns(recipe, images, ranks, steps, warm_up), rounds)
+        slower = max(statistics.median(timed[name]) for name in (STEP, PIPELINE))
+        eta = slower / statistics.median(timed[OWN])
+        for name, times in timed.items():
+            rows.append(row("train", case, name, times, recipe.batch_size, **({"eta": eta} if name == OWN else {})))
+        gc.collect()
+    return rows
+
+
+def whole(index: Index, recipe: Recipe, steps: int) -> Index:
+    """Images for one epoch of so many steps, and of LEAST_STEPS at least."""
+    images = pipeline.repeated(index, recipe.batch_size * max(steps, pipeline.LEAST_STEPS))
+    return pipeline.relabelled(images, 2 * recipe.images_per_class) if recipe.images_per_class else images
+
+
+def turns(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) -> dict[str, Callable[[], float]]:
+    """The contenders' turns, which tell seconds a step."""
+    device, classes = ranks.device, len(index.classes)
+    work = pipeline.Work(
+        index=index,
+        batch=recipe.batch_size,
+        size=recipe.image_size,
+        policy=recipe.augment.autoaugment,
+        cutmix=False,  # it is part of the step
+        device=device,
+        dtype=DTYPES[recipe.precision],
+        workers=ranks.threads(recipe.machine.workers),
+    )
+
+    def timms(item: bool) -> Callable[[], float]:
+        model = timm.create_model(recipe.arch, num_classes=classes)
+        compiled = recipe.machine.compile == "on"
+        step = Timm(recipe, model, classes, device, iter(()), compiled=compiled, item=item)
+        return partial(timms_run, step, work, steps, warm_up)
+
+    own = partial(pipeline.ours, images_per_class=recipe.images_per_class)
+    return {
+        OWN: partial(run, recipe, index, ranks, steps, warm_up),
+        STEP: Turns(contenders(recipe, device, classes)[OWN], device, steps, warm_up),
+        PIPELINE: partial(pipeline.turn, own, work, steps),
+        TIMM: timms(item=True),
+        TIMM_NO_ITEM: timms(item=False),
+    }
+
+
+def run(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) -> float:
+    """Seconds a step of a real run of one epoch, into a folder that is gone afterwards: from the rates in its log,
+    at log points `steps` apart at most, after at least `warm_up` steps. Its checkpoint comes after the last of them."""
+    machine = replace(recipe.machine, log_steps=min(recipe.machine.log_steps, steps))
+    short = replace(recipe, epochs=1, machine=machine)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        rundir.open_run(out, "never", recipes.to_toml(short))
+        train(short, out, index, None, ranks)
+        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    gc.collect()
+    return seconds_a_step([told for told in map(json.loads, lines) if told["event"] == "train"], recipe, warm_up)
+
+
+def seconds_a_step(points: list[dict[str, Any]], recipe: Recipe, warm_up: int) -> float:
+    """The mean over all steps between log points that follow the first `warm_up` steps."""
+    spent, counted, before = 0.0, 0, 0
+    for point in points:
+        count = point["step"] - before
+        if before >= warm_up:
+            spent += count * recipe.batch_size / point["images_per_s"]
+            counted += count
+        before = point["step"]
+    return spent / counted
+
+
+def timms_run(step: Timm, work: pipeline.Work, steps: int, warm_up: int) -> float:
+    """Seconds a step of timm's loop over timm's loader, which is made for this and gone afterwards."""
+
+    def train_on(count: int) -> None:
+        for _ in range(count):
+            step()
+
+    with closing(endless(work)) as stream, cudnn_benchmark(step.cudnn_benchmark):
+        step.feed = stream
+        train_on(warm_up)
+        spent = wall(partial(train_on, steps), work.device)
+    step.feed = iter(())
+    del stream
+    gc.collect()
+    return spent / steps
+
+
+def endless(work: pipeline.Work) -> pipeline.Stream:
+    """timm's loader, epoch after epoch."""
+    loader = pipeline.timm_loader(work)
+    while True:
+        yield from loader

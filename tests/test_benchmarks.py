@@ -1,0 +1,336 @@
+"""The benchmarks run, do the same work in every contender and write what they found; what that is is not asserted."""
+
+import importlib.util
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fasttrain import dataset, recipes, rundir
+from fasttrain import train as training
+from fasttrain.benchmarks import common, kernels, pipeline, step, train
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Init, Machine
+from fasttrain.distributed import Ranks
+from fasttrain.errors import UserError
+from fasttrain.evaluate import normalised
+from fasttrain.models import Classifier
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.train import batches
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
+LOADERS: dict[str, pipeline.Loader] = {
+    common.OWN: pipeline.ours,
+    pipeline.GROUPED: partial(pipeline.grouped, images_per_class=2),
+    pipeline.TIMM: pipeline.timms,
+    pipeline.TORCHVISION: pipeline.torchvisions,
+    pipeline.STOCK: pipeline.stock,
+}
+README_TABLES = Path(__file__).parent.parent / "scripts" / "readme_tables.py"
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> dataset.Index:
+    """Sixteen images of one colour each, one a class, the colour telling which."""
+    folder = tmp_path_factory.mktemp("colours")
+    for number in range(16):
+        (folder / f"{number:02}").mkdir()
+        picture = np.full((40, 48, 3), (16 * number, 255 - 16 * number, 80), np.uint8)
+        Image.fromarray(picture).save(folder / f"{number:02}" / "image.png")
+    return dataset.scan(folder, progress=False)
+
+
+def work_of(index, *, cutmix: bool = False, dtype: torch.dtype = torch.float32) -> pipeline.Work:
+    return pipeline.Work(index, batch=4, size=24, policy="none", cutmix=cutmix, device=CPU, dtype=dtype, workers=1)
+
+
+def tiny(loss: str = "ce", **changes):
+    settings: dict[str, Any] = {"batch_size": 8, "image_size": 32}
+    return step.recipe_of("test_resnet", CPU, loss=loss, **(settings | changes))
+
+
+def read(path: Path, rows: list[common.Row], tmp_path: Path) -> list[dict]:
+    """The rows as written, once everything else that belongs to them is seen to be there."""
+    common.write_json(path, CPU, rows, {"rounds": 2})
+    told = json.loads(path.read_text())
+    assert {"date", "device", "clocks_mhz", "cores", "threads", "versions", "settings", "rows"} == told.keys()
+    assert torch.__version__.startswith(told["versions"]["torch"]) and told["settings"] == {"rounds": 2}
+    table = common.table(rows)
+    for each in told["rows"]:
+        assert {"work", "case", "contender", "seconds", "least", "most", "n"} <= each.keys()
+        assert 0 < each["least"] <= each["seconds"] <= each["most"] and each["n"] == 2
+        assert each["contender"] in table
+        if each["images"]:
+            assert each["images_per_s"] == pytest.approx(each["images"] / each["seconds"])
+    plot = tmp_path / "plot.png"
+    common.write_plot(plot, rows)
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    return told["rows"]
+
+
+def test_kernels(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "BATCHES_CPU", (2,))
+    monkeypatch.setattr(kernels, "TRIPLET_CPU", ((8, 16),))
+    monkeypatch.setattr(kernels, "SIZE", 16)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    rows = read(tmp_path / "kernels.json", kernels.kernels(CPU, rounds=2), tmp_path)
+    own = [each for each in rows if each["contender"] == common.OWN]
+    assert [each["work"] for each in own] == ["mix", "triplet"] and own[0]["launches"] == 1
+
+
+def test_bytes_are_those_of_the_shapes():
+    images = torch.zeros(3, 8, 10, 3, dtype=torch.uint8)
+    counted = kernels._trace(lambda: images.float().add_(1), CPU)
+    # bytes in, floats out, floats in and out again
+    assert counted == {"launches": 2, "bytes": 720 + 3 * 2880}
+
+
+def test_contenders_have_turns_in_both_directions():
+    order = []
+    contenders = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    timed = common.race("case", contenders, 3)
+    assert "".join(order) == "abccbaabc" and timed["a"] == [1.0, 6.0, 7.0]
+    row = common.row("work", "case", "a", timed["a"], images=12, note="x")
+    assert (row.seconds, row.least, row.most, row.n, row.images_per_s) == (6.0, 1.0, 7.0, 3, 2.0)
+    assert row.plain()["note"] == "x" and "details" not in row.plain()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader_delivers_each_image_once_an_epoch_normalised(colours, name):
+    """Of images of one colour every crop is the same, so pixels are known; and they tell which image it was."""
+    stream = LOADERS[name](work_of(colours))
+    seen: Counter[int] = Counter()
+    mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+    for _ in range(4):
+        images, labels, targets = next(stream)
+        assert images.shape == (4, 3, 24, 24) and images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert labels.dtype == torch.int64 and labels.shape == (4,) and torch.equal(labels, targets)
+        pixels = (images * std + mean) * 255
+        which = (pixels[:, 0].mean((1, 2)) / 16).round().long()
+        expected = torch.stack([16 * which, 255 - 16 * which, torch.full_like(which, 80)], 1)[:, :, None, None]
+        assert (pixels - expected).abs().max() < 1.01
+        if name != pipeline.GROUPED:
+            assert torch.equal(which, labels)
+        else:
+            assert torch.equal(which // 4, labels) and torch.equal(
+                labels.unique(return_counts=True)[1], torch.full((2,), 2)
+            )
+        seen.update(which.tolist())
+    stream.close()
+    assert seen == Counter(range(16))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader_mixes_each_batch_where_asked(colours, name):
+    """Flat images that stay flat were not mixed; with CutMix some of a batch have to be cut."""
+    stream = LOADERS[name](work_of(colours, cutmix=True, dtype=torch.bfloat16))
+    cut = 0
+    for _ in range(4):
+        images, _, targets = next(stream)
+        assert images.dtype == torch.bfloat16 and images.is_contiguous(memory_format=torch.channels_last)
+        cut += int((images.float().flatten(2).std(2).amax(1) > 0.05).sum())
+        assert isinstance(targets, tuple) or targets.shape == (4, 16)
+    stream.close()
+    assert cut >= 4
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_turn_takes_as_many_batches_as_it_claims(colours, name):
+    taken = []
+
+    def counted(work):
+        for batch in LOADERS[name](work):
+            taken.append(len(batch.images))
+            yield batch
+
+    assert pipeline.turn(counted, work_of(colours), 3) > 0
+    assert taken == [4] * (pipeline.WARM_UP + 3)
+
+
+def test_a_loader_that_ends_early_is_an_error():
+    with pytest.raises(RuntimeError, match="after 2 of 3"):
+        pipeline.take(iter([1, 2]), 3)
+
+
+def test_pipeline_and_its_stages(photos, tmp_path):
+    index = dataset.scan(photos, progress=False)
+    rows = pipeline.pipeline(
+        index,
+        CPU,
+        torch.float32,
+        batch_sizes=(4,),
+        image_size=32,
+        policies=("imagenet",),
+        images_per_class=2,
+        workers=1,
+        rounds=2,
+        steps=2,
+        profile=True,
+    )
+    told = read(tmp_path / "pipeline.json", rows, tmp_path)
+    assert [each["contender"] for each in told if each["work"] == "pipeline"] == list(LOADERS)
+    stages = [each for each in told if each["work"] == "stages"]
+    named = ["read", "+ decode the crop", "+ resize, flip", "+ AutoAugment", "+ normalise, mix"]
+    assert [each["contender"] for each in stages] == named
+    whole = next(each for each in told if each["contender"] == common.OWN)
+    assert sum(each["us_per_image"] for each in stages) == pytest.approx(whole["seconds"] / 4 * 1e6)
+    assert stages[-1]["seconds"] == whole["seconds"]
+
+
+def test_a_cut_pipeline_gives_what_its_last_stage_makes(colours):
+    work = work_of(colours)
+    shapes = {}
+    for name, loader in pipeline.stages(work).items():
+        stream = loader(work)
+        shapes[name] = next(stream)[0].at(0).shape
+        stream.close()
+    assert list(shapes) == ["read", "decode the crop", "resize, flip"]
+    assert len(shapes["read"]) == 1 and len(shapes["decode the crop"]) == 3 and shapes["resize, flip"] == (24, 24, 3)
+
+
+def test_repeating_and_relabelling_keep_the_images(colours):
+    twice = pipeline.repeated(colours, 17)
+    assert len(twice) == 32 and Counter(twice.paths) == Counter(dict.fromkeys(colours.paths, 2))
+    assert twice.labels.tolist() == colours.labels.tolist() * 2 and twice.sizes.shape == (32, 2)
+    grouped = pipeline.relabelled(twice, 6)
+    assert grouped.labels.tolist() == [label for label in range(5) for _ in range(6)] and len(grouped.classes) == 5
+
+
+def test_step(tmp_path):
+    rows = step.step([tiny()], CPU, classes=10, rounds=2, steps=2, warm_up=1)
+    told = read(tmp_path / "step.json", rows, tmp_path)
+    names = [step.TIMM, f"{step.TIMM}, no .item()", f"{step.TIMM}, no .item(), fused SGD"]
+    assert [each["contender"] for each in told] == [common.OWN, *names]
+
+
+def test_compiled_contenders_are_those_of_a_compiled_recipe(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    made = step.contenders(tiny(compiled="on"), CPU, 10)
+    for name, make in made.items():
+        compiled.clear()
+        make()
+        assert len(compiled) == ("compiled" in name or name == common.OWN), name
+    assert sum("compiled" in name for name in made) == 3
+
+
+@pytest.mark.parametrize("loss", ["ce", "ce+triplet", "ce+arcface"])
+def test_our_step_computes_the_losses_of_the_real_loop(colours, tmp_path, loss):
+    index = pipeline.relabelled(pipeline.repeated(colours, 48), 4)
+    changes = {"images_per_class": 2} if "triplet" in loss else {"images_per_class": 0}
+    machine = Machine(device="cpu", compile="off", log_steps=1, workers=1)
+    recipe = replace(tiny(loss), epochs=1, machine=machine, init=Init(force_scratch=True), **changes)
+    rundir.open_run(tmp_path / "run", "never", recipes.to_toml(recipe))
+    training.train(recipe, tmp_path / "run", index, None, ALONE)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    expected = [each["loss"] for each in log if each["event"] == "train"]
+
+    plan = Plan.of(recipe, index)
+    torch.manual_seed(recipe.seed)
+    model = Classifier.of(recipe, len(index.classes))
+    own = step.Step(recipe, model, plan, index, CPU, batches(plan, index, CPU, 1))
+    assert [own().item() for _ in range(plan.steps)] == expected and len(expected) == 6
+
+
+def test_timms_variants_take_the_same_steps():
+    """The wait and the fused optimizer change nothing but the time."""
+    recipe = tiny()
+    losses = {}
+    for name, make in step.contenders(recipe, CPU, 10).items():
+        contender = make()
+        np.random.seed(0)
+        losses[name] = [contender().item() for _ in range(3)]
+    own, usual, *others = losses.values()
+    assert len(others) == 2 and all(each == pytest.approx(usual, rel=1e-4) for each in others)
+    assert all(0 < each < 10 for each in own + usual)
+
+
+def test_timms_fixed_batch_is_normalised_as_ours():
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    images, _ = next(step.prefetched(pixels, torch.zeros(2)))
+    ours = normalised(pixels.permute(0, 2, 3, 1).contiguous(), torch.float32)
+    assert torch.allclose(images, ours, atol=1e-5)
+
+
+def test_turns_take_as_many_steps_as_they_claim():
+    count = 0
+
+    class Counted:
+        cudnn_benchmark = True
+
+        def __call__(self):
+            nonlocal count
+            count += 1
+
+    turns = step.Turns(Counted, CPU, steps=3, warm_up=2)  # type: ignore[arg-type]
+    before = torch.backends.cudnn.benchmark
+    assert count == 2 and turns() >= 0 and count == 5 and turns.told() == {}
+    assert torch.backends.cudnn.benchmark == before
+
+
+def test_host_time_is_of_a_network_of_one_parameter(tmp_path):
+    assert sum(each.numel() for each in step.OneParameter().parameters()) == 1
+    rows = read(tmp_path / "host.json", step.host(CPU, rounds=2, steps=2, warm_up=1), tmp_path)
+    assert len(rows) == 4 and rows[0]["contender"] == common.OWN
+
+
+@pytest.mark.parametrize("loss", ["ce", "ce+triplet"])
+def test_end_to_end(colours, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(pipeline, "LEAST_STEPS", 5)
+    recipe = tiny(loss, batch_size=8)
+    recipe = replace(recipe, machine=replace(recipe.machine, workers=1))
+    if recipe.images_per_class:
+        recipe = replace(recipe, images_per_class=2)
+    rows = train.end_to_end([recipe], colours, ALONE, rounds=2, steps=2, warm_up=2)
+    told = {each["contender"]: each for each in read(tmp_path / "train.json", rows, tmp_path)}
+    assert list(told) == [common.OWN, train.STEP, train.PIPELINE, train.TIMM, train.TIMM_NO_ITEM]
+    rates = [told[name]["images_per_s"] for name in told]
+    assert told[common.OWN]["eta"] == pytest.approx(rates[0] / min(rates[1:3]))
+
+
+def test_seconds_a_step_leave_the_warm_up_out():
+    points = [{"step": 2, "images_per_s": 1.0}, {"step": 4, "images_per_s": 8.0}, {"step": 5, "images_per_s": 2.0}]
+    assert train.seconds_a_step(points, tiny(), 2) == pytest.approx((2 * 1 + 1 * 4) / 3)
+
+
+def test_odd_batches_are_refused(colours):
+    with pytest.raises(UserError, match="even"):
+        tiny(batch_size=7)
+    with pytest.raises(UserError, match="even"):
+        pipeline.pipeline(colours, CPU, torch.float32, batch_sizes=(4, 7))
+
+
+def test_readme_tables_name_device_and_date(tmp_path):
+    spec = importlib.util.spec_from_file_location("readme_tables", README_TABLES)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    results = tmp_path / "results"
+    results.mkdir()
+    rows = [
+        common.row("step", "net, 8 x 32², bf16", common.OWN, [1.0, 2.0, 4.0], 8, host_ms=3.0),
+        common.row("step", "net, 8 x 32², bf16", "other", [4.0, 4.0, 4.0], 8),
+    ]
+    common.write_json(results / "step-cpu.json", CPU, rows, {"rounds": 3})
+    made = script.tables("step", results)
+    told = json.loads((results / "step-cpu.json").read_text())
+    assert told["device"] in made and told["date"] in made and "| other |" in made and "2.00" in made
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- step -->\nold\n<!-- end -->\nb\n")
+    script.write(readme, results)
+    assert readme.read_text() == f"a\n<!-- step -->\n{made}\n<!-- end -->\nb\n"
+    (results / "step-cpu.json").rename(tmp_path / "step-cpu.json")
+    script.write(readme, results)
+    assert made in readme.read_text()  # nothing is taken away
+    (tmp_path / "step-cpu.json").rename(results / "step-cpu.json")
+    readme.write_text("no place\n")
+    with pytest.raises(SystemExit, match="step"):
+        script.write(readme, results)
