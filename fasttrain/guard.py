@@ -39,7 +39,6 @@ class Guard:
         self.optimizer, self.scaler, self.names, self.patience = optimizer, scaler, names, patience
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.one = torch.ones((), device=device)
-        self.nan = torch.full((), math.nan, device=device)
         self.streak = torch.zeros((), device=device)  # failed steps in a row, up to now
         self.longest = torch.zeros((), device=device)  # and at most, since the last reading
         self.history = torch.zeros(patience, len(names) + 1, device=device)  # of the last steps; the last column is
@@ -54,7 +53,8 @@ class Guard:
     def seed(self, loss: Tensor) -> Tensor:
         """The gradient of a loss with which backward has to begin: 1, or nan where the loss is not finite, so that
         whatever the network makes of it the gradient is not finite either, on any rank."""
-        return torch.where(loss.detach().isfinite(), self.one, self.nan)
+        loss = loss.detach()
+        return loss - loss + self.one  # nan − nan and ∞ − ∞ are nan, all else is 0
 
     @torch.no_grad()
     def step(self, step: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,18 +64,18 @@ class Guard:
         """
         self.norms = torch._foreach_norm([each.grad for each in self.parameters.values() if each.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(self.norms))
-        bad = norm.isfinite().logical_not_()
-        failed = bad
+        bad = (norm - norm).ne(0)
+        failed = bad.float()
         if self.scaler.is_enabled():
             scale = self.scaler.scale(self.one)
-            norm, failed = norm / scale, bad & (scale <= 1)
+            norm, failed = norm / scale, failed * (scale <= 1)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             hold(self.optimizer, bad)
             self.optimizer.step()
         self._keep_buffers(bad)
-        self.streak.add_(1).mul_(failed)
+        torch.addcmul(failed, self.streak, failed, out=self.streak)  # one more where it failed, else 0
         torch.maximum(self.longest, self.streak, out=self.longest)
         torch.cat([values, norm[None]], out=self.history[step % self.patience])
         return norm, bad

@@ -31,7 +31,7 @@ from fasttrain.meter import Meter
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Images
-from fasttrain.train import DTYPES, names_of, values_of
+from fasttrain.train import DTYPES, names_of, seed_generators, values_of
 from fasttrain.train import settle as settled
 
 EAGER = "fasttrain, eager"
@@ -155,7 +155,7 @@ class Step:
     """The project's step, as its loop takes it on one device. `feed` gives the micro-batches, one after another; the
     model comes from the CPU. Calling it trains one step and gives the loss, a scalar on the device, of its last one."""
 
-    cudnn_benchmark = False
+    cudnn_benchmark = True
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, plan: Plan, index: Index, device: torch.device, feed: Iterator[Images]
@@ -180,7 +180,7 @@ class Step:
         lr = self.lr_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((recipe.seed << 32) + step + plan.shift & 0x7FFF_FFFF_FFFF_FFFF)
+        seed_generators((recipe.seed << 32) + step + plan.shift & 0x7FFF_FFFF_FFFF_FFFF, device)
         losses = []
         for micro in range(plan.micro_batches):
             pixels, numbers = next(self.feed)

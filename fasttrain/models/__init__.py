@@ -13,6 +13,7 @@ from fasttrain.batch import Output, at_least_float32
 from fasttrain.config import Recipe
 from fasttrain.dataset import shown
 from fasttrain.errors import UserError
+from fasttrain.models import layout
 from fasttrain.models.aligned import align
 
 
@@ -59,6 +60,7 @@ class Classifier(nn.Module):
             _start_norms_at_one(self.backbone)
         if aligned and isinstance(self.backbone, TResNet):
             align(self.backbone)
+        layout.keep(self.backbone)
         self.cosine = CosineHead(classifier.in_features, classes) if cosine_head else None
 
     @classmethod

@@ -1,0 +1,129 @@
+"""Modules of timm that leave the channels_last layout, in forms that keep it and compute the same.
+
+Convolutions of half precision are fast in channels_last. Where a module in between answers in the other layout, or its
+gradient does, whole activations are rewritten, forward or backward. `keep` gives a network's modules these forms in
+place; parameters, buffers and their names stay.
+"""
+
+from itertools import starmap
+from operator import add, mul
+from typing import Any
+
+import torch
+from timm.layers import BlurPool2d, SEModule, SpaceToDepth
+from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
+from timm.layers.split_attn import SplitAttn
+from torch import Tensor, nn
+
+
+def keep(network: nn.Module) -> nn.Module:
+    """Replace the forward of each such module of a network, in place, and give the network back."""
+    for module in network.modules():
+        for known in _FORMS:
+            if type(module) is known.__base__:
+                module.__class__ = known
+    return network
+
+
+class _Mean(torch.autograd.Function):
+    """Mean over height and width, [B, C, H, W] to [B, C, 1, 1]. torch's own gradient is a whole tensor in the other
+    layout; this one is a view of B · C numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.shape = images.shape
+        return images.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return (gradient / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
+
+
+def mean(images: Tensor) -> Tensor:
+    """The mean of each channel, [B, C, H, W] to [B, C, 1, 1]."""
+    return _Mean.apply(images)
+
+
+class Squeeze(SEModule):
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = mean(x)
+        if self.add_maxpool:
+            pooled = 0.5 * pooled + 0.5 * x.amax((2, 3), keepdim=True)
+        return x * self.gate(self.fc2(self.act(self.bn(self.fc1(pooled)))))
+
+
+class Split(SplitAttn):
+    """The radix's parts are ranges of channels, added one to another, and not a dimension to sum over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act0(self.drop(self.bn0(self.conv(x))))
+        parts = x.chunk(self.radix, 1)
+        pooled = mean(_sum(parts))
+        weights = self.rsoftmax(self.fc2(self.act1(self.bn1(self.fc1(pooled)))))
+        weights = weights.view(len(x), -1, 1, 1).chunk(self.radix, 1)
+        return _sum(tuple(starmap(mul, zip(parts, weights, strict=True))))
+
+
+def _sum(parts: tuple[Tensor, ...]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = add(total, part)
+    return total
+
+
+class Depth(SpaceToDepth):
+    """Pixels of a block become channels in one copy, to where channels_last has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        side = self.bs
+        blocks = x.view(batch, channels, height // side, side, width // side, side)
+        rows = blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // side, width // side, -1)
+        return rows.permute(0, 3, 1, 2)
+
+
+class _Reflect(torch.autograd.Function):
+    """[B, C, H, W] with a border of one pixel, [B, C, H + 2, W + 2], that mirrors what is inside of the outermost
+    pixels."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        images = torch.cat([images[:, :, 1:2], images, images[:, :, -2:-1]], 2)
+        return torch.cat([images[:, :, :, 1:2], images, images[:, :, :, -2:-1]], 3)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        rows = gradient[:, :, 1:-1].clone()
+        rows[:, :, 1] += gradient[:, :, 0]
+        rows[:, :, -2] += gradient[:, :, -1]
+        inside = rows[:, :, :, 1:-1].clone()
+        inside[:, :, :, 1] += rows[:, :, :, 0]
+        inside[:, :, :, -2] += rows[:, :, :, -1]
+        return inside
+
+
+class Blur(BlurPool2d):
+    """On a GPU torch's padding leaves channels_last, and its gradient adds in no fixed order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pad_mode != "reflect" or self.padding != [1] * 4:
+            return super().forward(x)
+        x = _Reflect.apply(x)
+        channels = x.shape[1]
+        weight = self.filt if self.channels is not None else self.filt.expand(channels, -1, -1, -1)
+        return nn.functional.conv2d(x, weight.to(x.dtype), stride=self.stride, groups=channels)
+
+
+class Global(nn.AdaptiveAvgPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return mean(input) if self.output_size in (1, (1, 1)) else super().forward(input)
+
+
+class Pool(FastAdaptiveAvgPool):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dim != (2, 3):
+            return super().forward(x)
+        return mean(x).flatten(1) if self.flatten else mean(x)
+
+
+_FORMS = (Squeeze, Split, Depth, Blur, Global, Pool)
