@@ -725,6 +725,7 @@ def bench_pipeline(
 @click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
 @click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
 @_measured(rounds=5)
@@ -736,6 +737,7 @@ def bench_step(
     classes: int,
     precision: str,
     compiled: bool | None,
+    settings: tuple[str, ...],
     steps: int,
     host: bool,
     device: str,
@@ -754,7 +756,7 @@ def bench_step(
             return
         chosen = [
             step.recipe_of(arch, here.device, loss=loss, batch_size=batch_size, image_size=image_size,
-                           precision=precision, compiled=_COMPILE[compiled])
+                           precision=precision, compiled=_COMPILE[compiled], settings=settings)
             for arch in archs or ARCHS
         ]  # fmt: skip
         rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps)
@@ -770,6 +772,7 @@ def bench_step(
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
 @click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps a turn.")
 @click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
 @_measured(rounds=3)
@@ -782,6 +785,7 @@ def bench_train(
     precision: str,
     compiled: bool | None,
     workers: int,
+    settings: tuple[str, ...],
     steps: int,
     warm_up: int,
     device: str,
@@ -802,7 +806,7 @@ def bench_train(
         threads = here.threads(workers)
         chosen = [
             step.recipe_of(arch, here.device, loss=loss, batch_size=batch_size, image_size=image_size,
-                           precision=precision, compiled=_COMPILE[compiled], workers=threads)
+                           precision=precision, compiled=_COMPILE[compiled], workers=threads, settings=settings)
             for arch in archs or ARCHS
         ]  # fmt: skip
         rows = end_to_end(chosen, index, here, rounds=rounds, steps=steps, warm_up=warm_up)

@@ -7,7 +7,7 @@ meters. What either loop does at its log points is left out.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -49,10 +49,11 @@ def recipe_of(
     precision: str = "auto",
     compiled: str = "auto",
     workers: int = 0,
+    settings: Sequence[str] = (),
 ) -> Recipe:
     """A network's own recipe with one of the combinations of losses, settled for the device, from random weights;
-    other sizes, precision and compile (auto, on or off) where given. It never ends. Raises UserError where the batch
-    is odd: timm's Mixup takes even ones only."""
+    other sizes, precision and compile (auto, on or off) where given, and settings as `--set` has them, which its name
+    tells. It never ends. Raises UserError where the batch is odd: timm's Mixup takes even ones only."""
     found = recipes.for_arch(arch, loss)
     changed = replace(
         found,
@@ -63,8 +64,10 @@ def recipe_of(
         init=Init(force_scratch=True),
         machine=replace(found.machine, compile=compiled, workers=workers),
     )
+    for setting in settings:
+        changed = recipes.override(changed, setting)
     require_even([changed.batch_size])
-    return settled(changed, device)
+    return settled(replace(changed, name=", ".join([arch, *settings])), device)
 
 
 def step(
@@ -87,7 +90,7 @@ def step(
         torch.compiler.reset()  # so that shapes of another case do not count as dynamic ones
         makers = contenders(recipe, device, classes)
         turns = {name: Turns(make, device, steps, warm_up) for name, make in makers.items()}
-        case = f"{recipe.arch}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
+        case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
         timed = race(case, turns, rounds)
         rows += [row("step", case, name, timed[name], recipe.batch_size, **turns[name].told()) for name in turns]
         del turns

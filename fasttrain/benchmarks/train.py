@@ -44,7 +44,7 @@ def end_to_end(
     for recipe in chosen:
         torch.compiler.reset()
         images = whole(index, recipe, warm_up + steps)
-        case = f"{recipe.arch}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
+        case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
         timed = race(case, turns(recipe, images, ranks, steps, warm_up), rounds)
         slower = max(statistics.median(timed[name]) for name in (STEP, PIPELINE))
         eta = slower / statistics.median(timed[OWN])
