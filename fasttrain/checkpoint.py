@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fasttrain.config import Recipe
 from fasttrain.dataset import shown
 from fasttrain.ema import Ema
 from fasttrain.errors import RunError, UserError
-from fasttrain.files import read_json
+from fasttrain.files import read_json, read_text
 from fasttrain.models import Classifier
 from fasttrain.models.aligned import cut, pad
 
@@ -102,9 +103,10 @@ def save(
     archived: never remove this one. meta: what else meta.json shall hold, as JSON values. A process that is killed
     at any moment leaves `last` where it was or at the new one. Raises RunError where the disk does not take it.
     """
-    home, final = out / "checkpoints", _free_name(out, step)
-    aside = home / f".{final.name}.{os.getpid()}.partial"
+    home = out / "checkpoints"
+    aside = home / f".step-{step:08}.{os.getpid()}.partial"
     try:
+        final = _free_name(out, step)
         aside.mkdir(parents=True)
         snapshot.wait()
         for name, tensors in snapshot.files.items():
@@ -119,29 +121,33 @@ def save(
             "sha256": {name: _sha256(aside / name) for name in (_MODEL, _TRAIN)},
         }
         _put_in_place(aside, final, content)
-        _link(out / "last", final)
+        point(out / "last", final)
         if improved:
-            _link(out / "best", final)
+            point(out / "best", final)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write a checkpoint to {shown(home)}: {error}; the one before is whole") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _prune(out, home, keep)
+    with suppress(OSError):
+        _prune(out, home, keep)
     return final
 
 
-def branch(out: Path, path: Path, changes: Callable[[int], dict[str, Any]]) -> Path:
+def branch(out: Path, path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
     """Another checkpoint of the same tensors, which takes the place of `last`; changes: what its meta.json has of its
-    own, given its step. RunError where the disk does not take it."""
+    own, given the other's. RunError where the disk does not take it."""
     meta = read_meta(path)
     home, final = out / "checkpoints", _free_name(out, meta["step"])
     aside = home / f".{final.name}.{os.getpid()}.partial"
     try:
         aside.mkdir()
         for name in (_MODEL, _TRAIN):
-            os.link(path / name, aside / name)
-        _put_in_place(aside, final, meta | changes(meta["step"]) | {"archived": False})
-        _link(out / "last", final)
+            try:
+                os.link(path / name, aside / name)
+            except OSError:  # a file system without such links
+                shutil.copyfile(path / name, aside / name)
+        _put_in_place(aside, final, meta | changes(meta) | {"archived": False})
+        point(out / "last", final)
     except OSError as error:
         raise RunError(f"cannot write a checkpoint to {shown(home)}: {error}; the one before is whole") from None
     finally:
@@ -185,18 +191,35 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _link(link: Path, target: Path) -> None:
-    """Point `link` to `target`, in one step; as a relative link, so that the run's folder can be moved."""
-    aside = link.with_name(f".{link.name}.{os.getpid()}")
+def point(link: Path, target: Path) -> None:
+    """Point `link` to `target`, in one step: as a relative link, so that the run's folder can be moved, or, on a file
+    system without links, as a file of one line."""
+    aside, relative = link.with_name(f".{link.name}.{os.getpid()}"), target.relative_to(link.parent)
     aside.unlink(missing_ok=True)
-    aside.symlink_to(target.relative_to(link.parent))
+    try:
+        aside.symlink_to(relative)
+    except OSError:
+        aside.write_text(f"{relative}\n", encoding="utf-8")
     os.replace(aside, link)
 
 
+def pointed(link: Path) -> Path:
+    """What `link` points to, whether that is there or not; what is no link, itself. Path.resolve raises for loops."""
+    try:
+        if link.is_file() and not link.is_symlink():
+            return Path(os.path.realpath(link.parent / read_text(link, 4096).strip()))
+    except (OSError, ValueError):
+        pass
+    return Path(os.path.realpath(link))
+
+
 def _prune(out: Path, home: Path, keep: int) -> None:
-    kept = {Path(os.path.realpath(out / link)) for link in ("best", "last")}  # Path.resolve raises for loops
-    for old in sorted(home.glob("step-*"))[:-keep]:
-        if old.resolve() not in kept and not _is_archived(old):
+    kept = {pointed(out / link) for link in ("best", "last")}
+    steps = sorted(home.glob("step-*"))
+    # One that was not taken while steps were failing is what a run goes back to.
+    kept |= {each.resolve() for each in [each for each in reversed(steps) if _holds(each, "streak", 0)][:1]}
+    for old in steps[:-keep]:
+        if old.resolve() not in kept and not _holds(old, "archived", True):
             shutil.rmtree(old, ignore_errors=True)
     for remains in home.glob(".step-*"):  # of processes that were killed
         shutil.rmtree(remains, ignore_errors=True)
@@ -204,10 +227,11 @@ def _prune(out: Path, home: Path, keep: int) -> None:
         remains.unlink(missing_ok=True)
 
 
-def _is_archived(path: Path) -> bool:
+def _holds(path: Path, key: str, value: Any) -> bool:
+    """Whether a checkpoint's meta.json says so; of one that is damaged it does not."""
     try:
-        return read_meta(path)["archived"] is True
-    except (UserError, KeyError):
+        return bool(read_meta(path)[key] == value)
+    except UserError:
         return False
 
 
@@ -216,7 +240,7 @@ def find(path: Path) -> Path:
 
     Raises UserError where there is none.
     """
-    for candidate in (path, path / "best", path / "last"):
+    for candidate in (pointed(path), pointed(path / "best"), pointed(path / "last")):
         if os.path.isfile(candidate / _META):  # False for paths that there cannot be; Path.is_file raises for some
             return candidate.resolve()
     raise UserError(f"{shown(path)} is no checkpoint and holds none")
@@ -335,10 +359,11 @@ def restore(saved: Checkpoint, state: State) -> None:
         buffer = state.optimizer.state[parameter].get("momentum_buffer")
         if name in momenta and buffer is not None:
             buffer.copy_(momenta[name])
-    if state.ema:
-        restore_model(saved, state.ema.model, averaged=True)
+    if state.ema:  # from here on, where the run had none before
+        restore_model(saved, state.ema.model, averaged=has_average(saved))
     try:
-        state.scaler.load_state_dict(saved.meta["scaler"])
+        if saved.meta["scaler"]:
+            state.scaler.load_state_dict(saved.meta["scaler"])
     except (KeyError, RuntimeError, TypeError):
         raise _misfit(saved, "the scale of its float16 gradients is missing") from None
 

@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,4 +53,5 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"cannot write {shown(path)}: {error.strerror or error}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that may only be read says so here as well
+            aside.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ class Guard:
     statistics) stay what they were. All of it is decided on the device.
 
     With float16 the scaler skips steps of its own while it looks for a scale; a step counts as failed only once the
-    scale is down to 1. names: of the values of a step that are kept for a report; patience: steps that it covers.
+    scale is down to 1. names: of the values of a step that are kept for a report; kept: of how many steps.
 
     On several ranks the gradients have been exchanged before, so that all come to the same answer.
     """
@@ -34,14 +34,15 @@ class Guard:
         scaler: torch.amp.GradScaler,
         names: list[str],
         device: torch.device,
-        patience: int,
+        kept: int,
     ) -> None:
-        self.optimizer, self.scaler, self.names, self.patience = optimizer, scaler, names, patience
+        self.optimizer, self.scaler, self.names, self.kept = optimizer, scaler, names, kept
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.one = torch.ones((), device=device)
         self.streak = torch.zeros((), device=device)  # failed steps in a row, up to now
         self.longest = torch.zeros((), device=device)  # and at most, since the last reading
-        self.history = torch.zeros(patience, len(names) + 1, device=device)  # of the last steps; the last column is
+        self.history = torch.zeros(kept, len(names) + 1, device=device)  # of the last steps; the last column is
+        self.named: list[str] = []
         self.norms: tuple[Tensor, ...] = ()  # the gradient's norm, and this is each parameter's in the last step
         self.buffers: list[tuple[list[Tensor], Tensor]] = []  # of one dtype, and a copy of them that is whole
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -62,7 +63,8 @@ class Guard:
 
         Gives the gradient's norm and whether it was not finite, both scalars on the device.
         """
-        self.norms = torch._foreach_norm([each.grad for each in self.parameters.values() if each.grad is not None])
+        graded = {name: each.grad for name, each in self.parameters.items() if each.grad is not None}
+        self.named, self.norms = list(graded), torch._foreach_norm(list(graded.values()))
         norm = torch.linalg.vector_norm(torch.stack(self.norms))
         bad = (norm - norm).ne(0)
         failed = bad.float()
@@ -77,7 +79,7 @@ class Guard:
         self._keep_buffers(bad)
         torch.addcmul(failed, self.streak, failed, out=self.streak)  # one more where it failed, else 0
         torch.maximum(self.longest, self.streak, out=self.longest)
-        torch.cat([values, norm[None]], out=self.history[step % self.patience])
+        torch.cat([values, norm[None]], out=self.history[step % self.kept])
         return norm, bad
 
     def _keep_buffers(self, bad: Tensor) -> None:
@@ -94,19 +96,19 @@ class Guard:
         self.history.zero_()
         self.buffers = [(buffers, _joined(buffers)) for buffers, _ in self.buffers]
 
-    def read(self) -> int:
-        """The most failed steps in a row since the last reading, with those before it. Waits for the device."""
-        longest = int(self.longest)
+    def read(self) -> tuple[int, int]:
+        """How many steps in a row have failed up to now, and at most since the last reading. Waits for the device."""
+        now, longest = torch.stack([self.streak, self.longest]).tolist()
         self.longest.zero_()
-        return longest
+        return int(now), int(longest)
 
     def failed(self, done: int, steps: int) -> dict[int, dict[str, Any]]:
-        """What was kept of the failed ones among the last `steps` of `done` steps (at most `patience`): {step, from
+        """What was kept of the failed ones among the last `steps` of `done` steps (at most `kept`): {step, from
         0: values by name, and `grad_norm`}. Waits for the device."""
         history = self.history.tolist()
         found = {}
-        for step in range(max(0, done - min(steps, self.patience)), done):
-            *values, norm = history[step % self.patience]
+        for step in range(max(0, done - min(steps, self.kept)), done):
+            *values, norm = history[step % self.kept]
             if not math.isfinite(norm):
                 told = dict(zip(self.names, map(plain, values), strict=True))
                 found[step] = told | {"grad_norm": plain(norm)}
@@ -114,9 +116,8 @@ class Guard:
 
     def worst(self) -> dict[str, Any]:
         """Gradient norms of the last step, by parameter: those that are not finite."""
-        named = [name for name, each in self.parameters.items() if each.grad is not None] or list(self.parameters)
         norms = torch.stack(self.norms).tolist()
-        return {name: plain(norm) for name, norm in zip(named, norms, strict=True) if not math.isfinite(norm)}
+        return {name: plain(norm) for name, norm in zip(self.named, norms, strict=True) if not math.isfinite(norm)}
 
 
 def plain(value: float) -> float | str:
@@ -130,13 +131,21 @@ def _joined(buffers: list[Tensor]) -> Tensor:
 
 class Diverged(Exception):
     """Too many steps in a row were not finite. done: steps done; plan: the one that they followed; rewinds: how often
-    the run had gone back before; failed and norms: as `Guard.failed` and `Guard.worst` give them."""
+    the run had gone back before; best: its best top-1; failed and norms: as `Guard.failed` and `Guard.worst` give
+    them."""
 
     def __init__(
-        self, done: int, plan: Plan, rewinds: int, failed: dict[int, dict[str, Any]], norms: dict[str, Any]
+        self,
+        done: int,
+        plan: Plan,
+        rewinds: int,
+        best: float | None,
+        failed: dict[int, dict[str, Any]],
+        norms: dict[str, Any],
     ) -> None:
         super().__init__(f"loss or gradient was not finite in step {done} and those before it, which changed nothing")
-        self.done, self.plan, self.rewinds, self.failed, self.norms = done, plan, rewinds, failed, norms
+        self.done, self.plan, self.rewinds, self.best = done, plan, rewinds, best
+        self.failed, self.norms = failed, norms
 
     def shift(self, step: int) -> int:
         """The plan's shift with which a run that goes on from `step` takes the images that come next."""

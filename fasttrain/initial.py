@@ -66,7 +66,10 @@ def _from_checkpoint(path: Path, arch: str, classes: Sequence[str], averaged: bo
 
 def _from_file(path: Path, model: Classifier, averaged: bool) -> _Weights:
     """A timm network's own names, with the classifier where it has as many classes."""
-    tensors = {f"backbone.{name}": each for name, each in _read(path, averaged).items()}
+    found = _read(path, averaged)
+    if all(name.startswith(("backbone.", "cosine.")) for name in found):
+        raise UserError(f"--init {shown(path)} is a part of a checkpoint; name its folder, {shown(path.parent)}")
+    tensors = {f"backbone.{name}": each for name, each in found.items()}
     own, head = model.state_dict(), model.classifier_prefix
     same_classes = all(name in tensors and tensors[name].shape == own[name].shape for name in own if head in name)
     return _Weights(tensors, same_classes, f"from {shown(path)}")

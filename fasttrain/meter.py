@@ -65,7 +65,8 @@ class Meter:
         """Mean of each term over all ranks and over the good steps since the last reading that had it; start afresh."""
         sums, shares = ranks.sum(self.sums).tolist()
         self.sums.zero_()
-        return {n: total / share for n, total, share in zip(self.names, sums, shares, strict=True) if share}
+        means = {n: total / share for n, total, share in zip(self.names, sums, shares, strict=True) if share}
+        return {name: each for name, each in means.items() if math.isfinite(each)}
 
 
 class Log:
@@ -193,4 +194,7 @@ def _tensorboard(out: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "tensorboard"))
+    try:
+        return SummaryWriter(str(out / "tensorboard"))
+    except OSError:
+        return None  # log.jsonl says whether the disk takes anything

@@ -30,20 +30,21 @@ def accepted(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> l
     allow: `data`, `classes`, keys of the recipe, or parts of it. Raises UserError that names each difference that is
     not allowed, or what in `allow` is no such name.
     """
-    keys = [key for key in _flat(ours["recipe"]) if key.split(".")[0] not in _FREE]
-    names = {"data", "classes", *keys, *(key.rpartition(".")[0] for key in keys if "." in key)}
+    both = {**_flat(saved.meta["recipe"]), **_flat(ours["recipe"])}
+    parts = [key.split(".") for key in both if key.split(".")[0] not in _FREE]
+    names = {"data", "classes", *(".".join(each[:depth]) for each in parts for depth in range(1, len(each) + 1))}
     for name in allow:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; data, classes, or a key such as optim.lr"
             raise UserError(f"resume.allow: nothing called {shown(name)!r} can differ{hint}")
     found = _differences(saved.meta, ours)
-    refused = [line for key, line in found.items() if not any(f"{key}.".startswith(f"{name}.") for name in allow)]
+    refused = [key for key in found if not any(f"{key}.".startswith(f"{name}.") for name in allow)]
     if refused:
-        first = next(key for key, line in found.items() if line in refused)
+        told, asked = "; ".join(found[key] for key in refused), ", ".join(f'"{shown(key)}"' for key in refused)
         raise UserError(
-            f"cannot go on from {shown(saved.path)}: {'; '.join(refused)}. Name another --out, start over with "
-            f"--resume never, or go on all the same with --set 'resume.allow=[\"{shown(first)}\"]'"
+            f"cannot go on from {shown(saved.path)}: {told}. Name another --out, start over with --resume never, or go "
+            f"on all the same with --set 'resume.allow=[{asked}]'"
         )
     return list(found.values())
 
@@ -80,8 +81,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def step_of(saved: Checkpoint, steps_per_epoch: int) -> int:
-    """The step to go on from: the checkpoint's, or the one at the same share of the epoch where an epoch has another
-    number of steps now."""
-    epoch, position = divmod(saved.meta["step"], saved.meta["epoch_steps"])
-    return epoch * steps_per_epoch + position * steps_per_epoch // saved.meta["epoch_steps"]
+def step_of(meta: dict[str, Any], steps_per_epoch: int) -> int:
+    """The step to go on from: that of a checkpoint's meta.json, or the one at the same share of the epoch where an
+    epoch has another number of steps now."""
+    epoch, position = divmod(meta["step"], meta["epoch_steps"])
+    return epoch * steps_per_epoch + position * steps_per_epoch // meta["epoch_steps"]

@@ -27,7 +27,10 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
         raise UserError(f"{shown(out)} is not empty and holds no run; name another --out")
     if used and resume == "never":
         aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
-        out.rename(aside)
+        try:
+            out.rename(aside)
+        except OSError as error:
+            raise UserError(f"cannot move {shown(out)} aside: {error.strerror}; name another --out") from None
         print(f"the run that was in {shown(out)} is now {shown(aside)}", file=sys.stderr)
     for name in (RECIPE, "log.jsonl"):
         if (out / name).is_symlink():
@@ -41,9 +44,29 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {shown(out)}: {error.strerror}") from None
+    if start:
+        leave_after(out, start)
     if not (start and (out / RECIPE).exists()):
         write_recipe(out, recipe_toml)
     return start
+
+
+def leave_after(out: Path, start: Path) -> None:
+    """Make `start` the last of a run's checkpoints. Those after it, or all where it is another run's, belong to a
+    course that is left: they are renamed, so that they are neither gone on from nor counted."""
+    home = out / "checkpoints"
+    inside = start.resolve().parent == home.resolve()
+    best = checkpoint.pointed(out / "best")
+    with suppress(OSError):  # a disk that does not take it is told at the first save
+        for each in sorted(home.glob("step-*")):
+            if not inside or each.name > start.name:
+                left = next(path for n in itertools.count() if not (path := home / f"left{n}-{each.name}").exists())
+                was_best = each.resolve() == best
+                each.rename(left)
+                if was_best:
+                    checkpoint.point(out / "best", left)
+        if inside:
+            checkpoint.point(out / "last", home / start.name)
 
 
 def write_recipe(out: Path, recipe_toml: str) -> None:
@@ -58,18 +81,19 @@ def write_recipe(out: Path, recipe_toml: str) -> None:
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Keep a run's folder to one process. UserError where another has it; one that has died does not."""
+    out = Path(os.path.realpath(out))  # the same by whatever name
     path = out.parent / f".{out.name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = path.open("a+", encoding="utf-8", errors="replace")
+            file = path.open("ab+", buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break
             except BlockingIOError:
                 file.seek(0)
-                holder = file.read(64).strip()
+                holder = file.read(64).decode(errors="replace").strip()
                 file.close()
                 raise UserError(
                     f"another run is writing to {shown(out)} ({shown(holder) or 'just started'}); "
@@ -79,9 +103,9 @@ def lock(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to {shown(out.parent)}: {error.strerror}") from None
     with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        with suppress(OSError):  # a full disk; who has it is only a hint
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
         try:
             yield
         finally:
@@ -123,6 +147,5 @@ def before_streak(out: Path) -> Path | None:
 def _course(out: Path) -> list[Path]:
     """The checkpoints up to `last`, newest first; what comes after it belongs to a course that the run has left."""
     steps = sorted((out / "checkpoints").glob("step-*"), reverse=True)
-    last = Path(os.path.realpath(out / "last"))  # Path.resolve raises for loops
-    known = last.is_dir() and last.name.startswith("step-")
-    return [each for each in steps if not known or each.name <= last.name]
+    last = checkpoint.pointed(out / "last").name
+    return [each for each in steps if not last.startswith("step-") or each.name <= last]

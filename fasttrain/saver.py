@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ class Saver:
     """Saves a run's checkpoints into `out`, one at a time, and logs each once it is on disk.
 
     Where the disk does not take one, settings.on_error decides: RunError from the next call of any method, or a line
-    and an event in the log. As a context manager it waits for what is being written.
+    and an event in the log; `lost` is then true until it is set to False. As a context manager it waits for what is
+    being written. alive: called each second meanwhile.
     """
 
-    def __init__(self, out: Path, settings: Save, log: Log) -> None:
-        self.out, self.settings, self.log = out, settings, log
+    def __init__(self, out: Path, settings: Save, log: Log, alive: Callable[[], object] = lambda: None) -> None:
+        self.out, self.settings, self.log, self.alive = out, settings, log, alive
+        self.done = threading.Event()  # not the thread's end: a join that Ctrl-C interrupts marks that, too early
+        self.lost = False
         self.snapshot = checkpoint.Snapshot()
         self.thread: threading.Thread | None = None
         self.written: dict[str, Any] = {}
@@ -31,6 +35,7 @@ class Saver:
         self.finish()
         self.snapshot.take(state)
         self.written = {"held_s": round(time.perf_counter() - began, 4)}
+        self.done.clear()
         # Not a daemon's: an interpreter that ends waits for it, so that what was begun is whole.
         self.thread = threading.Thread(target=self._write, args=(step, epoch, how), name="saver")
         self.thread.start()
@@ -43,17 +48,19 @@ class Saver:
             self.written |= {"epoch": epoch, "step": step, "path": str(path.relative_to(self.out)), "write_s": took}
         except Exception as error:  # for the loop, which would not hear of it
             self.error = error
+        finally:
+            self.done.set()
 
     def look(self) -> None:
         """Log what has been written meanwhile; does not wait."""
-        if self.thread is not None and not self.thread.is_alive():
+        if self.thread is not None and self.done.is_set():
             self.finish()
 
     def finish(self, last: bool = False) -> None:
         """Wait until what was begun is written. last: no checkpoint comes after it, so an error is raised."""
         if self.thread is None:
             return
-        self.thread.join()
+        self._wait()
         self.thread = None
         if self.error is None:
             self.log.event("checkpoint", **self.written)
@@ -61,14 +68,19 @@ class Saver:
         error, self.error = self.error, None
         if last or self.settings.on_error == "stop" or not isinstance(error, RunError):
             raise error
+        self.lost = True
         self.log.event("save_failed", reason=str(error))
         self.log.say(f"{error}; training goes on, since save.on_error is go_on")
+
+    def _wait(self) -> None:
+        while not self.done.wait(1):
+            self.alive()
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.thread is not None:  # something else has ended the run
-            self.thread.join()
+            self._wait()
             if self.error is None:
                 self.log.event("checkpoint", **self.written)

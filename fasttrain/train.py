@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,8 @@ def course(
 
     names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
     meter = Meter(names, device)
-    guard = Guard(model, optimizer, scaler, names, device, recipe.guard.patience)
+    kept = max(recipe.guard.patience, recipe.machine.log_steps)
+    guard = Guard(model, optimizer, scaler, names, device, kept)
     logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
     start, best, scores, rewinds, changed = 0, None, None, 0, []
     identity = resume.identity(recipe, train_index)
@@ -123,15 +124,16 @@ def course(
         if saved.meta["world"] != ranks.world:
             changed.append(f"ranks were {saved.meta['world']} and are {ranks.world}")
         checkpoint.restore(saved, state)
-        start, best = resume.step_of(saved, plan.steps_per_epoch), saved.meta["best"]
-        plan, rewinds = replace(plan, shift=saved.meta["shift"]), saved.meta["rewinds"]
+        start, best = resume.step_of(saved.meta, plan.steps_per_epoch), saved.meta["best"]
+        shift = saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"]
+        plan, rewinds = replace(plan, shift=shift), saved.meta["rewinds"]
         guard.reset(saved.meta["streak"])
         meter.restore(saved.meta["meters"], ranks)
         logged |= saved.meta["logged"]
         notes += [f"going on with changes: {'; '.join(changed)}"] if changed else []
         if start >= plan.steps:
             return Result(start, None, best)
-        if changed and ranks.first:
+        if ranks.first:
             rundir.write_recipe(out, recipes.to_toml(recipe))
 
     network: Callable[[Tensor], Output] = model.train()
@@ -166,6 +168,7 @@ def course(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={"fasttrain": __version__, "torch": torch.__version__},
         **({"changed": changed} if changed else {}),
+        **({"rewinds": rewinds, "shift": plan.shift} if rewinds else {}),
     )
     for line in filter(None, (*notes, about_groups(plan))):
         log.event("note", text=line)
@@ -173,8 +176,10 @@ def course(
     skip = log.skip if recipe.data.on_bad == "skip" else None
     stream = batches(plan, train_index, device, threads, start, on_skip=skip)
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
-    saver, watch = Saver(out, recipe.save, log), Watch(ranks, recipe.machine.hang_timeout)
     step = read_at = start
+    watch = Watch(ranks, recipe.machine.hang_timeout)
+    saver = Saver(out, recipe.save, log, alive=lambda: watch.at(step, SAVING))
+    best_before = best
     with closing(log), saver, watch, collecting_apart(), memory_named(plan):
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
@@ -227,11 +232,11 @@ def course(
                 for name in logged.keys() & means:
                     logged[name].append(means[name])
                 saver.look()
-                if streak := guard.read():
-                    failed = guard.failed(done, done - read_at)
-                    log.failed(done, failed)
+                streak, longest = guard.read()
+                if longest:
+                    log.failed(done, guard.failed(done, done - read_at))
                 if streak >= recipe.guard.patience:
-                    raise Diverged(done, plan, rewinds, failed, guard.worst())
+                    raise Diverged(done, plan, rewinds, best, guard.failed(done, streak), guard.worst())
                 read_at = done
             improved = val_index is None
             if epoch_ends:
@@ -240,22 +245,25 @@ def course(
                         log.event("collapsed", epoch=epoch, step=done, loss=each.name, values=logged[each.name])
                         log.say(f"epoch {epoch}: {each.name} has collapsed: {COLLAPSED}")
                     logged[each.name].clear()
+                saver.look()
                 if evaluation is not None:
                     assert val_index is not None
-                    watch.at(step, EVALUATING)
+                    crops = partial(watch.each, step, EVALUATING, evaluation)
                     ranks.share_buffers(model)
-                    raw = evaluate(model, evaluation, val_index, ranks, dtype)
+                    raw = evaluate(model, crops(), val_index, ranks, dtype)
                     averaged = None
                     if ema:
                         ranks.share_buffers(ema.model)
-                        averaged = evaluate(ema.model, evaluation, val_index, ranks, dtype)
+                        averaged = evaluate(ema.model, crops(), val_index, ranks, dtype)
                     log.evaluation(epoch, done, raw, averaged)
                     scores = averaged or raw
+                    if saver.lost:  # what was best then is on no disk
+                        best, saver.lost = best_before, False
                     improved = best is None or scores.top1 > best
             stopping = signals.agreed(ranks)
             if stopping or done == plan.steps or saves_at(recipe.save, done, plan.steps_per_epoch):
                 watch.at(step, SAVING)
-                best = scores.top1 if scores and improved else best
+                best_before, best = best, scores.top1 if scores and improved else best
                 meters = ranks.gather(meter.state())
                 if ranks.first:
                     meta = {
@@ -300,7 +308,13 @@ def go_back(out: Path, fault: Diverged, index: Index, rewinds: int) -> Path | No
     if found is None:
         fault.report(out, index)
         return None
-    made = checkpoint.branch(out, found, lambda step: {"shift": fault.shift(step), "rewinds": fault.rewinds + 1})
+    rundir.leave_after(out, found)
+
+    def changes(meta: dict[str, Any]) -> dict[str, Any]:
+        step = resume.step_of(meta, fault.plan.steps_per_epoch)
+        return {"shift": fault.shift(step), "rewinds": fault.rewinds + 1, "best": fault.best}
+
+    made = checkpoint.branch(out, found, changes)
     print(f"{fault}; going back to {shown(found)}, on with the images after these", file=sys.stderr)
     return made
 

@@ -5,29 +5,33 @@ import os
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from fasttrain.distributed import Ranks
 
+T = TypeVar("T")
 DOING = ("waiting for images", "training", "evaluating", "saving")  # in the order in which a step does them
 WAITING, TRAINING, EVALUATING, SAVING = range(len(DOING))
 _KEY = "fasttrain/watch"
 
 
 class Beat(NamedTuple):
-    """What a rank tells the others: where it is, and a number that grows while its process lives."""
+    """What a rank tells the others: where it is, a number that grows while its process lives, and one that grows as it
+    makes progress."""
 
     step: int
     doing: int
     number: int
+    calls: int
 
 
 class Watch:
     """While it is open, a thread tells the other ranks where this one is. When `at` has not been called for `timeout`
-    seconds, it looks at where they are, and one of the ranks says who is behind; then every rank's process ends, with
-    status 1. With one rank, or a timeout of 0, it does nothing."""
+    seconds, and no other rank makes progress either, one of the ranks says who is behind; then every rank's process
+    ends, with status 1. With one rank, or a timeout of 0, it does nothing."""
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
         self.ranks, self.timeout = ranks, timeout
@@ -40,6 +44,12 @@ class Watch:
         """Progress: this rank begins `doing` (one of `DOING`) in a step, which counts from 0."""
         self.place = (step, doing)
         self.calls += 1
+
+    def each(self, step: int, doing: int, items: Iterable[T]) -> Iterator[T]:
+        """The items, with progress at each."""
+        for item in items:
+            self.at(step, doing)
+            yield item
 
     def __enter__(self) -> "Watch":
         if self.ranks.world > 1 and self.timeout:
@@ -60,23 +70,29 @@ class Watch:
         try:
             while not self.ended.wait(interval):
                 number += 1
-                self.store.set(f"{_KEY}/{self.ranks.rank}", json.dumps([*self.place, number]))
+                self._tell(number)
                 if self.calls != seen:
                     seen, since = self.calls, time.monotonic()
                 elif time.monotonic() - since > self.timeout:
-                    self._end(interval, number)
+                    number = self._end(interval, number)
+                    since = time.monotonic()
         except RuntimeError:  # the store is gone, and with it the ranks' launcher, which ends them
             return
 
-    def _end(self, interval: float, number: int) -> None:
-        """Ends the process, unless all of the run has come to its end meanwhile."""
+    def _tell(self, number: int) -> None:
+        self.store.set(f"{_KEY}/{self.ranks.rank}", json.dumps([*self.place, number, self.calls]))
+
+    def _end(self, interval: float, number: int) -> int:
+        """Ends the process, unless a rank makes progress meanwhile; gives the number told last."""
         before = self._beats()
         for _ in range(3):  # long enough for another rank that lives to tell so
             if self.ended.wait(interval):
-                return
+                return number
             number += 1
-            self.store.set(f"{_KEY}/{self.ranks.rank}", json.dumps([*self.place, number]))
+            self._tell(number)
         after = self._beats()
+        if any(rank in before and beat.calls != before[rank].calls for rank, beat in after.items()):
+            return number
         if self.store.add(f"{_KEY}/said", 1) == 1:
             silent = [rank for rank, beat in after.items() if beat == before.get(rank)]
             line = verdict(after, silent, self.ranks.world, self.timeout)

@@ -7,7 +7,7 @@
 set -euo pipefail
 [ $# -ge 1 ] && [ $# -le 2 ] || { echo "usage: bash scripts/bench_pipeline.sh DATA [NAME]" >&2; exit 2; }
 if nvidia-smi --list-gpus >/dev/null 2>&1; then device=gpu batches=(--batch-size 128 --batch-size 256); else
-    device=cpu batches=(--batch-size 64)
+    device=cpu batches=(--batch-size 64 --batch-size 256 --steps 8)
 fi
 results=$(dirname "$0")/results/pipeline-${2:-$device}
 # shellcheck disable=SC2086  # OPTIONS are several words

@@ -130,6 +130,58 @@ log.event("four", text="x" * 50)
     assert done.stdout.startswith("stopped: cannot write") == (not tolerant)
 
 
+def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch):
+    """The best checkpoint could not be written: the next best one is the best."""
+    tops = iter([0.1, 0.9, 0.5, 0.4])
+    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(tops), 1.0, 60))
+    honest, files = checkpoint.save_file, [0]
+
+    def save_file(tensors, path):
+        files[0] += 1
+        if files[0] == 3:
+            raise OSError(28, "No space left on device")
+        honest(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(saver.Saver, "look", saver.Saver.finish)  # as if it had been written at once
+    result = run(tiny(epochs=4, save=Save(on_error="go_on", keep=9)), tmp_path / "run", index, index)
+    assert result.best == 0.5 and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == 0.5
+
+
+def test_a_disk_without_links(index, tmp_path, monkeypatch):
+    """`last` and `best` are files of one line then; all else is the same, also going on."""
+
+    def symlink(*args, **settings):
+        raise OSError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", symlink)
+        patch.setattr(os, "link", symlink)
+        recipe = tiny(epochs=2, save=Save(keep=1))
+        run(recipe, tmp_path / "run", index, index)
+        assert (tmp_path / "run" / "last").read_text() == "checkpoints/step-00000006\n"
+        assert checkpoint.find(tmp_path / "run" / "last").name == "step-00000006"
+        assert checkpoint.find(tmp_path / "run").name == checkpoint.pointed(tmp_path / "run" / "best").name
+        assert run(recipe, tmp_path / "run", index, index).steps == 6
+        kept = {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()}
+        assert kept == {"step-00000006", checkpoint.find(tmp_path / "run").name}
+
+
+def test_a_disk_that_answers_with_errors_is_trained_past(index, tmp_path, monkeypatch):
+    """Not even names can be looked up any more, until before the last save."""
+    honest, calls = checkpoint._free_name, [0]
+
+    def free_name(*args):
+        calls[0] += 1
+        if calls[0] == 1:
+            raise OSError(5, "Input/output error")
+        return honest(*args)
+
+    monkeypatch.setattr(checkpoint, "_free_name", free_name)
+    run(tiny(epochs=2, save=Save(on_error="go_on")), tmp_path / "run", index)
+    assert [each["event"] for each in events(tmp_path / "run") if "save" in each["event"]] == ["save_failed"]
+
+
 # ---- saving beside the training
 
 
@@ -157,6 +209,31 @@ def test_the_loop_does_not_wait_for_the_disk(index, tmp_path, monkeypatch):
             assert one.keys() == other.keys() and all(torch.equal(each, other[key]) for key, each in one.items())
     kept = [each for each in events(tmp_path / "run") if each["event"] == "checkpoint"]
     assert all(each["held_s"] >= 0 and each["write_s"] > 0 for each in kept) and len(kept) == 2
+
+
+def test_ctrl_c_while_a_checkpoint_is_being_written(index, tmp_path, monkeypatch):
+    """It is written to its end, and logged, before the run ends."""
+    honest, began = checkpoint.save_file, threading.Event()
+
+    def slow(tensors, path):
+        began.set()
+        time.sleep(1.5)
+        honest(tensors, path)
+
+    wait = saver.Saver._wait
+
+    def interrupted(self):
+        assert began.wait(20)
+        monkeypatch.setattr(saver.Saver, "_wait", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(saver.Saver, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(epochs=2), tmp_path / "run", index)
+    written = [each for each in events(tmp_path / "run") if each["event"] == "checkpoint"]
+    assert [each["path"] for each in written] == ["checkpoints/step-00000003"]
+    checkpoint.verify(tmp_path / "run" / "last")
 
 
 def test_no_thread_is_left(index, tmp_path, monkeypatch):

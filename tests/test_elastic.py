@@ -15,8 +15,11 @@ from test_resume import same
 from test_train import events, part_of, run, tiny
 
 from fasttrain import checkpoint
-from fasttrain.config import Machine, Mix, Optim, Resume, Save
+from fasttrain import resume as resuming
+from fasttrain.config import Ema, Machine, Mix, Optim, Resume, Save
 from fasttrain.errors import UserError
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
 
@@ -217,6 +220,25 @@ def test_another_batch_size_goes_on_at_the_same_share_of_the_epoch(index, begun)
     assert [each["step"] for each in events(begun) if each["event"] == "resume"] == [6]
 
 
+def test_what_is_advised_is_accepted(index, begun):
+    """Also for what only one of the two has, such as a loss that came or went."""
+    more = tiny(losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, seed=3)
+    saved = checkpoint.load(begun / "last")
+    theirs = replace(saved, meta=saved.meta | resuming.identity(more, index))
+    for one, ours in ((saved, more), (theirs, tiny())):
+        with pytest.raises(UserError) as caught:
+            resuming.accepted(one, resuming.identity(ours, index), ())
+        asked = tuple(json.loads(str(caught.value).split("resume.allow=")[1].rstrip("'")))
+        assert {"seed", "losses.triplet.margin"} <= set(asked)
+        for allow in (asked, ("losses", "seed", "images_per_class"), ("losses.triplet", "seed", "images_per_class")):
+            assert len(resuming.accepted(one, resuming.identity(ours, index), allow)) == len(asked)
+
+
+def test_an_average_may_begin_on_the_way(index, begun):
+    assert run(tiny(ema=Ema(0.5), resume=Resume(("ema",))), begun, index).steps == 6
+    assert checkpoint.has_average(checkpoint.load(begun / "last"))
+
+
 @pytest.mark.parametrize("name", ["sed", "optim.momentun", "machine", "../x", ""])
 def test_what_cannot_differ_cannot_be_allowed(index, begun, name):
     with pytest.raises(UserError, match=r"resume.allow: nothing called .* can differ"):
@@ -227,7 +249,7 @@ def test_allowing_is_a_setting(small, tmp_path):
     args = ("--data", small)
     launch(tmp_path, 1, "run", *args, stop=1)
     refused = launch(tmp_path, 1, "run", *args, "--lr", 0.3)
-    assert refused.returncode == 2 and """--set 'resume.allow=["optim.lr"]'""" in refused.stderr
+    assert refused.returncode == 2 and """--set 'resume.allow=["optim.lr", "optim.lr_batch"]'""" in refused.stderr
     again = launch(tmp_path, 1, "run", *args, "--lr", 0.3, "--set", 'resume.allow=["optim"]')
     assert again.returncode == 0 and "optim.lr was 0.1 and is 0.3" in again.stderr
     assert json.loads((tmp_path / "run" / "last" / "meta.json").read_text())["recipe"]["optim"]["lr"] == 0.3

@@ -57,8 +57,8 @@ def explode(monkeypatch, steps):
     monkeypatch.setattr(training.Guard, "step", step)
 
 
-def at(out: Path, step: int):
-    saved = checkpoint.load(out / "checkpoints" / f"step-{step:08}")
+def at(out: Path, step: int | str):
+    saved = checkpoint.load(out / "checkpoints" / (f"step-{step:08}" if isinstance(step, int) else step))
     return saved.model | saved.train
 
 
@@ -235,6 +235,59 @@ def test_triplet_with_accumulation_is_guarded_too(index, tmp_path, monkeypatch):
     assert all(math.isfinite(each["loss"] or 0) for each in logged(tmp_path / "run").values() if "loss" in each)
 
 
+DEFAULTS = tiny(epochs=6, save=Save(every_steps=4), machine=Machine(device="cpu", compile="off", workers=2))
+
+
+def test_with_the_default_settings_a_run_goes_back_too(index, tmp_path, monkeypatch):
+    """Ten steps in a row, a log point only each 20 steps and at epochs' ends, and saves in between, of which two are
+    kept: the one from before them has to be among those."""
+    with monkeypatch.context() as patch:
+        poison(patch, set(range(12, 25)))
+        assert run(DEFAULTS, tmp_path / "run", index, index).steps == 30
+    log = events(tmp_path / "run")
+    went = [each for each in log if each["event"] == "resume"]
+    assert [(each["step"], each["rewinds"]) for each in went] == [(12, 1)]
+    assert [e["step"] for each in log if each["event"] == "not_finite" for e in each["steps"]] == list(range(13, 26))
+
+
+def test_every_failed_step_is_told_where_log_points_are_rare(index, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {0, 3})
+    run(replace(DEFAULTS, epochs=1, guard=Guard(patience=1, rewinds=0)), tmp_path / "run", index)
+    told = [each for each in events(tmp_path / "run") if each["event"] == "not_finite"]
+    assert [each["step"] for each in told[0]["steps"]] == [1, 4]
+    # The last step was good, so there is nothing to go back from.
+    assert "not finite in step 1, 4: it changed nothing" in capsys.readouterr().err
+
+
+def test_a_parameter_that_nothing_uses(index, tmp_path, monkeypatch):
+    """It has no gradient and no norm, and does not hide the others' in the report."""
+    made = training.Classifier.of
+
+    def of(recipe, classes):
+        model = made(recipe, classes)
+        model.unused = nn.Parameter(torch.zeros(3))
+        return model
+
+    monkeypatch.setattr(training.Classifier, "of", of)
+    poison(monkeypatch, {0, 1})
+    with pytest.raises(RunError, match="not finite in step 2"):
+        run(RECIPE, tmp_path / "run", index)
+    norms = json.loads((tmp_path / "run" / "not_finite.json").read_text())["gradient_norms"]
+    assert "backbone.fc.weight" in norms and "unused" not in norms
+
+
+def test_the_best_before_going_back_stays_the_best(index, tmp_path, monkeypatch):
+    """An evaluation in the middle of failing steps is of weights that are whole."""
+    tops = iter([0.1, 0.9, 0.3, 0.5, 0.4])  # step 10 comes twice
+    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(tops), 1.0, 100))
+    poison(monkeypatch, {9, 10})
+    machine = Machine(device="cpu", compile="off", log_steps=1, workers=2)
+    result = run(replace(RECIPE, epochs=4, machine=machine), tmp_path / "run", index, index)
+    assert result.best == 0.9
+    best = checkpoint.load(tmp_path / "run" / "best").meta
+    assert best["scores"]["top1"] == 0.9 and best["step"] == 10
+
+
 # ---- float16's scaler
 
 
@@ -244,7 +297,7 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
     model = nn.Linear(2, 1, bias=False)
     optimizer = optim.sgd(model, Optim())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, patience=4)
+    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, kept=4)
     start = model.weight.detach().clone()
     for group in optimizer.param_groups:
         group["lr"] = 0.1
@@ -255,7 +308,7 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
         norm, bad = guard.step(step, loss.detach()[None])
         optimizer.zero_grad()
         moved.append(not bool(bad))
-    assert moved == [False, False, True, True] and guard.read() == 0
+    assert moved == [False, False, True, True] and guard.read() == (0, 0)
     assert norm.item() == pytest.approx(3 * math.sqrt(1.25), rel=1e-5)
     assert model.weight.isfinite().all() and not torch.equal(model.weight, start)
 
@@ -263,13 +316,13 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
 def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
     model = nn.Linear(2, 1)
     optimizer, scaler = optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", init_scale=4.0)
-    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, patience=4)
+    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, kept=4)
     for step in range(5):
         loss = model(torch.tensor([[1.0, math.nan]])).sum()
         scaler.scale(loss).backward(guard.seed(loss))
         guard.step(step, loss.detach()[None])
         optimizer.zero_grad()
-    assert guard.read() == 3 and all(each.isfinite().all() for each in model.parameters())  # at 1, ½ and ¼
+    assert guard.read() == (3, 3) and all(each.isfinite().all() for each in model.parameters())  # at 1, ½ and ¼
 
 
 # ---- two ranks
@@ -319,5 +372,5 @@ def test_what_one_rank_computes_changes_neither(demo_set, tmp_path):
     assert [e["step"] for each in log if each["event"] == "not_finite" for e in each["steps"]] == [3, 4]
     meta = checkpoint.load(tmp_path / "out" / "last").meta
     assert (meta["step"], meta["shift"], meta["rewinds"]) == (10, 2, 1)
-    before, after = at(tmp_path / "out", 2), at(tmp_path / "out", 3)
+    before, after = at(tmp_path / "out", "step-00000002"), at(tmp_path / "out", "left0-step-00000003")
     assert not [name for name, each in after.items() if not torch.equal(each, before[name])]

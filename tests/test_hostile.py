@@ -225,7 +225,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], bool]] = {
     "submission to write over": ("x.csv", submission.require_own, False),
     "checkpoint": ("meta.json", lambda path: checkpoint.load(path.parent), True),
     "checkpoint's meta.json": ("meta.json", lambda path: checkpoint.verify(path.parent), True),
-    "checkpoint, archived or not": ("meta.json", lambda path: checkpoint._is_archived(path.parent), False),
+    "checkpoint, archived or not": ("meta.json", lambda path: checkpoint._holds(path.parent, "archived", True), False),
     "quarantine": ("restore.json", lambda path: quarantine.restore(path.parent, path.parent.parent), True),
     "quarantine to add to": ("restore.json", lambda path: quarantine.quarantine("/nowhere", ["a"], path.parent), True),
     "set": ("cut.json", lambda path: place.finished(path.parent, "cut.json", {"fasttrain_cut": 1}), True),
@@ -501,7 +501,7 @@ def test_a_meta_file_that_is_none_is_refused(whole, read, content):
     put((whole / "meta.json"), content[1])
     refused(lambda: read(whole), whole.name, memory=GB)
     with limits(memory=GB):
-        assert checkpoint._is_archived(whole) is False
+        assert checkpoint._holds(whole, "archived", True) is False
 
 
 # Values that a key of meta.json must not have.
@@ -778,7 +778,7 @@ def test_any_meta_value_is_read_or_refused(whole, network, alone, monkeypatch):
         resuming.accepted(saved, META, ["classes", "data", "seed"])
         checkpoint.restore(saved, checkpoint.State(network, sgd, SCALER))
         meter.restore(saved.meta["meters"], alone)
-        assert resuming.step_of(saved, 2) >= 0 and all(map(math.isfinite, meter.sums.flatten().tolist()))
+        assert resuming.step_of(saved.meta, 2) >= 0 and all(map(math.isfinite, meter.sums.flatten().tolist()))
 
     def check(changes: list[tuple[str, Any]]) -> None:
         (whole / "meta.json").write_text(json.dumps(valid))

@@ -163,6 +163,39 @@ def test_nothing_but_damage_is_said_so(index, tmp_path):
         run(tiny(epochs=1), tmp_path / "run", index)
 
 
+# ---- courses
+
+
+def test_what_comes_after_is_left_when_a_run_goes_on_from_before(index, tmp_path):
+    """A run of 9 steps goes on from its third: what came after is kept under other names, and never gone on from."""
+    recipe = tiny(epochs=3, save=Save(every_steps=1, keep=9))
+    run(recipe, tmp_path / "run", index, index)
+    home = tmp_path / "run" / "checkpoints"
+    best = checkpoint.find(tmp_path / "run").name
+    run(replace(recipe, epochs=3), tmp_path / "run", index, index, resume=str(home / "step-00000003"))
+    names = sorted(each.name for each in home.iterdir())
+    assert names == sorted([f"step-{step:08}" for step in range(1, 10)] + [f"left0-step-{s:08}" for s in range(4, 10)])
+    assert best and checkpoint.find(tmp_path / "run").parent == home
+    # Another run's checkpoint to start from: none of those that are there are of that course.
+    run(recipe, tmp_path / "other", index, index)
+    run(recipe, tmp_path / "run", index, index, resume=str(tmp_path / "other" / "checkpoints" / "step-00000008"))
+    assert sorted(each.name for each in home.glob("step-*")) == ["step-00000009"]
+
+
+def test_damage_does_not_bring_back_what_was_left(index, tmp_path):
+    """`last` is damaged and passed over; should the run then be killed before it saves again, that still holds."""
+    recipe = tiny(epochs=3, save=Save(every_steps=1, keep=9))
+    run(recipe, tmp_path / "run", index)
+    home = tmp_path / "run" / "checkpoints"
+    (tmp_path / "run" / "last").unlink()
+    (tmp_path / "run" / "last").symlink_to("checkpoints/step-00000006")
+    damage(home / "step-00000006" / "model.safetensors", "truncated")
+    for _ in range(2):
+        start = rundir.open_run(tmp_path / "run", "auto", "")
+        assert start is not None and start.name == "step-00000005"
+        assert checkpoint.find(tmp_path / "run" / "last").name == "step-00000005"
+
+
 # ---- kills
 
 KILLED = '''
@@ -294,8 +327,10 @@ def test_two_runs_into_one_folder_and_a_signal(demo_set, tmp_path):
     log = events(tmp_path / "run")
     stopped = next(each for each in log if each["event"] == "stopped")
     assert next(each for each in log if each["event"] == "resume")["step"] == stopped["step"]
-    with rundir.lock(tmp_path / "run"):
+    (tmp_path / "alias").symlink_to("run")
+    with rundir.lock(tmp_path / "run"), pytest.raises(UserError, match="another run"), rundir.lock(tmp_path / "alias"):
         pass
+    (tmp_path / "alias").unlink()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run"]
 
 

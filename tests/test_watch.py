@@ -61,8 +61,46 @@ def test_the_rank_that_hangs_is_named(demo_set, tmp_path, how, says):
     assert time.monotonic() - began < 60
 
 
+SLOW = """
+import os, sys, time
+from fasttrain import checkpoint, train
+from fasttrain.cli import main
+honest, save = train.evaluate, checkpoint.save_file
+
+
+def evaluate(model, crops, *args):
+    def slowly():
+        for each in crops:
+            time.sleep(1.2)
+            yield each
+
+    return honest(model, slowly(), *args)
+
+
+def save_file(*args):
+    time.sleep(6)
+    save(*args)
+
+
+train.evaluate, checkpoint.save_file = evaluate, save_file
+main(sys.argv[1:])
+"""
+
+
+def test_who_is_slow_is_not_taken_for_one_that_hangs(demo_set, tmp_path):
+    """An evaluation, and the last save while the other rank has nothing left to do, each longer than the timeout."""
+    (tmp_path / "program.py").write_text(SLOW)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "program.py"), "run", "--arch", "test_resnet", "--image-size", "32", "--device", "cpu"]
+    command += ["--batch-size", "50", "--data", str(demo_set), "--out", str(tmp_path / "run"), "--epochs", "1"]
+    command += ["--set", "machine.hang_timeout=4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0 and "no progress" not in done.stderr, done.stderr
+
+
 def beats(*places: tuple[int, int]) -> dict[int, Beat]:
-    return {rank: Beat(step, doing, 1) for rank, (step, doing) in enumerate(places)}
+    return {rank: Beat(step, doing, 1, 1) for rank, (step, doing) in enumerate(places)}
 
 
 @pytest.mark.parametrize(
