@@ -135,7 +135,7 @@ class Ema:
 
 
 @dataclass(frozen=True)
-class Save:
+class Checkpoints:
     """A checkpoint every `every_epochs` epochs and at the end, and every `every_steps` steps (0: none between). The
     newest `keep`, the best, and that of every `archive_epochs`-th epoch (0: none) are kept.
 
@@ -235,7 +235,7 @@ class Recipe:
     mix: Mix = field(default_factory=Mix)
     ema: Ema = field(default_factory=Ema)
     guard: Guard = field(default_factory=Guard)
-    save: Save = field(default_factory=Save)
+    checkpoint: Checkpoints = field(default_factory=Checkpoints)
     resume: Resume = field(default_factory=Resume)
     data: Data = field(default_factory=Data)
     machine: Machine = field(default_factory=Machine)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain import checkpoint
-from fasttrain.config import Save
+from fasttrain.config import Checkpoints
 from fasttrain.errors import RunError
 from fasttrain.meter import Log
 
@@ -20,7 +20,7 @@ class Saver:
     being written. alive: called each second meanwhile.
     """
 
-    def __init__(self, out: Path, settings: Save, log: Log, alive: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, out: Path, settings: Checkpoints, log: Log, alive: Callable[[], object] = lambda: None) -> None:
         self.out, self.settings, self.log, self.alive = out, settings, log, alive
         self.done = threading.Event()  # not the thread's end: a join that Ctrl-C interrupts marks that, too early
         self.lost = False
@@ -70,7 +70,7 @@ class Saver:
             raise error
         self.lost = True
         self.log.event("save_failed", reason=str(error))
-        self.log.say(f"{error}; training goes on, since save.on_error is go_on")
+        self.log.say(f"{error}; training goes on, since checkpoint.on_error is go_on")
 
     def _wait(self) -> None:
         while not self.done.wait(1):

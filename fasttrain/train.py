@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain import __version__, checkpoint, optim, recipes, resume, rundir
 from fasttrain.batch import Batch, Loss, Output, Term
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Recipe, Save
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Checkpoints, Recipe
 from fasttrain.dataset import Index, require_classes, shown
 from fasttrain.distributed import Ranks, StopSignals
 from fasttrain.ema import Ema
@@ -157,7 +157,7 @@ def course(
     if val_index is not None:
         views = named("center", recipe.image_size)
         evaluation = Evaluation(val_index, views, plan.micro_batch, device, threads, ranks.world, ranks.rank)
-    tolerant = recipe.save.on_error == "go_on"
+    tolerant = recipe.checkpoint.on_error == "go_on"
     log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size, tolerant=tolerant)
     log.event(
         "resume" if start else "start",
@@ -178,7 +178,7 @@ def course(
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
     step = read_at = start
     watch = Watch(ranks, recipe.machine.hang_timeout)
-    saver = Saver(out, recipe.save, log, alive=lambda: watch.at(step, SAVING))
+    saver = Saver(out, recipe.checkpoint, log, alive=lambda: watch.at(step, SAVING))
     best_before = best
     with closing(log), saver, watch, collecting_apart(), memory_named(plan):
         while step < plan.steps:
@@ -261,7 +261,7 @@ def course(
                         best, saver.lost = best_before, False
                     improved = best is None or scores.top1 > best
             stopping = signals.agreed(ranks)
-            if stopping or done == plan.steps or saves_at(recipe.save, done, plan.steps_per_epoch):
+            if stopping or done == plan.steps or saves_at(recipe.checkpoint, done, plan.steps_per_epoch):
                 watch.at(step, SAVING)
                 best_before, best = best, scores.top1 if scores and improved else best
                 meters = ranks.gather(meter.state())
@@ -278,7 +278,7 @@ def course(
                         "meters": meters,
                         "logged": logged,
                     }
-                    archived = epoch_ends and is_multiple(epoch + 1, recipe.save.archive_epochs)
+                    archived = epoch_ends and is_multiple(epoch + 1, recipe.checkpoint.archive_epochs)
                     saver.save(done, state, epoch, improved=improved, archived=archived, meta=meta)
             if stopping and done < plan.steps:
                 saver.finish(last=True)
@@ -333,9 +333,9 @@ def hashes(pixels: Tensor, ids: Sequence[str]) -> list[str]:
     return [sha256(os.fsencode(name) + b"\0" + row.tobytes()).hexdigest() for name, row in zip(ids, rows, strict=True)]
 
 
-def saves_at(save: Save, step: int, steps_per_epoch: int) -> bool:
+def saves_at(settings: Checkpoints, step: int, steps_per_epoch: int) -> bool:
     """Whether a run saves after so many steps."""
-    return is_multiple(step, save.every_steps) or is_multiple(step, save.every_epochs * steps_per_epoch)
+    return is_multiple(step, settings.every_steps) or is_multiple(step, settings.every_epochs * steps_per_epoch)
 
 
 def is_multiple(number: int, of: int) -> bool:
@@ -435,7 +435,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
         output = model.eval()(torch.empty(plan.micro_batch, 3, recipe.image_size, recipe.image_size))
     weights = sum(each.numel() for each in model.parameters())
     state = sum(each.nbytes for each in model.state_dict().values()) + sum(each.nbytes for each in model.parameters())
-    kept = min(recipe.save.keep + 1, -(-recipe.epochs // recipe.save.every_epochs))
+    kept = min(recipe.checkpoint.keep + 1, -(-recipe.epochs // recipe.checkpoint.every_epochs))
     val = f"{len(val_index)} images" if val_index is not None else "none"
     facts = {
         "data": f"{len(train_index)} images of {len(train_index.classes)} classes; validation: {val}",

@@ -628,8 +628,8 @@ def run_command(args: argparse.Namespace, data: Path, run: Path, gap: float, ski
     command += ["--batch-size", str(args.batch_size), "--epochs", str(epochs), "--seed", str(args.seed)]
     command += ["--workers", str(args.workers), "--device", args.device, "--data", str(data), "--out", str(run)]
     command += ["--on-bad", "skip"] if skipping else []
-    command += ["--set", f"machine.log_steps={log_steps}", "--set", f"save.every_steps={save_steps}"]
-    return [*command, "--set", "save.keep=4", *(part for each in args.set for part in ("--set", each))]
+    command += ["--set", f"machine.log_steps={log_steps}", "--set", f"checkpoint.every_steps={save_steps}"]
+    return [*command, "--set", "checkpoint.keep=4", *(part for each in args.set for part in ("--set", each))]
 
 
 def report(soak: Soak, kinds: Sequence[str], compared: str | None, ended: str) -> dict[str, Any]:

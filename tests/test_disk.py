@@ -18,7 +18,7 @@ from test_train import events, part_of, run, tiny
 
 from fasttrain import checkpoint, saver
 from fasttrain import train as training
-from fasttrain.config import Data, Save
+from fasttrain.config import Checkpoints, Data
 from fasttrain.errors import RunError
 from fasttrain.meter import Log
 
@@ -46,7 +46,7 @@ def limited(limit: int, *args: object) -> subprocess.CompletedProcess:
     )
 
 
-EVERY_FIVE = ("--set", "save.every_steps=5", "--set", "save.keep=9")
+EVERY_FIVE = ("--set", "checkpoint.every_steps=5", "--set", "checkpoint.keep=9")
 SHORT = ("--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--seed", "0")
 
 
@@ -72,7 +72,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(demo_set, tmp
 
 def test_a_full_disk_may_be_trained_past(index, tmp_path, monkeypatch, capsys):
     """Saves fail after the first epoch until before the last: the run goes on, and the last one has to succeed."""
-    recipe = tiny(epochs=4, save=Save(on_error="go_on"))
+    recipe = tiny(epochs=4, checkpoint=Checkpoints(on_error="go_on"))
     run(recipe, tmp_path / "whole", index, index)
     honest, full = checkpoint.save_file, [0]
 
@@ -87,7 +87,7 @@ def test_a_full_disk_may_be_trained_past(index, tmp_path, monkeypatch, capsys):
     log = events(tmp_path / "run")
     assert len([each for each in log if each["event"] == "save_failed"]) == 2
     assert [each["step"] for each in log if each["event"] == "checkpoint"] == [3, 12]
-    assert capsys.readouterr().err.count("training goes on, since save.on_error is go_on") == 2
+    assert capsys.readouterr().err.count("training goes on, since checkpoint.on_error is go_on") == 2
     same(tmp_path / "run", tmp_path / "whole")
 
     def never(tensors, path):
@@ -144,7 +144,7 @@ def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     monkeypatch.setattr(saver.Saver, "look", saver.Saver.finish)  # as if it had been written at once
-    result = run(tiny(epochs=4, save=Save(on_error="go_on", keep=9)), tmp_path / "run", index, index)
+    result = run(tiny(epochs=4, checkpoint=Checkpoints(on_error="go_on", keep=9)), tmp_path / "run", index, index)
     assert result.best == 0.5 and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == 0.5
 
 
@@ -157,7 +157,7 @@ def test_a_disk_without_links(index, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "symlink", symlink)
         patch.setattr(os, "link", symlink)
-        recipe = tiny(epochs=2, save=Save(keep=1))
+        recipe = tiny(epochs=2, checkpoint=Checkpoints(keep=1))
         run(recipe, tmp_path / "run", index, index)
         assert (tmp_path / "run" / "last").read_text() == "checkpoints/step-00000006\n"
         assert checkpoint.find(tmp_path / "run" / "last").name == "step-00000006"
@@ -178,7 +178,7 @@ def test_a_disk_that_answers_with_errors_is_trained_past(index, tmp_path, monkey
         return honest(*args)
 
     monkeypatch.setattr(checkpoint, "_free_name", free_name)
-    run(tiny(epochs=2, save=Save(on_error="go_on")), tmp_path / "run", index)
+    run(tiny(epochs=2, checkpoint=Checkpoints(on_error="go_on")), tmp_path / "run", index)
     assert [each["event"] for each in events(tmp_path / "run") if "save" in each["event"]] == ["save_failed"]
 
 

@@ -16,7 +16,7 @@ from test_train import events, part_of, run, tiny
 
 from fasttrain import checkpoint
 from fasttrain import resume as resuming
-from fasttrain.config import Ema, Machine, Mix, Optim, Resume, Save
+from fasttrain.config import Checkpoints, Ema, Machine, Mix, Optim, Resume
 from fasttrain.errors import UserError
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
@@ -174,7 +174,7 @@ def index(demo_set):
 @pytest.fixture
 def begun(index, tmp_path):
     """A run of 6 steps, of which the checkpoint of step 3 is the last."""
-    run(tiny(save=Save(keep=9)), tmp_path / "run", index)
+    run(tiny(checkpoint=Checkpoints(keep=9)), tmp_path / "run", index)
     (tmp_path / "run" / "last").unlink()
     (tmp_path / "run" / "last").symlink_to("checkpoints/step-00000003")
     return tmp_path / "run"

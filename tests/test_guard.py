@@ -15,7 +15,7 @@ from torch import nn
 
 from fasttrain import checkpoint, optim
 from fasttrain import train as training
-from fasttrain.config import Ema, Guard, Init, Machine, Mix, Optim, Save
+from fasttrain.config import Checkpoints, Ema, Guard, Init, Machine, Mix, Optim
 from fasttrain.errors import RunError
 from fasttrain.guard import Guard as Guarding
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -62,7 +62,7 @@ def at(out: Path, step: int | str):
     return saved.model | saved.train
 
 
-EVERY = Save(every_steps=1, keep=99)
+EVERY = Checkpoints(every_steps=1, keep=99)
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
@@ -143,7 +143,7 @@ def watch_images(monkeypatch):
     return seen
 
 
-RECIPE = tiny(epochs=3, guard=Guard(patience=2, rewinds=2), save=Save(every_steps=1, keep=3))
+RECIPE = tiny(epochs=3, guard=Guard(patience=2, rewinds=2), checkpoint=Checkpoints(every_steps=1, keep=3))
 
 
 def test_a_run_goes_back_and_on_with_other_images(index, tmp_path, monkeypatch):
@@ -235,7 +235,9 @@ def test_triplet_with_accumulation_is_guarded_too(index, tmp_path, monkeypatch):
     assert all(math.isfinite(each["loss"] or 0) for each in logged(tmp_path / "run").values() if "loss" in each)
 
 
-DEFAULTS = tiny(epochs=6, save=Save(every_steps=4), machine=Machine(device="cpu", compile="off", workers=2))
+DEFAULTS = tiny(
+    epochs=6, checkpoint=Checkpoints(every_steps=4), machine=Machine(device="cpu", compile="off", workers=2)
+)
 
 
 def test_with_the_default_settings_a_run_goes_back_too(index, tmp_path, monkeypatch):
@@ -362,7 +364,7 @@ def test_what_one_rank_computes_changes_neither(demo_set, tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    for setting in ("guard.patience=2", "save.every_steps=1", "machine.log_steps=1", "save.keep=20"):
+    for setting in ("guard.patience=2", "checkpoint.every_steps=1", "machine.log_steps=1", "checkpoint.keep=20"):
         command += ["--set", setting]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

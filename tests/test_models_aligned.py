@@ -363,6 +363,7 @@ def test_added_channels_stay_zero_in_half_precision(device, compiled):
 # ---- in runs
 
 
+@pytest.mark.slow
 def test_a_run_may_be_aligned_or_not_and_goes_on_either_way(demo_set, tmp_path):
     """The same losses to rounding, checkpoints in timm's shapes, and one form going on where the other stopped."""
     index = part_of(demo_set, 2)

@@ -15,7 +15,7 @@ from test_train import events, part_of, run, tiny, weights
 
 from fasttrain import checkpoint, rundir
 from fasttrain import train as training
-from fasttrain.config import Ema, Init, Machine, Mix, Save
+from fasttrain.config import Checkpoints, Ema, Init, Machine, Mix
 from fasttrain.errors import Stopped, UserError
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -104,7 +104,7 @@ def test_a_run_stopped_many_times_goes_on_bit_for_bit(index, tmp_path, monkeypat
 def test_checkpoints_every_so_many_steps_change_nothing_else(index, tmp_path):
     recipe = tiny(epochs=2)
     run(recipe, tmp_path / "plain", index, index)
-    often = replace(recipe, save=Save(every_steps=2, keep=20, archive_epochs=1))
+    often = replace(recipe, checkpoint=Checkpoints(every_steps=2, keep=20, archive_epochs=1))
     run(often, tmp_path / "often", index, index)
     same(tmp_path / "often", tmp_path / "plain")
     names = sorted(each.name for each in (tmp_path / "often" / "checkpoints").iterdir())
@@ -113,7 +113,7 @@ def test_checkpoints_every_so_many_steps_change_nothing_else(index, tmp_path):
 
 def test_what_is_kept(index, tmp_path):
     """The newest, the best and each second epoch's."""
-    recipe = tiny(epochs=5, save=Save(every_steps=1, keep=2, archive_epochs=2))
+    recipe = tiny(epochs=5, checkpoint=Checkpoints(every_steps=1, keep=2, archive_epochs=2))
     run(recipe, tmp_path / "run", index, index)
     tests = [each for each in events(tmp_path / "run") if each["event"] == "eval"]
     best = max(tests, key=lambda each: (each["top1"], -each["step"]))["step"]
@@ -138,7 +138,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "one bit", "gone"])
 @pytest.mark.parametrize("file", ["model.safetensors", "train.safetensors", "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over(index, tmp_path, capsys, file, how):
-    recipe = tiny(epochs=2, save=Save(every_steps=1, keep=9))
+    recipe = tiny(epochs=2, checkpoint=Checkpoints(every_steps=1, keep=9))
     run(recipe, tmp_path / "run", index)
     # Copies: what safetensors reads is a view of the very file that is damaged next.
     whole = {name: each.clone() for name, each in weights(tmp_path / "run").items()}
@@ -168,7 +168,7 @@ def test_nothing_but_damage_is_said_so(index, tmp_path):
 
 def test_what_comes_after_is_left_when_a_run_goes_on_from_before(index, tmp_path):
     """A run of 9 steps goes on from its third: what came after is kept under other names, and never gone on from."""
-    recipe = tiny(epochs=3, save=Save(every_steps=1, keep=9))
+    recipe = tiny(epochs=3, checkpoint=Checkpoints(every_steps=1, keep=9))
     run(recipe, tmp_path / "run", index, index)
     home = tmp_path / "run" / "checkpoints"
     best = checkpoint.find(tmp_path / "run").name
@@ -184,7 +184,7 @@ def test_what_comes_after_is_left_when_a_run_goes_on_from_before(index, tmp_path
 
 def test_damage_does_not_bring_back_what_was_left(index, tmp_path):
     """`last` is damaged and passed over; should the run then be killed before it saves again, that still holds."""
-    recipe = tiny(epochs=3, save=Save(every_steps=1, keep=9))
+    recipe = tiny(epochs=3, checkpoint=Checkpoints(every_steps=1, keep=9))
     run(recipe, tmp_path / "run", index)
     home = tmp_path / "run" / "checkpoints"
     (tmp_path / "run" / "last").unlink()
@@ -199,7 +199,7 @@ def test_damage_does_not_bring_back_what_was_left(index, tmp_path):
 # ---- kills
 
 KILLED = '''
-"""Save twice and once more; a child for each n dies by SIGKILL at the n-th write of the later saves."""
+"""Checkpoints twice and once more; a child for each n dies by SIGKILL at the n-th write of the later saves."""
 import os, signal, sys
 from pathlib import Path
 import torch

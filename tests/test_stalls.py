@@ -9,7 +9,7 @@ import torch
 from test_train import part_of, run, tiny
 
 from fasttrain import train as training
-from fasttrain.config import Machine, Save
+from fasttrain.config import Checkpoints, Machine
 from fasttrain.pipelines import train as pipeline
 
 
@@ -105,7 +105,11 @@ def test_the_loop_asks_the_device_for_nothing_between_log_points(index, tmp_path
     for steps in (1, 3):  # log points an epoch: three, one
         reads.clear()
         machine = Machine(device="cpu", compile="off", log_steps=steps, workers=2)
-        run(replace(tiny(epochs=2, machine=machine), save=Save(every_epochs=2)), tmp_path / str(steps), index)
+        run(
+            replace(tiny(epochs=2, machine=machine), checkpoint=Checkpoints(every_epochs=2)),
+            tmp_path / str(steps),
+            index,
+        )
         counts.append(len(reads))
     # A log point reads the meter's sums and the guard's streak; what a save and the end read is in both.
     assert counts[0] - counts[1] == 4 * 2

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import checkpoint, dataset, recipes, rundir
 from fasttrain import train as training
-from fasttrain.config import Augment, Ema, Init, Machine, Mix, Optim, Save
+from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix, Optim
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
 from fasttrain.losses.arcface import ArcFace
@@ -197,7 +197,7 @@ def test_resuming_refuses_another_run_and_names_every_difference(index, tmp_path
     renamed = replace(index, classes=("yak", *index.classes[1:]))
     with pytest.raises(UserError, match=r"the classes are others .*yak"):
         run(tiny(epochs=1), tmp_path / "run", renamed)
-    run(tiny(epochs=1, micro_batch=10, save=Save(keep=1)), tmp_path / "run", index)
+    run(tiny(epochs=1, micro_batch=10, checkpoint=Checkpoints(keep=1)), tmp_path / "run", index)
 
 
 def test_starting_over_moves_the_old_run_aside(index, tmp_path):

@@ -38,7 +38,10 @@ main(sys.argv[1:])
 
 @pytest.mark.parametrize(
     "how, says",
-    [("slow", "rank 1 is still waiting for images at step 4"), ("frozen", "rank 1 gives no sign of life")],
+    [
+        ("slow", "rank 1 is still waiting for images at step 4"),
+        pytest.param("frozen", "rank 1 gives no sign of life", marks=pytest.mark.slow),
+    ],
 )
 def test_the_rank_that_hangs_is_named(demo_set, tmp_path, how, says):
     """One sleeps while it waits for images, as on a disk that does not answer; one is stopped as a whole."""

@@ -5,6 +5,7 @@ meters. What either loop does at its log points is left out.
 """
 
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +122,8 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
     made: dict[str, Callable[[], Step | Timm]] = {OWN: partial(ours, recipe)}
     if compiled:
         made[EAGER] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="off")))
+    if device.type == "cuda" and importlib.util.find_spec("apex"):
+        made["fasttrain, apex's SGD"] = partial(ours, replace(recipe, optim=replace(recipe.optim, impl="apex")))
     made |= {TIMM: timms, f"{TIMM}, no .item()": partial(timms, item=False)}
     best = TIMM
     if compiled:
