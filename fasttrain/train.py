@@ -263,7 +263,8 @@ def course(
             stopping = signals.agreed(ranks)
             if stopping or done == plan.steps or saves_at(recipe.checkpoint, done, plan.steps_per_epoch):
                 watch.at(step, SAVING)
-                best_before, best = best, scores.top1 if scores and improved else best
+                if scores and improved:
+                    best_before, best = best, scores.top1
                 meters = ranks.gather(meter.state())
                 if ranks.first:
                     meta = {
@@ -276,7 +277,7 @@ def course(
                         "best": best,
                         "scores": scores._asdict() if scores else None,
                         "meters": meters,
-                        "logged": logged,
+                        "logged": {name: list(each) for name, each in logged.items()},  # a thread writes it later
                     }
                     archived = epoch_ends and is_multiple(epoch + 1, recipe.checkpoint.archive_epochs)
                     saver.save(done, state, epoch, improved=improved, archived=archived, meta=meta)

@@ -211,6 +211,27 @@ def test_the_loop_does_not_wait_for_the_disk(index, tmp_path, monkeypatch):
     assert all(each["held_s"] >= 0 and each["write_s"] > 0 for each in kept) and len(kept) == 2
 
 
+def test_what_is_saved_is_of_its_step(index, tmp_path, monkeypatch):
+    """The values of the epoch so far, which go on changing while a thread writes them."""
+    recipe = tiny(epochs=2, checkpoint=Checkpoints(every_steps=2, keep=9))
+    recipe = replace(recipe, machine=replace(recipe.machine, log_steps=1))
+    steps: list[int] = []
+    honest, advance = checkpoint.save_file, Log.advance
+
+    def slow(tensors, path):
+        until = time.monotonic() + 2
+        while len(steps) < 6 and time.monotonic() < until:
+            time.sleep(0.01)
+        honest(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(Log, "advance", lambda log: (steps.append(1), advance(log)))
+    run(recipe, tmp_path / "run", index)
+    logged = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000002").meta["logged"]
+    told = [each["terms"]["cross_entropy"] for each in events(tmp_path / "run") if each["event"] == "train"]
+    assert logged == {"cross_entropy": told[:2]}
+
+
 def test_ctrl_c_while_a_checkpoint_is_being_written(index, tmp_path, monkeypatch):
     """It is written to its end, and logged, before the run ends."""
     honest, began = checkpoint.save_file, threading.Event()
