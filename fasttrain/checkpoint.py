@@ -208,9 +208,9 @@ def pointed(link: Path) -> Path:
     try:
         if link.is_file() and not link.is_symlink():
             return Path(os.path.realpath(link.parent / read_text(link, 4096).strip()))
-    except (OSError, ValueError):
-        pass
-    return Path(os.path.realpath(link))
+        return Path(os.path.realpath(link))
+    except (OSError, ValueError):  # no such name can be
+        return link
 
 
 def _prune(out: Path, home: Path, keep: int) -> None:

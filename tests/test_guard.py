@@ -71,7 +71,7 @@ EVERY = Checkpoints(every_steps=1, keep=99)
 def test_a_step_that_is_not_finite_changes_nothing(index, tmp_path, monkeypatch, how, step, micro_batch):
     """Weights, momentum, BatchNorm's statistics and their count; in the first step too, where torch's own fused SGD
     would leave the momentum to whatever is in memory. Of two micro-batches the second is bad."""
-    recipe = tiny(epochs=1, save=EVERY, micro_batch=micro_batch, optim=Optim(warmup_epochs=0))
+    recipe = tiny(epochs=1, checkpoint=EVERY, micro_batch=micro_batch, optim=Optim(warmup_epochs=0))
     run(recipe, tmp_path / "good", index)
     with monkeypatch.context() as patch:
         if how == "gradient":
@@ -103,7 +103,7 @@ def test_a_step_that_is_not_finite_changes_nothing(index, tmp_path, monkeypatch,
 
 def test_averaged_weights_and_metrics_of_bad_steps(index, tmp_path, monkeypatch):
     """A window without a good step has no loss; the average takes in weights, never what is not finite."""
-    recipe = tiny(epochs=1, save=EVERY, ema=Ema(0.9))
+    recipe = tiny(epochs=1, checkpoint=EVERY, ema=Ema(0.9))
     poison(monkeypatch, {0, 1})
     run(recipe, tmp_path / "run", index)
     trained = [each for each in events(tmp_path / "run") if each["event"] == "train"]

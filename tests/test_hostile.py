@@ -704,7 +704,9 @@ def test_momentum_of_other_shapes_is_refused(whole, network, shape):
     )
 
 
-@pytest.mark.parametrize("state", [{}, {"scale": "x"}, {"scale": EVIL, "growth_factor": [], "backoff_factor": None}])
+@pytest.mark.parametrize(
+    "state", [{"scale": 1.0}, {"scale": "x"}, {"scale": EVIL, "growth_factor": [], "backoff_factor": None}]
+)
 def test_a_scalers_state_of_other_kinds_is_refused(whole, network, state):
     forge(whole, scaler=state)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
