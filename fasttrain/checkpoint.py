@@ -10,8 +10,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,7 @@ def save(
     archived: never remove this one. meta: what else meta.json shall hold, as JSON values. A process that is killed
     at any moment leaves `last` where it was or at the new one. Raises RunError where the disk does not take it.
     """
-    home = out / "checkpoints"
-    aside = home / f".step-{step:08}.{os.getpid()}.partial"
-    try:
-        final = _free_name(out, step)
-        aside.mkdir(parents=True)
+    with _writing(out, step) as (aside, final):
         snapshot.wait()
         for name, tensors in snapshot.files.items():
             save_file(tensors, aside / name)
@@ -124,12 +120,8 @@ def save(
         point(out / "last", final)
         if improved:
             point(out / "best", final)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write a checkpoint to {shown(home)}: {error}; the one before is whole") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):
-        _prune(out, home, keep)
+        _prune(out, keep)
     return final
 
 
@@ -137,10 +129,7 @@ def branch(out: Path, path: Path, changes: Callable[[dict[str, Any]], dict[str, 
     """Another checkpoint of the same tensors, which takes the place of `last`; changes: what its meta.json has of its
     own, given the other's. RunError where the disk does not take it."""
     meta = read_meta(path)
-    home, final = out / "checkpoints", _free_name(out, meta["step"])
-    aside = home / f".{final.name}.{os.getpid()}.partial"
-    try:
-        aside.mkdir()
+    with _writing(out, meta["step"]) as (aside, final):
         for name in (_MODEL, _TRAIN):
             try:
                 os.link(path / name, aside / name)
@@ -148,11 +137,23 @@ def branch(out: Path, path: Path, changes: Callable[[dict[str, Any]], dict[str, 
                 shutil.copyfile(path / name, aside / name)
         _put_in_place(aside, final, meta | changes(meta) | {"archived": False})
         point(out / "last", final)
-    except OSError as error:
+    return final
+
+
+@contextmanager
+def _writing(out: Path, step: int) -> Iterator[tuple[Path, Path]]:
+    """A folder to write a checkpoint of a step into, and the one that it is to become; what is left of the first is
+    removed at the end of the block. Raises RunError in place of what the disk, or safetensors, says."""
+    home = out / "checkpoints"
+    aside = home / f".step-{step:08}.{os.getpid()}.partial"
+    try:
+        final = _free_name(out, step)
+        aside.mkdir(parents=True)
+        yield aside, final
+    except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write a checkpoint to {shown(home)}: {error}; the one before is whole") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return final
 
 
 def _free_name(out: Path, step: int) -> Path:
@@ -213,7 +214,8 @@ def pointed(link: Path) -> Path:
         return link
 
 
-def _prune(out: Path, home: Path, keep: int) -> None:
+def _prune(out: Path, keep: int) -> None:
+    home = out / "checkpoints"
     kept = {pointed(out / link) for link in ("best", "last")}
     steps = sorted(home.glob("step-*"))
     # One that was not taken while steps were failing is what a run goes back to.

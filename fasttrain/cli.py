@@ -717,100 +717,94 @@ def bench_pipeline(
         _tell(rows, here.device, json_path, plot, images=len(index), precision=precision, **asked)
 
 
+def _of_networks(command: _Command) -> _Command:
+    """The options of a benchmark that trains networks; see `_chosen_networks`."""
+    options = (
+        click.option("--arch", "archs", multiple=True, metavar="A",
+                     help="Network; repeatable. Default: the report's three."),
+        click.option("--loss", type=click.Choice(COMBINATIONS), default="ce", show_default=True),
+        click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's."),
+        click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's."),
+        click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto",
+                     show_default=True),
+        click.option("--compile/--no-compile", "compiled", default=None,
+                     help="torch.compile. Default: on for CUDA."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _chosen_networks(device: "torch.device", workers: int = 0, **options: Any) -> "list[Recipe]":
+    """What the options of `_of_networks` ask for, a settled recipe a network."""
+    from fasttrain.benchmarks.step import recipe_of
+    from fasttrain.models import ARCHS
+
+    archs, compiled = options.pop("archs") or ARCHS, _COMPILE[options.pop("compiled")]
+    return [recipe_of(arch, device, compiled=compiled, workers=workers, **options) for arch in archs]
+
+
 @bench.command("step")
-@click.option("--arch", "archs", multiple=True, metavar="A", help="Network; repeatable. Default: the report's three.")
-@click.option("--loss", type=click.Choice(COMBINATIONS), default="ce", show_default=True)
-@click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's.")
-@click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's.")
+@_of_networks
 @click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
-@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
 @click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
 @_measured(rounds=5)
 def bench_step(
-    archs: tuple[str, ...],
-    loss: str,
-    batch_size: int | None,
-    image_size: int | None,
     classes: int,
-    precision: str,
-    compiled: bool | None,
-    settings: tuple[str, ...],
     steps: int,
     host: bool,
     device: str,
     rounds: int,
     json_path: Path | None,
     plot: Path | None,
+    **options: Any,
 ) -> None:
     """The training step on a batch that is on the device, beside timm's loop, eager and compiled."""
     from fasttrain.benchmarks import step
     from fasttrain.distributed import ranks
-    from fasttrain.models import ARCHS
 
     with ranks(device) as here:
         if host:
             _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
             return
-        chosen = [
-            step.recipe_of(arch, here.device, loss=loss, batch_size=batch_size, image_size=image_size,
-                           precision=precision, compiled=_COMPILE[compiled], settings=settings)
-            for arch in archs or ARCHS
-        ]  # fmt: skip
+        chosen = _chosen_networks(here.device, **options)
         rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps)
-        _tell(rows, here.device, json_path, plot, loss=loss, classes=classes, steps=steps, rounds=rounds)
+        asked = {"loss": options["loss"], "classes": classes, "steps": steps, "rounds": rounds}
+        _tell(rows, here.device, json_path, plot, **asked)
 
 
 @bench.command("train")
 @click.option("--data", required=True, type=_folder, metavar="DIR", help="Images in class folders.")
-@click.option("--arch", "archs", multiple=True, metavar="A", help="Network; repeatable. Default: the report's three.")
-@click.option("--loss", type=click.Choice(COMBINATIONS), default="ce", show_default=True)
-@click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's.")
-@click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's.")
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
-@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
+@_of_networks
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
 @click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps a turn.")
 @click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
 @_measured(rounds=3)
 def bench_train(
     data: str,
-    archs: tuple[str, ...],
-    loss: str,
-    batch_size: int | None,
-    image_size: int | None,
-    precision: str,
-    compiled: bool | None,
     workers: int,
-    settings: tuple[str, ...],
     steps: int,
     warm_up: int,
     device: str,
     rounds: int,
     json_path: Path | None,
     plot: Path | None,
+    **options: Any,
 ) -> None:
     """Real runs beside their step alone, their pipeline alone, and timm's loader and loop."""
     from fasttrain import dataset
-    from fasttrain.benchmarks import step
     from fasttrain.benchmarks.train import end_to_end
     from fasttrain.config import Data
     from fasttrain.distributed import ranks
-    from fasttrain.models import ARCHS
 
     with ranks(device) as here:
         index, _ = dataset.open_data(Data(train=(data,)))
         threads = here.threads(workers)
-        chosen = [
-            step.recipe_of(arch, here.device, loss=loss, batch_size=batch_size, image_size=image_size,
-                           precision=precision, compiled=_COMPILE[compiled], workers=threads, settings=settings)
-            for arch in archs or ARCHS
-        ]  # fmt: skip
+        chosen = _chosen_networks(here.device, workers=threads, **options)
         rows = end_to_end(chosen, index, here, rounds=rounds, steps=steps, warm_up=warm_up)
-        asked = {"loss": loss, "workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds}
+        asked = {"workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds, "loss": options["loss"]}
         _tell(rows, here.device, json_path, plot, images=len(index), **asked)
 
 

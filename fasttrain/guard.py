@@ -41,9 +41,9 @@ class Guard:
         self.one = torch.ones((), device=device)
         self.streak = torch.zeros((), device=device)  # failed steps in a row, up to now
         self.longest = torch.zeros((), device=device)  # and at most, since the last reading
-        self.history = torch.zeros(kept, len(names) + 1, device=device)  # of the last steps; the last column is
-        self.named: list[str] = []
-        self.norms: tuple[Tensor, ...] = ()  # the gradient's norm, and this is each parameter's in the last step
+        self.history = torch.zeros(kept, len(names) + 1, device=device)  # the last column is the gradient's norm
+        self.named: list[str] = []  # parameters that had a gradient in the last step, and its norms
+        self.norms: tuple[Tensor, ...] = ()
         self.buffers: list[tuple[list[Tensor], Tensor]] = []  # of one dtype, and a copy of them that is whole
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in model.buffers():

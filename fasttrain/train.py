@@ -245,7 +245,6 @@ def course(
                         log.event("collapsed", epoch=epoch, step=done, loss=each.name, values=logged[each.name])
                         log.say(f"epoch {epoch}: {each.name} has collapsed: {COLLAPSED}")
                     logged[each.name].clear()
-                saver.look()
                 if evaluation is not None:
                     assert val_index is not None
                     crops = partial(watch.each, step, EVALUATING, evaluation)

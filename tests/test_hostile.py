@@ -727,7 +727,7 @@ def test_pruning_removes_nothing_through_links(whole, tmp_path):
     for name in ("step-00000000", ".step-00000000.1.partial"):
         (home / name).symlink_to(tmp_path / "outside")
     (home.parent / "best").symlink_to("best")
-    checkpoint._prune(home.parent, home, 1)  # the fixture looks at what is outside
+    checkpoint._prune(home.parent, 1)  # the fixture looks at what is outside
 
 
 def test_a_recipe_is_not_written_through_a_link(tmp_path):
