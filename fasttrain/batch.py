@@ -9,13 +9,18 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One rank's micro-batch of B images, after the mix.
+    """One rank's micro-batch as the network sees it: B rows, after the mix.
 
-    labels: int64 [B], each image's own class; labels_mixed: int64 [B], the class of the image that was mixed in.
-    lam: float32 [B], the share of `labels` in the image (1 where nothing was mixed in).
+    labels: int64 [B], each row's own class; labels_mixed: int64 [B], the class of what was mixed in.
+    lam: float32 [B], the share of `labels` in the row (1 where nothing was mixed in).
     mixed: whether this step mixes at all. It is known on the host before the step, so a loss can leave itself out
     without asking the device.
-    teacher_logits: [B, K], what the teacher says of the same images, where a loss asks for a teacher.
+    teacher_logits: [B, K], what the teacher says of the same rows, where a loss asks for a teacher.
+    views: the rows are so many augmented views of B / views images: first view 0 of each, then view 1 of each …
+    averaged_probs: float32 [B, K], what the averaged network says of another view of each row's image, mixed as the
+    rows are, where a loss asks for it.
+    epoch: epochs done before this step, with fractions. progress: the share of the run's steps done before it, in
+    [0, 1). Both are numbers of the host.
     """
 
     labels: Tensor
@@ -23,15 +28,21 @@ class Batch(NamedTuple):
     lam: Tensor
     mixed: bool
     teacher_logits: Tensor | None = None
+    views: int = 1
+    averaged_probs: Tensor | None = None
+    epoch: float = 0.0
+    progress: float = 0.0
 
 
 class Output(NamedTuple):
-    """What a network gives, in the autocast dtype: logits [B, K] and pooled, pre-classifier features [B, D]; and from
-    a cosine head, in float32 and only in training, cosine [B, K], of the angle to each class's weight."""
+    """What a network gives, in the autocast dtype: logits [B, K] and pooled, pre-classifier features [B, D]; and in
+    training only, in float32, from a cosine head cosine [B, K], of the angle to each class's weight, and from a
+    projection head embedding [B, E], of length 1."""
 
     logits: Tensor
     features: Tensor
     cosine: Tensor | None = None
+    embedding: Tensor | None = None
 
 
 class Term(NamedTuple):
@@ -46,13 +57,19 @@ class Loss(Protocol):
     """A frozen dataclass: its fields are its settings, and calling it gives its Term, or None for a batch for which
     it has none.
 
-    name: in recipes and logs. fine_tunes: it does not converge from random weights. cosine_head: it reads
-    `Output.cosine`. groups: it needs several images of each class in a batch. stats: names of the Term's.
+    name: in recipes and logs. classifies: it trains the classifier. fine_tunes: it does not converge from random
+    weights. cosine_head: it reads `Output.cosine`; projection_head: `Output.embedding`. views: how many of each image
+    it needs; averaged: it reads `Batch.averaged_probs`. groups: it needs several images of each class in a batch.
+    stats: names of the Term's.
     """
 
     name: ClassVar[str]
+    classifies: ClassVar[bool] = True
     fine_tunes: ClassVar[bool] = False
     cosine_head: ClassVar[bool] = False
+    projection_head: ClassVar[bool] = False
+    views: ClassVar[int] = 1
+    averaged: ClassVar[bool] = False
     groups: ClassVar[bool] = False
     stats: ClassVar[tuple[str, ...]] = ()
 

@@ -253,8 +253,8 @@ class Recipe:
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         names = [loss.name for loss in self.losses]
-        trains_classifier = not all(loss.fine_tunes for loss in self.losses)
-        _require(trains_classifier, "losses", "cross_entropy or distillation, alone or beside others", names)
+        classifies = any(loss.classifies for loss in self.losses)
+        _require(classifies, "losses", "cross_entropy or another that trains the classifier, alone or not", names)
         for loss in self.losses:
             _require(loss.weight >= 0, f"losses.{loss.name}.weight", "0 or more", loss.weight)
             if loss.groups:

@@ -184,7 +184,7 @@ def test_wrong_settings_are_refused_in_one_line(setting, says):
         ("arch = 'x'\nlosses = 3", "losses must be tables"),
         ("arch = 'x'\noptim = 3", "optim must be a table"),
         ("arch = ", "not valid TOML"),
-        ("arch = 'x'\n[losses.triplet]", "losses must be cross_entropy or distillation, alone or beside others"),
+        ("arch = 'x'\n[losses.triplet]", "losses must be cross_entropy or another that trains the classifier"),
         (
             "arch = 'x'\n[losses.cross_entropy]\n[losses.triplet]",
             "images_per_class must be 2 or more with the loss trip",

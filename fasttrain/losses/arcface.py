@@ -27,6 +27,7 @@ class ArcFace(Loss):
     weight: float = 1.0
 
     name: ClassVar[str] = "arcface"
+    classifies: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = True
     cosine_head: ClassVar[bool] = True
 

@@ -27,6 +27,7 @@ class Triplet(Loss):
     weight: float = 1.0
 
     name: ClassVar[str] = "triplet"
+    classifies: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = True
     groups: ClassVar[bool] = True
     stats: ClassVar[tuple[str, ...]] = ("active", "d_ap", "d_an")
