@@ -13,13 +13,13 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from fasttrain.dataset import Index
-from fasttrain.pipelines import autoaugment
+from fasttrain.pipelines import operations
 from fasttrain.pipelines.faults import Skip, decode_error, substitutes
 from fasttrain.pipelines.plan import Plan
 
 PREFETCH = 2  # batches ahead of the one that trains
 
-_ARGUMENTS = len(autoaugment.DTYPES)
+_ARGUMENTS = len(operations.DTYPES)
 
 
 class Images(NamedTuple):
@@ -60,7 +60,7 @@ class Source:
         if self.plan.augment.autoaugment != "none":
             for slot in range(2):
                 op, strength = draws.op[:, slot].copy(), draws.strength[:, slot].copy()
-                batch += autoaugment.arguments(op, strength, self.plan.image_size)
+                batch += operations.arguments(op, strength, self.plan.image_size)
         return tuple(batch)
 
     def numbers(self, batch: int) -> NDArray[np.int64]:
@@ -86,8 +86,8 @@ def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
         batch=True,
         batch_info=True,
         dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT, types.FLOAT]
-        + slots * list(autoaugment.DTYPES),
-        ndim=[1, 0, 1, 1, 1, 1] + slots * list(autoaugment.NDIMS),
+        + slots * list(operations.DTYPES),
+        ndim=[1, 0, 1, 1, 1, 1] + slots * list(operations.NDIMS),
     )
     encoded = fn.io.file.read(paths)
     images = fn.decoders.image_slice(
@@ -117,10 +117,10 @@ def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
 
 
 def _augment(images: Any, args: Any, size: int, on_gpu: bool) -> Any:
-    arguments = autoaugment.Arguments(*args)
+    arguments = operations.Arguments(*args)
     if on_gpu:
         arguments = arguments._replace(kernel=arguments.kernel.gpu())
-    return autoaugment.apply(images, arguments, size)
+    return operations.apply(images, arguments, size)
 
 
 def build(source: Source, device: torch.device, threads: int) -> Pipeline:

@@ -174,7 +174,7 @@ def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy):
     on_gpu = {name for name, device in gpu if device == "gpu"}
     touch_pixels = {"ImageSlice", "Resize"}
     if policy != "none":
-        touch_pixels |= {"Equalize", "WarpAffine", "Saturation", "Filter", "Mean", "Min", "Max", "Cast", "Merge"}
+        touch_pixels |= {"Equalize", "WarpAffine", "ColorTwist", "Filter", "Mean", "Min", "Max", "Cast", "Merge"}
     assert touch_pixels <= on_gpu and not touch_pixels & {name for name, device in gpu if device == "cpu"}
 
 
