@@ -3,6 +3,7 @@
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 
-LOSSES = {each.name: each for each in (CrossEntropy, Triplet, ArcFace, Distillation)}
+LOSSES = {each.name: each for each in (CrossEntropy, Triplet, ArcFace, Distillation, SymmetricCrossEntropy)}
