@@ -3,7 +3,10 @@
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
+from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 
-LOSSES = {each.name: each for each in (CrossEntropy, Triplet, ArcFace, Distillation, SymmetricCrossEntropy)}
+LOSSES = {
+    each.name: each for each in (CrossEntropy, Triplet, ArcFace, Distillation, SymmetricCrossEntropy, MeanTeacher)
+}
