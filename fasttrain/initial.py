@@ -13,7 +13,7 @@ from fasttrain import checkpoint
 from fasttrain.config import Init
 from fasttrain.dataset import shown
 from fasttrain.errors import UserError
-from fasttrain.models import Classifier
+from fasttrain.models import TRAINING_HEADS, Classifier
 
 FILES = (".pth", ".pt", ".bin", ".safetensors")
 
@@ -27,8 +27,9 @@ class _Weights(NamedTuple):
 def initialise(model: Classifier, init: Init, arch: str, classes: Sequence[str]) -> str:
     """Start a network from a checkpoint's weights, or a file's; gives a line that says which, and which stay random.
 
-    Only heads may stay random: a cosine head that is not there, and the classifier where the classes are others (in a
-    file, which has no names of classes: where their number is another). Heads that the network lacks are left behind.
+    Only heads may stay random: a cosine or projection head that is not there, and the classifier and the cosine head
+    where the classes are others (in a file, which has no names of classes: where their number is another). Heads that
+    the network lacks are left behind.
     UserError, naming the first tensor, where anything else does not fit.
     """
     path = Path(init.weights)
@@ -40,10 +41,10 @@ def initialise(model: Classifier, init: Init, arch: str, classes: Sequence[str])
     fits = {}
     for name in sorted({*own, *found.tensors}):
         shapes = [str(list(each[name].shape)) if name in each else "not there" for each in (found.tensors, own)]
-        head = name.startswith("cosine.") or name.startswith(model.classifier_prefix)
-        if shapes[0] == shapes[1] and (found.same_classes or not head):
+        of_classes = name.startswith(("cosine.", model.classifier_prefix))
+        if shapes[0] == shapes[1] and (found.same_classes or not of_classes):
             fits[name] = found.tensors[name]
-        elif not (name.startswith("cosine.") or (head and not found.same_classes)):
+        elif not (name.startswith(TRAINING_HEADS) or (of_classes and not found.same_classes)):
             raise UserError(f"--init {shown(path)}: {shown(name)} is {shapes[0]} in it and {shapes[1]} in this network")
     model.load_state_dict(fits, strict=False)
     return (
@@ -67,7 +68,7 @@ def _from_checkpoint(path: Path, arch: str, classes: Sequence[str], averaged: bo
 def _from_file(path: Path, model: Classifier, averaged: bool) -> _Weights:
     """A timm network's own names, with the classifier where it has as many classes."""
     found = _read(path, averaged)
-    if all(name.startswith(("backbone.", "cosine.")) for name in found):
+    if all(name.startswith(("backbone.", *TRAINING_HEADS)) for name in found):
         raise UserError(f"--init {shown(path)} is a part of a checkpoint; name its folder, {shown(path.parent)}")
     tensors = {f"backbone.{name}": each for name, each in found.items()}
     own, head = model.state_dict(), model.classifier_prefix

@@ -15,8 +15,10 @@ from fasttrain.ema import Ema as Average
 from fasttrain.errors import UserError
 from fasttrain.initial import initialise
 from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 
@@ -68,6 +70,55 @@ def test_other_classes_start_with_another_classifier(first, index):  # noqa: F81
         assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
         for name, each in model.state_dict().items():
             assert torch.equal(each, fresh[name] if "fc" in name else weights(first)[name]), name
+
+
+# ---- a projection head
+
+CONTRASTIVE = (SymmetricCrossEntropy(), Contrastive())
+
+
+@pytest.fixture(scope="module")
+def projected(index, tmp_path_factory):  # noqa: F811
+    """A run of a network with a projection head, with averaged weights. All steps mix, so nothing reads the head."""
+    out = tmp_path_factory.mktemp("projected") / "run"
+    run(tiny(losses=CONTRASTIVE, epochs=1, mix=Mix(cutmix=1), ema=Ema(0.8), optim=Optim(lr=0.5)), out, index)
+    return out
+
+
+def test_a_projection_head_is_saved_averaged_and_loaded(projected):
+    stored = weights(projected)
+    for averaged, prefix in ((None, "ema."), (True, "ema."), (False, "")):
+        model, recipe, _ = checkpoint.network(projected / "last", averaged)
+        assert recipe.losses == CONTRASTIVE
+        heads = {name: each for name, each in model.named_parameters() if name.startswith("projection.")}
+        assert len(heads) == 4 and all(torch.equal(each, stored[prefix + name]) for name, each in heads.items())
+        assert model(torch.zeros(1, 3, 32, 32)).embedding is None
+    # Decay and momentum go on in steps whose loss does not read it.
+    assert stored["momentum.projection.out.weight"].any()
+
+
+def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, index):  # noqa: F811
+    def start(recipe, init, classes=index.classes):
+        torch.manual_seed(5)
+        model = Classifier.of(recipe, len(classes))
+        fresh = {name: each.clone() for name, each in model.state_dict().items()}
+        return model.state_dict(), fresh, initialise(model, Init(str(init), averaged=False), "test_resnet", classes)
+
+    names = ["projection.hidden.bias", "projection.hidden.weight", "projection.out.bias", "projection.out.weight"]
+    with_head, without = tiny(losses=CONTRASTIVE), tiny()
+    own, fresh, said = start(with_head, first)
+    assert said.endswith(f"starting random: {', '.join(names)}")
+    assert all(torch.equal(own[name], fresh[name]) for name in names)
+    own, _, said = start(with_head, projected)
+    assert said.endswith("starting random: none")
+    assert all(torch.equal(each, weights(projected)[name]) for name, each in own.items())
+    own, _, said = start(without, projected)
+    assert said.endswith("starting random: none") and not own.keys() & set(names)
+    assert all(torch.equal(each, weights(projected)[name]) for name, each in own.items())
+    # It knows nothing of classes: where they are others, it is taken all the same.
+    own, fresh, said = start(with_head, projected, ["a", "b", "c"])
+    assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
+    assert all(torch.equal(own[name], weights(projected)[name]) for name in names)
 
 
 def test_what_does_not_fit_is_refused_by_name(first, index, tmp_path):  # noqa: F811

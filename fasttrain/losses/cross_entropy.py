@@ -30,13 +30,19 @@ class CrossEntropy(Loss):
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
 
     def __call__(self, output: Output, batch: Batch) -> Term:
-        logits = output.logits
-        log_probs = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return Term(self.weight * over_both_labels(partial(self._against, log_probs), batch).mean())
+        known = log_probs(output.logits)
+        return Term(self.weight * over_both_labels(partial(smoothed, known, self.smoothing), batch).mean())
 
-    def _against(self, log_probs: Tensor, labels: Tensor) -> Tensor:
-        own = -log_probs.gather(1, labels[:, None])[:, 0]
-        if not self.smoothing:
-            return own
-        others = -log_probs.sum(1) - own
-        return (1 - self.smoothing) * own + self.smoothing / (log_probs.shape[1] - 1) * others
+
+def log_probs(logits: Tensor) -> Tensor:
+    """The logarithms [B, K] of the probabilities, in float32, or float64 where logits [B, K] are."""
+    return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def smoothed(log_probs: Tensor, smoothing: float, labels: Tensor) -> Tensor:
+    """Cross entropy [B] of `log_probs` [B, K] against labels int64 [B], smoothed as `CrossEntropy` says."""
+    own = -log_probs.gather(1, labels[:, None])[:, 0]
+    if not smoothing:
+        return own
+    others = -log_probs.sum(1) - own
+    return (1 - smoothing) * own + smoothing / (log_probs.shape[1] - 1) * others

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -37,12 +38,21 @@ class Classifier(nn.Module):
     the features are the pooled ones that enter the classifier (after its dropout, where the network has one).
 
     cosine_head: also gives, in training mode, `Output.cosine` [B, K] from a second head without a bias.
+    projection_head: also gives, in training mode, `Output.embedding` [B, E]; its weights have a gradient, of zeros, in
+    a step where no loss reads that.
     zero_gamma=False: norms that timm starts at 0 start at 1. aligned: a TResNet's widths are filled up to multiples
     of 8 (see `models.aligned`), which changes nothing else. Raises UserError for a network that timm cannot make.
     """
 
     def __init__(
-        self, arch: str, classes: int, *, cosine_head: bool = False, zero_gamma: bool = True, aligned: bool = False
+        self,
+        arch: str,
+        classes: int,
+        *,
+        cosine_head: bool = False,
+        projection_head: bool = False,
+        zero_gamma: bool = True,
+        aligned: bool = False,
     ) -> None:
         super().__init__()
         if not timm.is_model(arch):
@@ -61,14 +71,21 @@ class Classifier(nn.Module):
         if aligned and isinstance(self.backbone, TResNet):
             align(self.backbone)
         layout.keep(self.backbone)
+        # Heads come last, so that the other weights of a seed are the same with and without them.
         self.cosine = CosineHead(classifier.in_features, classes) if cosine_head else None
+        self.projection = ProjectionHead(classifier.in_features) if projection_head else None
 
     @classmethod
     def of(cls, recipe: Recipe, classes: int) -> "Classifier":
         """The network that a recipe trains, with random weights."""
-        cosine_head = any(loss.cosine_head for loss in recipe.losses)
-        aligned = recipe.machine.align
-        return cls(recipe.arch, classes, cosine_head=cosine_head, zero_gamma=recipe.zero_gamma, aligned=aligned)
+        return cls(
+            recipe.arch,
+            classes,
+            cosine_head=any(loss.cosine_head for loss in recipe.losses),
+            projection_head=any(loss.projection_head for loss in recipe.losses),
+            zero_gamma=recipe.zero_gamma,
+            aligned=recipe.machine.align,
+        )
 
     @property
     def classifier_prefix(self) -> str:
@@ -79,7 +96,17 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Output:
         features = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
         logits = self.backbone.get_classifier()(features)
-        return Output(logits, features, self.cosine(features) if self.cosine and self.training else None)
+        if not self.training:
+            return Output(logits, features)
+        cosine = self.cosine(features) if self.cosine else None
+        embedding = None
+        if self.projection:
+            logits, embedding = _Tied.apply(logits, self.projection(features))
+        return Output(logits, features, cosine, embedding)
+
+
+# How the names of the tensors of heads begin that only training needs.
+TRAINING_HEADS = ("cosine.", "projection.")
 
 
 class CosineHead(nn.Module):
@@ -94,6 +121,37 @@ class CosineHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             directions = F.normalize(at_least_float32(features), eps=1e-6)
             return F.linear(directions, F.normalize(self.weight, eps=1e-6)).clamp(-1, 1)
+
+
+class ProjectionHead(nn.Module):
+    """Embeddings [B, dimensions] of length 1 (0 where the projection is), in float32 whatever autocast says, of
+    features [B, D]: two linear layers, D wide in between, with a ReLU (Chen et al. 2020, arXiv 2002.05709)."""
+
+    def __init__(self, features: int, dimensions: int = 128) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(features, features)
+        self.out = nn.Linear(features, dimensions)
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected = self.out(F.relu(self.hidden(features)))
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(at_least_float32(projected), eps=1e-6)
+
+
+class _Tied(torch.autograd.Function):
+    """Two tensors as they are; where one of them has no gradient, the other's comes with zeros for it.
+
+    A loss that reads the embedding is not there at every step. DDP waits for a gradient of each parameter, or expects
+    the same ones at every step, and SGD leaves out parameters without one, their momentum and decay too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return one.view_as(one), other.view_as(other)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
 
 
 def _start_norms_at_one(network: nn.Module) -> None:
