@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -154,8 +154,7 @@ def run(
         if value is not None:
             by = "--init" if init and key == "init.weights" else "--" + key.split(".")[-1].replace("_", "-")
             recipe = recipes.override(recipe, f"{key}={value}", by=by)
-    for setting in settings:
-        recipe = recipes.override(recipe, setting)
+    recipe = recipes.override(recipe, *settings)
     folder = Path(out or Path("runs", recipe.name))
 
     with ranks(recipe.machine.device, recipe.machine.hang_timeout) as here:
@@ -589,8 +588,7 @@ def show(
         recipe = replace(recipe, data=replace(recipe.data, train=(os.path.abspath(data),), val=""))
     elif not recipe.data.train:
         recipe = _demo(recipe)
-    for setting in settings:
-        recipe = recipes.override(recipe, setting)
+    recipe = recipes.override(recipe, *settings)
     _require_png(out, "--out")
     index, _ = dataset.open_data(replace(recipe.data, val=""))
     plan = Plan.of(recipe, index)
@@ -655,7 +653,7 @@ def _tell(
 @bench.command("kernels")
 @_measured(rounds=15)
 def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path | None) -> None:
-    """Mix and triplet kernels beside eager, compiled and library versions of the same work."""
+    """Mix, triplet and averaging of weights beside eager, compiled and library versions of the same work."""
     from fasttrain.benchmarks.kernels import kernels
     from fasttrain.distributed import ranks
 
@@ -736,17 +734,28 @@ def _of_networks(command: _Command) -> _Command:
     return command
 
 
-def _chosen_networks(device: "torch.device", workers: int = 0, **options: Any) -> "list[Recipe]":
-    """What the options of `_of_networks` ask for, a settled recipe a network."""
+def _chosen_networks(
+    device: "torch.device",
+    *,
+    archs: Sequence[str],
+    loss: str,
+    compiled: bool | None,
+    named: Sequence[str] = (),
+    **options: Any,
+) -> "list[Recipe]":
+    """What the options of `_of_networks` ask for, a settled recipe a network, and the recipes that are `named`."""
+    from fasttrain import recipes
     from fasttrain.benchmarks.step import recipe_of
     from fasttrain.models import ARCHS
 
-    archs, compiled = options.pop("archs") or ARCHS, _COMPILE[options.pop("compiled")]
-    return [recipe_of(arch, device, compiled=compiled, workers=workers, **options) for arch in archs]
+    chosen = [replace(recipes.for_arch(arch, loss), name=arch) for arch in archs or (() if named else ARCHS)]
+    chosen += [recipes.by_name(name) for name in named]
+    return [recipe_of(each, device, compiled=_COMPILE[compiled], **options) for each in chosen]
 
 
 @bench.command("step")
 @_of_networks
+@click.option("--recipe", "named", multiple=True, metavar="R", help="Recipe, or its TOML file; repeatable.")
 @click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
 @click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")

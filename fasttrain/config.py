@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fasttrain.batch import Loss
 
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
+RANDAUGMENT_OPERATIONS = 8  # at most
 IMAGE_SIZES = (8, 4096)  # least and most pixels of a square image's side
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # Of pixels scaled to 0 … 1; every network is trained and evaluated on pixels normalised by these.
@@ -72,22 +73,40 @@ class Optim:
 @dataclass(frozen=True)
 class Augment:
     """Per image: a random resized crop (area as a share of the image, aspect ratio log-uniform), a horizontal flip
-    with probability `flip`, then one sub-policy of AutoAugment: `imagenet` has all 25 of the paper, `imagenet-24`
-    leaves out the last, as the DeepBlueAI report does."""
+    with probability `flip`, then a policy, then random erasing.
+
+    autoaugment: one sub-policy of AutoAugment; `imagenet` has all 25 of the paper, `imagenet-24` leaves out the last,
+    as the DeepBlueAI report does. randaugment: so many operations of RandAugment instead (0: none), each at
+    randaugment_magnitude (0 … 30). erase: probability with which a rectangle (area as a share of the crop, aspect
+    ratio log-uniform) gets ImageNet's mean colour.
+    """
 
     crop_area: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     autoaugment: str = "imagenet"
+    randaugment: int = 0
+    randaugment_magnitude: int = 9
+    erase: float = 0.0
+    erase_area: tuple[float, float] = (0.02, 0.33)
+    erase_ratio: tuple[float, float] = (0.3, 3.3)
 
     def __post_init__(self) -> None:
-        low, high = self.crop_area
-        _require(0 < low <= high <= 1, "crop_area", "two rising shares in (0, 1]", self.crop_area)
-        low, high = self.crop_ratio
-        _require(0 < low <= high, "crop_ratio", "two rising numbers above 0", self.crop_ratio)
-        _require(0 <= self.flip <= 1, "flip", "in [0, 1]", self.flip)
+        for part in ("crop", "erase"):
+            low, high = getattr(self, f"{part}_area")
+            _require(0 < low <= high <= 1, f"{part}_area", "two rising shares in (0, 1]", (low, high))
+            low, high = getattr(self, f"{part}_ratio")
+            _require(0 < low <= high, f"{part}_ratio", "two rising numbers above 0", (low, high))
+        for key in ("flip", "erase"):
+            _require(0 <= getattr(self, key) <= 1, key, "in [0, 1]", getattr(self, key))
         rule = f"one of {', '.join(AUTOAUGMENT_POLICIES)}"
         _require(self.autoaugment in AUTOAUGMENT_POLICIES, "autoaugment", rule, self.autoaugment)
+        most = RANDAUGMENT_OPERATIONS
+        _require(0 <= self.randaugment <= most, "randaugment", f"0 to {most} operations", self.randaugment)
+        in_bins = 0 <= self.randaugment_magnitude <= 30
+        _require(in_bins, "randaugment_magnitude", "0 to 30", self.randaugment_magnitude)
+        alone = self.autoaugment == "none" or not self.randaugment
+        _require(alone, "autoaugment", "none where randaugment takes its place", self.autoaugment)
 
 
 @dataclass(frozen=True)
@@ -211,11 +230,12 @@ class Machine:
 class Recipe:
     """A run.
 
-    batch_size is global: images a step over all ranks. images_per_class makes batches of that many images of each of
-    batch_size / images_per_class classes (0: images at random). micro_batch is images a rank puts through the network
-    at once (0: its whole share of the batch); a smaller one accumulates gradients. precision `auto` is bf16 on a GPU
-    that has it (fp16 on an older one) and fp32 on a CPU. zero_gamma starts the last norm of each residual block at 0,
-    in networks where timm does that; false starts all norms at 1.
+    batch_size is global: images a step over all ranks. Where a loss wants several views of each image, the network sees
+    that many rows an image; batch, learning rate and images a second go by images. images_per_class makes batches of
+    that many images of each of batch_size / images_per_class classes (0: images at random). micro_batch is images
+    whose rows a rank puts through the network at once (0: its whole share of the batch); a smaller one accumulates
+    gradients. precision `auto` is bf16 on a GPU that has it (fp16 on an older one) and fp32 on a CPU. zero_gamma starts
+    the last norm of each residual block at 0, in networks where timm does that; false starts all norms at 1.
     """
 
     name: str
@@ -260,6 +280,18 @@ class Recipe:
             if loss.groups:
                 rule = f"2 or more with the loss {loss.name}, and a divisor of batch_size"
                 _require(self.images_per_class >= 2, "images_per_class", rule, self.images_per_class)
+            if loss.averaged:
+                _require(self.ema.decay > 0, "ema.decay", f"above 0 with the loss {loss.name}", self.ema.decay)
+
+    @property
+    def views(self) -> int:
+        """Augmented views of each image that the network sees."""
+        return max([1, *(loss.views for loss in self.losses)])
+
+    @property
+    def aside(self) -> int:
+        """Further views, which are never mixed: the averaged network's, where a loss asks for it."""
+        return int(any(loss.averaged for loss in self.losses))
 
     @property
     def peak_lr(self) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fasttrain import signals
 from fasttrain.errors import RunError, Stopped, UserError
+from fasttrain.flat import by_dtype, joined, spread
 
 T = TypeVar("T")
 _FAILED = "fasttrain/failed"
@@ -63,8 +64,10 @@ class Ranks:
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP does before each forward."""
         if self.world > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            for buffers in by_dtype(model.buffers()):
+                values = joined(buffers)
+                dist.broadcast(values, 0)
+                spread(values, buffers)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in their order, on rank 0; on the others their own alone."""

@@ -13,14 +13,17 @@ from typing import Any, TypeVar
 import tomli_w
 
 from fasttrain.batch import Loss
-from fasttrain.config import Augment, Data, Mix, Optim, Recipe
+from fasttrain.config import Augment, Data, Ema, Mix, Optim, Recipe
 from fasttrain.dataset import shown
 from fasttrain.errors import UserError
 from fasttrain.files import read_text
 from fasttrain.losses import LOSSES
 from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
+from fasttrain.losses.mean_teacher import MeanTeacher
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 
 T = TypeVar("T")
@@ -101,12 +104,43 @@ _DISTILLED = replace(
 _MIXUP = replace(_SMOOTHING, name="bag_of_tricks/mixup", mix=Mix(cutmix=0.0, mixup=1.0, mixup_alpha=0.2), epochs=200)
 _BOTH = replace(_MIXUP, name="bag_of_tricks/mixup-distillation", losses=_DISTILLED.losses)
 
+# ---- Attract-and-Repulse (arXiv 2206.06168). Its parts are known and its constants are not: these are our constants
+
+
+def attracting(recipe: Recipe) -> Recipe:
+    """Stage 1 of Attract-and-Repulse (our constants) in place of a network's stage 1: symmetric cross entropy attracts
+    the images of a class, a contrastive term that fades repulses each from all others, under RandAugment and random
+    erasing. Every image is seen in two views a step."""
+    return replace(
+        recipe,
+        name=f"attract_repulse/stage1-{recipe.arch}",
+        losses=(SymmetricCrossEntropy(), Contrastive(decay="cosine")),
+        augment=Augment(autoaugment="none", randaugment=2, randaugment_magnitude=9, erase=0.25),
+    )
+
+
+def calibrating(recipe: Recipe) -> Recipe:
+    """Stage 2 (our constants), from the weights of a stage 1: a mean teacher, which sees a view of its own, gives soft
+    labels too. What counts in the end is the teacher."""
+    return replace(
+        recipe,
+        name=recipe.name.replace("stage1-", "stage2-"),
+        epochs=recipe.epochs * 4 // 5,
+        losses=(*recipe.losses, MeanTeacher(ramp_epochs=5.0)),
+        ema=Ema(decay=0.999),
+    )
+
+
+_ATTRACTING = tuple(attracting(each) for each in (_RESNEST, _TRESNET, _SERESNEXT))
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         *_SEVEN,
         _RESNEST_448,
         *(_BASELINE, _EFFICIENT, _D, _COSINE, _SMOOTHING, _DISTILLED, _MIXUP, _BOTH),
+        *_ATTRACTING,
+        *map(calibrating, _ATTRACTING),
     )
 }
 
@@ -214,11 +248,18 @@ def from_dict(table: dict[str, Any], where: str) -> Recipe:
     return _build(Recipe, table, where, "")
 
 
-def override(recipe: Recipe, setting: str, by: str = "--set") -> Recipe:
-    """`recipe` with one setting changed by text, such as `optim.weight_decay=5e-5` or `epochs=10`.
+def override(recipe: Recipe, *settings: str, by: str = "--set") -> Recipe:
+    """`recipe` with settings changed by text, such as `optim.weight_decay=5e-5` or `epochs=10`, all at once.
 
-    The value is read as TOML and, where it is not TOML, as plain text. `by` is the option to name in errors.
+    A value is read as TOML and, where it is not TOML, as plain text. `by` is the option to name in errors.
     """
+    table = to_dict(recipe)
+    for setting in settings:
+        _set(table, setting, by)
+    return _build(Recipe, table, by, "")
+
+
+def _set(table: dict[str, Any], setting: str, by: str) -> None:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -227,7 +268,6 @@ def override(recipe: Recipe, setting: str, by: str = "--set") -> Recipe:
         value = _parsed(f"value = {text}")["value"]
     except ValueError:
         value = text
-    table = to_dict(recipe)
     at = table
     *parts, last = key.split(".")
     for depth, part in enumerate(parts):
@@ -240,7 +280,6 @@ def override(recipe: Recipe, setting: str, by: str = "--set") -> Recipe:
     if isinstance(at[last], dict):
         raise UserError(f"{by}: {key!r} is a part; set one of its keys: {', '.join(f'{key}.{k}' for k in at[last])}")
     at[last] = value
-    return _build(Recipe, table, by, "")
 
 
 def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:

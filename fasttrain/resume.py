@@ -30,7 +30,10 @@ def accepted(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> l
     allow: `data`, `classes`, keys of the recipe, or parts of it. Raises UserError that names each difference that is
     not allowed, or what in `allow` is no such name.
     """
-    both = {**_flat(saved.meta["recipe"]), **_flat(ours["recipe"])}
+    # A key that the checkpoint's recipe does not have, because it was written before there was such, has its default.
+    recipe = recipes.from_dict(saved.meta["recipe"], where=shown(saved.path))
+    theirs = saved.meta | {"recipe": recipes.to_dict(recipe)}
+    both = {**_flat(theirs["recipe"]), **_flat(ours["recipe"])}
     parts = [key.split(".") for key in both if key.split(".")[0] not in _FREE]
     names = {"data", "classes", *(".".join(each[:depth]) for each in parts for depth in range(1, len(each) + 1))}
     for name in allow:
@@ -38,7 +41,7 @@ def accepted(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> l
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; data, classes, or a key such as optim.lr"
             raise UserError(f"resume.allow: nothing called {shown(name)!r} can differ{hint}")
-    found = _differences(saved.meta, ours)
+    found = _differences(theirs, ours)
     refused = [key for key in found if not any(f"{key}.".startswith(f"{name}.") for name in allow)]
     if refused:
         told, asked = "; ".join(found[key] for key in refused), ", ".join(f'"{shown(key)}"' for key in refused)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain import __version__, checkpoint, optim, recipes, resume, rundir
-from fasttrain.batch import Batch, Loss, Output, Term
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Checkpoints, Recipe
+from fasttrain.batch import Loss, Output, Term
+from fasttrain.config import Checkpoints, Recipe
 from fasttrain.dataset import Index, require_classes, shown
 from fasttrain.distributed import Ranks, StopSignals
 from fasttrain.ema import Ema
@@ -25,7 +25,6 @@ from fasttrain.errors import RunError, Stopped, UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.guard import REPORT, Diverged, Guard
 from fasttrain.initial import initialise
-from fasttrain.kernels.mix import mix
 from fasttrain.losses.distillation import Distillation
 from fasttrain.meter import Log, Meter
 from fasttrain.models import Classifier
@@ -34,6 +33,7 @@ from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
 from fasttrain.pipelines.views import named
 from fasttrain.predictions import Scores
+from fasttrain.present import Present
 from fasttrain.saver import Saver
 from fasttrain.watch import EVALUATING, SAVING, TRAINING, WAITING, Watch
 
@@ -148,11 +148,12 @@ def course(
             static_graph=plan.micro_batches == 1 and not compiled,
         )
         without_exchange = network.no_sync
+    answering: Callable[[Tensor], Output] | None = ema.model if ema and plan.aside else None
     if compiled:
-        network = torch.compile(network)
+        network, answering = torch.compile(network), answering and torch.compile(answering)
 
     threads = ranks.threads(recipe.machine.workers)
-    labels = torch.from_numpy(train_index.labels)
+    present = Present(plan, torch.from_numpy(train_index.labels), device, dtype, teacher, answering)
     evaluation = None
     if val_index is not None:
         views = named("center", recipe.image_size)
@@ -170,7 +171,7 @@ def course(
         **({"changed": changed} if changed else {}),
         **({"rewinds": rewinds, "shift": plan.shift} if rewinds else {}),
     )
-    for line in filter(None, (*notes, about_groups(plan))):
+    for line in filter(None, (*notes, about_groups(plan), about_views(plan, recipe))):
         log.event("note", text=line)
         log.say(line)
     skip = log.skip if recipe.data.on_bad == "skip" else None
@@ -196,21 +197,14 @@ def course(
                 pixels, numbers = next(stream)
                 watch.at(step, TRAINING)
                 if recipe.machine.hash_batches:
-                    seen += hashes(pixels, [train_index.ids[number] for number in numbers.tolist()])
-                params, mixing = plan.mix_params(step, micro)
-                own = _to(labels[numbers], device)
-                mixed = mix(pixels, _to(torch.from_numpy(params), device), IMAGENET_MEAN, IMAGENET_STD, dtype)
-                autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-                told = None
-                if teacher is not None:
-                    with torch.no_grad(), autocast:
-                        told = teacher(mixed.images).logits
-                batch = Batch(own, own[mixed.partner], mixed.lam, mixing, told)
+                    ids = [train_index.ids[number] for number in numbers.tolist()]
+                    seen += hashes(pixels, ids * (plan.views + plan.aside))
+                images, batch = present(step, micro, pixels, numbers)
 
                 last = micro == plan.micro_batches - 1
                 with nullcontext() if last else without_exchange():
-                    with autocast:
-                        output = network(mixed.images)
+                    with present.autocast():
+                        output = network(images)
                     terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
                     loss = torch.stack([term.loss for term in terms.values()]).sum()
                     scaler.scale(loss / plan.micro_batches).backward(guard.seed(loss))
@@ -220,7 +214,9 @@ def course(
 
             done = step + 1
             if ema:
-                ema.update(model, done)
+                ema.update(done)
+                if plan.aside:  # it answers in the next step: the same on all ranks
+                    ranks.share_buffers(ema.model)
             log.advance()
             if recipe.machine.hash_batches:
                 everywhere = [each for share in ranks.gather(seen) for each in share]
@@ -376,6 +372,18 @@ def about_groups(plan: Plan) -> str:
     return line
 
 
+def about_views(plan: Plan, recipe: Recipe) -> str:
+    """What a run whose images have several views says of itself at its start."""
+    rows = plan.views + plan.aside
+    if rows == 1:
+        return ""
+    line = f"{rows} views of each image, {rows * plan.batch_size} a step"
+    line += "; one of them is the averaged network's" if plan.aside else ""
+    if plan.micro_batches > 1 and any(loss.projection_head for loss in recipe.losses):
+        line += f"; contrasted within each micro-batch of {plan.micro_batch * plan.world}, not within the batch"
+    return line
+
+
 def names_of(loss: Loss) -> list[str]:
     """Names under which a loss and its stats are metered."""
     return [loss.name, *(f"{loss.name}/{stat}" for stat in loss.stats)]
@@ -387,11 +395,6 @@ def values_of(loss: Tensor, terms: dict[str, Term]) -> dict[str, Tensor]:
     for name, term in terms.items():
         values |= {name: term.loss, **{f"{name}/{stat}": each for stat, each in term.stats.items()}}
     return values
-
-
-def _to(values: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on the device, without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 @contextmanager
@@ -432,15 +435,17 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
     with torch.device("meta"):
         model = Classifier.of(recipe, len(train_index.classes))
-        output = model.eval()(torch.empty(plan.micro_batch, 3, recipe.image_size, recipe.image_size))
+        shape = [plan.micro_batch * plan.views, 3, recipe.image_size, recipe.image_size]
+        output = model.eval()(torch.empty(shape))
     weights = sum(each.numel() for each in model.parameters())
-    state = sum(each.nbytes for each in model.state_dict().values()) + sum(each.nbytes for each in model.parameters())
+    weighing = sum(each.nbytes for each in model.state_dict().values())
+    state = weighing * (2 if recipe.ema.decay else 1) + sum(each.nbytes for each in model.parameters())
     kept = min(recipe.checkpoint.keep + 1, -(-recipe.epochs // recipe.checkpoint.every_epochs))
     val = f"{len(val_index)} images" if val_index is not None else "none"
     facts = {
         "data": f"{len(train_index)} images of {len(train_index.classes)} classes; validation: {val}",
         "network": f"{recipe.arch}, {weights / 1e6:.2f} M parameters, {recipe.precision}",
-        "input": f"{[plan.micro_batch, 3, recipe.image_size, recipe.image_size]} a rank and micro-batch",
+        "input": f"{shape} a rank and micro-batch",
         "output": f"logits {list(output.logits.shape)}, features {list(output.features.shape)}",
         "batch": f"{plan.batch_size} = {ranks.world} ranks x {plan.micro_batches} micro-batches x {plan.micro_batch}",
         "steps": f"{plan.steps} = {plan.epochs} epochs x {plan.steps_per_epoch}",
@@ -449,4 +454,6 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
         "checkpoint": f"{state / 2**20:.0f} MiB each, up to {kept} kept",
         "writes": f"{shown(out)}/: recipe.toml, log.jsonl, checkpoints/, last, best",
     }
+    if several := about_views(plan, recipe):
+        facts["views"] = several
     return "\n".join(f"{name:<11}{fact}" for name, fact in facts.items())

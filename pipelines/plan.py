@@ -2,8 +2,9 @@
 step); there is no state, so any batch of any epoch can be had at once, on any rank.
 """
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,36 +14,68 @@ from fasttrain.config import Augment, Mix, Recipe
 from fasttrain.dataset import Index
 from fasttrain.errors import UserError
 from fasttrain.kernels import mix as mix_kernel
-from fasttrain.pipelines import autoaugment
+from fasttrain.pipelines import autoaugment, erasing, randaugment
 from fasttrain.pipelines.groups import Groups
 from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, uniforms
 
 _TRIES = 10
 CROP_DRAWS = 2 * _TRIES + 2
+_VIEW_SHIFT = 8  # a view's stream is that of images plus its number, beyond all other streams
+_Choose = Callable[[NDArray[np.float64]], tuple[NDArray[np.int32], NDArray[np.float32]]]
 
 
 class Draws(NamedTuple):
     """How each of n images is augmented.
 
     crop: int32 [n, 4], (top, left, height, width) in pixels of the stored image. flip: bool [n].
-    op: int32 [n, 2] and strength: float32 [n, 2], AutoAugment's two operations (`autoaugment.choose`).
+    op: int32 [n, slots] and strength: float32 [n, slots], the policy's operations, in their order.
+    erased: int32 [n, 4], a box in pixels of the crop once it has its size; where nothing is erased it is empty.
     """
 
     crop: NDArray[np.int32]
     flip: NDArray[np.bool_]
     op: NDArray[np.int32]
     strength: NDArray[np.float32]
+    erased: NDArray[np.int32]
 
 
-def image_draws(seed: int, epoch: int, images: NDArray[np.int64], sizes: NDArray[np.int32], augment: Augment) -> Draws:
-    """Draws for images (numbers in the index, int64 [n]) of the given sizes (int32 [n, 2], height and width)."""
-    u = uniforms(seed, IMAGE, epoch, images, CROP_DRAWS + 1 + autoaugment.DRAWS)
+def image_draws(
+    seed: int,
+    epoch: int,
+    images: NDArray[np.int64],
+    sizes: NDArray[np.int32],
+    augment: Augment,
+    size: int,
+    view: int = 0,
+) -> Draws:
+    """Draws for a view of images (numbers in the index, int64 [n]) of the given sizes (int32 [n, 2], height and
+    width), to become size x size pixels."""
+    choose, count = _policy(augment)
+    rest = CROP_DRAWS + 1 + count
+    u = uniforms(seed, IMAGE + (view << _VIEW_SHIFT), epoch, images, rest + erasing.DRAWS * bool(augment.erase))
     crop = random_resized_crop(u[:CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
     flip = u[CROP_DRAWS] < augment.flip
-    if augment.autoaugment == "none":
-        op = np.zeros((len(images), 2), np.int32)
-        return Draws(crop, flip, op, op.astype(np.float32))
-    return Draws(crop, flip, *autoaugment.choose(u[CROP_DRAWS + 1 :], augment.autoaugment))
+    op, strength = choose(u[CROP_DRAWS + 1 : rest])
+    erased = np.zeros((len(images), 4), np.int32)
+    if augment.erase:
+        erased = erasing.boxes(u[rest:], size, augment.erase, augment.erase_area, augment.erase_ratio)
+    return Draws(crop, flip, op, strength, erased)
+
+
+def operations_of(augment: Augment) -> int:
+    """How many operations an image goes through, one after another."""
+    return augment.randaugment or (0 if augment.autoaugment == "none" else len(autoaugment.POLICY[0]))
+
+
+def _policy(augment: Augment) -> tuple[_Choose, int]:
+    """What turns uniforms [count, n] into operations and strengths [n, slots], and count."""
+    if augment.randaugment:
+        slots = augment.randaugment
+        choose = partial(randaugment.choose, slots=slots, magnitude=augment.randaugment_magnitude)
+        return choose, randaugment.draws(slots)
+    if augment.autoaugment != "none":
+        return partial(autoaugment.choose, policy=augment.autoaugment), autoaugment.DRAWS
+    return lambda u: (np.zeros((u.shape[1], 0), np.int32), np.zeros((u.shape[1], 0), np.float32)), 0
 
 
 def random_resized_crop(
@@ -74,7 +107,7 @@ def random_resized_crop(
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=4)  # two epochs overlap while batches are prefetched, in training and in a benchmark
+@lru_cache(maxsize=4)  # two epochs overlap while batches are prefetched, in training and in a benchmark
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """The order in which an epoch takes the images 0 … count−1, int64 [count], read-only."""
     order = generator(seed, ORDER, epoch).permutation(count)
@@ -117,6 +150,9 @@ class Plan:
     Each epoch takes the global batches one after another from its own order and drops the last partial batch; with
     `groups` the batches are P x K ones. A rank has an equal, contiguous share of each, in micro-batches of
     `micro_batch` images. With `shift` every step takes what belongs to the step so many later.
+
+    A micro-batch has a row for each of `views` augmented views of its images, and `aside` further ones that are never
+    mixed: first view 0 of each image, then view 1 of each, and so on.
     """
 
     seed: int
@@ -128,6 +164,8 @@ class Plan:
     augment: Augment
     mix: Mix
     groups: Groups | None = None
+    views: int = 1
+    aside: int = 0
     world: int = 1
     rank: int = 0
     shift: int = 0
@@ -162,6 +200,8 @@ class Plan:
             augment=recipe.augment,
             mix=recipe.mix,
             groups=groups,
+            views=recipe.views,
+            aside=recipe.aside,
             world=world,
             rank=rank,
         )
@@ -190,25 +230,27 @@ class Plan:
         order = self.groups.order(self.seed, epoch) if self.groups else epoch_order(self.seed, epoch, self.count)
         return order[start : start + self.micro_batch]
 
-    def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32]) -> Draws:
-        return image_draws(self.seed, self.place(step)[0], images, sizes, self.augment)
+    def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32], view: int = 0) -> Draws:
+        epoch, _ = self.place(step)
+        return image_draws(self.seed, epoch, images, sizes, self.augment, self.image_size, view)
 
     def mix_params(self, step: int, micro: int) -> tuple[NDArray[np.float32], bool]:
-        """The mix kernel's table for this rank's micro-batch, and whether this step mixes at all.
+        """The mix kernel's table for the rows of this rank's micro-batch, and whether this step mixes at all.
 
-        The box, or λ, is the global step's own; the partners are a permutation of the micro-batch.
+        The box, or λ, is the global step's own; the partners are a permutation of the rows that are mixed.
         """
         epoch, position = self.place(step)
         by = step_mix(self.seed, epoch, position, self.image_size, self.mix)
-        params = mix_kernel.plain_params(self.micro_batch)
+        params = mix_kernel.plain_params(self.micro_batch * (self.views + self.aside))
         if by is None:
             return params, False
         part = 1 + self.rank * self.micro_batches + micro
-        params[:, mix_kernel.PARTNER] = generator(self.seed, STEP, epoch, position, part).permutation(self.micro_batch)
+        mixed = params[: self.micro_batch * self.views]
+        mixed[:, mix_kernel.PARTNER] = generator(self.seed, STEP, epoch, position, part).permutation(len(mixed))
         if isinstance(by, Box):
-            params[:, mix_kernel.MODE] = mix_kernel.CUTMIX
-            params[:, mix_kernel.BOX] = by
+            mixed[:, mix_kernel.MODE] = mix_kernel.CUTMIX
+            mixed[:, mix_kernel.BOX] = by
         else:
-            params[:, mix_kernel.MODE] = mix_kernel.MIXUP
-            params[:, mix_kernel.LAM] = by
+            mixed[:, mix_kernel.MODE] = mix_kernel.MIXUP
+            mixed[:, mix_kernel.LAM] = by
         return params, True

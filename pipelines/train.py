@@ -13,18 +13,19 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from fasttrain.dataset import Index
-from fasttrain.pipelines import operations
+from fasttrain.pipelines import erasing, operations
 from fasttrain.pipelines.faults import Skip, decode_error, substitutes
-from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.plan import Draws, Plan, operations_of
 
 PREFETCH = 2  # batches ahead of the one that trains
 
-_ARGUMENTS = len(operations.DTYPES)
+_OPERATION = list(zip(operations.DTYPES, operations.NDIMS, strict=True))  # what an operation's arguments are
 
 
 class Images(NamedTuple):
-    """A batch from a pipeline: pixels uint8 [B, H, W, 3] on the pipeline's device, and numbers int64 [B] of the
-    images in the index, on the CPU."""
+    """A batch from a pipeline: pixels uint8 [rows, H, W, 3] on the pipeline's device, and numbers int64 [B] of the
+    images in the index, on the CPU. Rows are the images, or where there are several views of each the views, one
+    after another."""
 
     pixels: Tensor
     numbers: Tensor
@@ -45,23 +46,33 @@ class Source:
         step, _ = self.position(info.iteration)
         if step >= self.stop_step:
             raise StopIteration
-        numbers = self.numbers(info.iteration)
-        draws = self.plan.draws(step, numbers, self.index.sizes[numbers])
-        crop = draws.crop
+        plan, numbers = self.plan, self.numbers(info.iteration)
+        sizes = self.index.sizes[numbers]
+        views = [plan.draws(step, numbers, sizes, view) for view in range(plan.views + plan.aside)]
+        start = np.min([each.crop[:, :2] for each in views], 0)  # of the least box that has all views' crops
+        end = np.max([each.crop[:, :2] + each.crop[:, 2:] for each in views], 0)
         batch: list[Any] = [
             [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in numbers],
             numbers,
-            np.ascontiguousarray(crop[:, :2]),
-            np.ascontiguousarray(crop[:, 2:]),
-            # A resize that reads from right to left is a flip. Corners are (y, x), relative to the crop.
-            np.stack([np.zeros(len(numbers)), draws.flip], 1).astype(np.float32),
-            np.stack([np.ones(len(numbers)), ~draws.flip], 1).astype(np.float32),
+            start,
+            end - start,
         ]
-        if self.plan.augment.autoaugment != "none":
-            for slot in range(2):
-                op, strength = draws.op[:, slot].copy(), draws.strength[:, slot].copy()
-                batch += operations.arguments(op, strength, self.plan.image_size)
+        for draws in views:
+            batch += self._view(draws, start)
         return tuple(batch)
+
+    def _view(self, draws: Draws, start: NDArray[np.int32]) -> list[Any]:
+        """What the graph asks for to make a view out of what was decoded from `start` on."""
+        plan, crop, nought = self.plan, draws.crop, np.zeros(len(start))
+        made: list[Any] = [] if plan.views + plan.aside == 1 else [crop[:, :2] - start, crop[:, 2:]]
+        # A resize that reads from right to left is a flip. Corners are (y, x), relative to the crop.
+        made += [np.stack([nought, draws.flip], 1).astype(np.float32)]
+        made += [np.stack([nought + 1, ~draws.flip], 1).astype(np.float32)]
+        for slot in range(operations_of(plan.augment)):
+            made += operations.arguments(draws.op[:, slot], draws.strength[:, slot], plan.image_size)
+        if plan.augment.erase:
+            made += [draws.erased[:, :2].astype(np.float32), draws.erased[:, 2:].astype(np.float32)]
+        return list(map(np.ascontiguousarray, made))
 
     def numbers(self, batch: int) -> NDArray[np.int64]:
         """The images of the batch-th batch, int64 [micro_batch]."""
@@ -75,19 +86,19 @@ class Source:
 
 
 @pipeline_def(enable_conditionals=True)
-def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
-    """read → decode the crop → resize, flipped or not → AutoAugment; uint8 HWC images and their numbers."""
-    augmenting = source.plan.augment.autoaugment != "none"
-    size = source.plan.image_size
-    slots = 2 if augmenting else 0
-    paths, numbers, anchor, shape, corner, opposite, *args = fn.external_source(
+def graph(source: Source, on_gpu: bool) -> tuple[Any, ...]:
+    """read → decode what the views need → for each of them: its crop → resize, flipped or not → operations → erase.
+    Gives uint8 HWC images, view after view, and their numbers."""
+    plan = source.plan
+    views = plan.views + plan.aside
+    inputs = _inputs(plan)
+    paths, numbers, anchor, shape, *args = fn.external_source(
         source=source,
-        num_outputs=6 + slots * _ARGUMENTS,
+        num_outputs=4 + views * len(inputs),
         batch=True,
         batch_info=True,
-        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT, types.FLOAT]
-        + slots * list(operations.DTYPES),
-        ndim=[1, 0, 1, 1, 1, 1] + slots * list(operations.NDIMS),
+        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32] + views * [dtype for dtype, _ in inputs],
+        ndim=[1, 0, 1, 1] + views * [ndim for _, ndim in inputs],
     )
     encoded = fn.io.file.read(paths)
     images = fn.decoders.image_slice(
@@ -101,22 +112,46 @@ def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
     )
+    made = []
+    for view in range(views):
+        made.append(_view(images, args[view * len(inputs) : (view + 1) * len(inputs)], plan, on_gpu))
+    return *made, numbers
+
+
+def _inputs(plan: Plan) -> list[tuple[Any, int]]:
+    """DALI's type and the dimensions of each array of `Source._view`."""
+    inputs: list[tuple[Any, int]] = [] if plan.views + plan.aside == 1 else [(types.INT32, 1), (types.INT32, 1)]
+    inputs += [(types.FLOAT, 1), (types.FLOAT, 1)]
+    inputs += operations_of(plan.augment) * _OPERATION
+    return inputs + [(types.FLOAT, 1), (types.FLOAT, 1)] * bool(plan.augment.erase)
+
+
+def _view(images: Any, args: Any, plan: Plan, on_gpu: bool) -> Any:
+    """One view of the images, of the nodes that `_inputs` lists."""
+    size = plan.image_size
+    at = 0
+    if plan.views + plan.aside > 1:
+        images = fn.slice(images, args[0], args[1], axis_names="HW", normalized_anchor=False, normalized_shape=False)
+        at = 2
     images = fn.resize(
         images,
         size=[size, size],
-        roi_start=corner,
-        roi_end=opposite,
+        roi_start=args[at],
+        roi_end=args[at + 1],
         roi_relative=True,
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
-    if augmenting:
-        images = _augment(images, args[:_ARGUMENTS], size, on_gpu)
-        images = _augment(images, args[_ARGUMENTS:], size, on_gpu)
-    return images, numbers
+    at += 2
+    for slot in range(operations_of(plan.augment)):  # noqa: B007
+        images = _operate(images, args[at : at + len(_OPERATION)], size, on_gpu)
+        at += len(_OPERATION)
+    if plan.augment.erase:
+        images = erasing.erase(images, args[at], args[at + 1])
+    return images
 
 
-def _augment(images: Any, args: Any, size: int, on_gpu: bool) -> Any:
+def _operate(images: Any, args: Any, size: int, on_gpu: bool) -> Any:
     arguments = operations.Arguments(*args)
     if on_gpu:
         arguments = arguments._replace(kernel=arguments.kernel.gpu())
@@ -147,9 +182,9 @@ def batches(
 ) -> Iterator[Images]:
     """This rank's micro-batches from `start_step` up to `stop_step` (default: the run's end), one after another.
 
-    The pixels share memory with DALI: no copy is made. Prefetching runs across the ends of epochs. An image that
-    cannot be decoded raises RunError that names the file; or, with on_skip, another of its class takes its place from
-    then on (see `faults.substitutes`), which is told once.
+    The pixels share memory with DALI: no copy is made, unless there are several views. Prefetching runs across the
+    ends of epochs. An image that cannot be decoded raises RunError that names the file; or, with on_skip, another of
+    its class takes its place from then on (see `faults.substitutes`), which is told once.
     """
     stop = plan.steps if stop_step is None else stop_step
     replacement = np.arange(len(index))
@@ -172,11 +207,13 @@ def batches(
         pipe.build()
         while done < total:
             try:
-                pixels, numbers = pipe.run()
+                *views, numbers = pipe.run()
             except RuntimeError as error:
                 suspects = source.numbers(done - source.first)
                 if on_skip is not None and replace(suspects):
                     break
                 raise decode_error(error, [index.paths[each] for each in suspects]) from None
             done += 1
-            yield Images(torch.from_dlpack(pixels.as_tensor()), torch.from_dlpack(numbers.as_tensor()))
+            pixels = [torch.from_dlpack(each.as_tensor()) for each in views]
+            joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+            yield Images(joined, torch.from_dlpack(numbers.as_tensor()))

@@ -1,11 +1,13 @@
-"""Train the steps of the report's method, one added to another, over several seeds, and say what each of them brings.
+"""Train the steps of a method, one added to another, over several seeds, and say what each of them brings.
 
-usage: python scripts/ablation.py --data DIR --out DIR [--arch A --classes N --image-size S --epochs E --seeds N …]
+usage: python scripts/ablation.py --data DIR --out DIR [--method report|attract_repulse --label-noise P --seeds N …]
 
-DIR holds train/ and val/. Needs `pip install ".[test,plot]"` (scipy, matplotlib). Every run is a fasttrain run under
---out; the same command again goes on where it was stopped, and with all runs there it only writes the table. Accuracy
-is top-1 over val/ after the last epoch (never of the best one). Intervals are Student's at 95 % over the seeds; the
-difference is to the row that a step is compared with, paired by seed.
+The method is the DeepBlueAI report's, or Attract-and-Repulse with our constants. --label-noise gives that share of the
+training images, drawn anew for each seed, the label of another class, all others equally likely. DIR holds train/ and
+val/. Needs `pip install ".[test,plot]"` (scipy, matplotlib). Every run is a fasttrain run under --out; the same command
+again goes on where it was stopped, and with all runs there it only writes the table. Accuracy is top-1 over val/ after
+the last epoch (never of the best one). Intervals are Student's at 95 % over the seeds; the difference is to the row
+that a step is compared with, paired by seed.
 """
 
 import argparse
@@ -19,17 +21,24 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
 
-from fasttrain import dataset, recipes, rundir
+from fasttrain import checkpoint, dataset, recipes, rundir
 from fasttrain.config import Augment, Ema, Init, Mix, Optim, Recipe
 from fasttrain.distributed import ranks
+from fasttrain.evaluate import evaluate
+from fasttrain.losses.contrastive import Contrastive
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.mean_teacher import MeanTeacher
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
-from fasttrain.train import settle, train
+from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.views import named
+from fasttrain.train import DTYPES, settle, train
 
 
 class Row(NamedTuple):
@@ -41,7 +50,7 @@ class Row(NamedTuple):
     averaged: bool = False
 
 
-ROWS = (
+REPORT = (
     Row("timm's loader and loop: CE", "timm"),
     Row("CE", "ce", beside="timm's loader and loop: CE"),
     Row("+ AutoAugment", "autoaugment", beside="CE"),
@@ -52,6 +61,26 @@ ROWS = (
     Row("stage 2: CE + 0.1 triplet", "stage2-light-triplet", beside="stage 2: CE again"),
     Row("stage 2: CE + ArcFace", "stage2-arcface", beside="stage 2: CE again"),
 )
+# The losses of Attract-and-Repulse's rows; stage 2 goes on from SCE + CR, its control with the same losses.
+_SCE, _CR = SymmetricCrossEntropy(), Contrastive(decay="cosine")
+ATTRACT_REPULSE = (
+    Row("CE", "ce"),
+    Row("SCE", "sce", beside="CE"),
+    Row("SCE + CR", "sce-cr", beside="SCE"),
+    Row("+ RandAugment, erasing", "randaugment", beside="SCE + CR"),
+    Row("stage 2: SCE + CR again", "stage2-sce-cr", beside="SCE + CR"),
+    Row("the same, averaged weights", "stage2-sce-cr", beside="stage 2: SCE + CR again", averaged=True),
+    Row("stage 2: + mean teacher", "stage2-teacher", beside="the same, averaged weights", averaged=True),
+)
+LOSSES: dict[str, tuple[Any, ...]] = {
+    "ce": (CrossEntropy(smoothing=0.0),),
+    "sce": (_SCE,),
+    "sce-cr": (_SCE, _CR),
+    "randaugment": (_SCE, _CR),
+    "stage2-sce-cr": (_SCE, _CR),
+    "stage2-teacher": (_SCE, _CR, MeanTeacher()),
+}
+METHODS = {"report": REPORT, "attract_repulse": ATTRACT_REPULSE}
 COMBINATION = {
     "stage2-ce": "ce",
     "stage2-triplet": "ce+triplet",
@@ -64,6 +93,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--method", choices=METHODS, default="report")
+    parser.add_argument("--label-noise", type=share, default=0.0, metavar="P", help="in [0, 1)")
     parser.add_argument("--arch", default="resnet10t")
     parser.add_argument("--classes", type=int, default=50, help="the first N classes of DIR")
     parser.add_argument("--image-size", type=int, default=32)
@@ -78,15 +109,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
 
-    data = subset(args.data, args.out / "data", args.classes)
+    rows = METHODS[args.method]
     top1: dict[str, dict[str, float]] = {}
     for seed in range(args.seeds):
-        for row in ROWS:
+        into = args.out / (f"seed{seed}/data" if args.label_noise else "data")
+        data = subset(args.data, into, args.classes, args.label_noise, seed)
+        for row in rows:
             folder = args.out / f"seed{seed}" / row.run
             score = with_timm(args, data, folder, seed) if row.run == "timm" else trained(args, data, folder, seed, row)
             top1.setdefault(row.title, {})[str(seed)] = score
             print(f"seed {seed}: {row.title}: {score:.2%}", flush=True)
-    table = [line(row, top1) for row in ROWS]
+    table = [line(row, top1) for row in rows]
     for each in table:
         print(f"{each['title']:<28} {each['mean']:6.2%} ± {each['interval']:.2%}   {difference(each)}")
     result = {
@@ -94,6 +127,7 @@ def main() -> None:
         "date": str(date.today()),
         "device": f"CPU, cores used: {len(os.sched_getaffinity(0))}" if not torch.cuda.is_available() else gpu(),
         "torch": torch.__version__,
+        "label_noise": args.label_noise,
         "images": {split: len(dataset.scan(data / split)) for split in ("train", "val")},
         "rows": table,
     }
@@ -107,13 +141,37 @@ def gpu() -> str:
     return torch.cuda.get_device_name()
 
 
-def subset(data: Path, into: Path, classes: int) -> Path:
-    """DIR's first classes, as hard links (copies on another disk), so that timm's loader sees the same files."""
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"a share in [0, 1), not {text}")
+    return value
+
+
+def subset(data: Path, into: Path, classes: int, noise: float, seed: int) -> Path:
+    """DIR's first classes, as hard links (copies on another disk), so that timm's loader sees the same files; with a
+    share `noise` of the training images in the folder of another class."""
     for split in ("train", "val"):
-        for folder in sorted(each for each in (data / split).iterdir() if each.is_dir())[:classes]:
-            if not (into / split / folder.name).exists():
-                shutil.copytree(folder, into / split / folder.name, copy_function=link)
+        folders = sorted(each for each in (data / split).iterdir() if each.is_dir())[:classes]
+        files = [(folder, path) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        labels = np.repeat(np.arange(len(folders)), [sum(own == folder for own, _ in files) for folder in folders])
+        if split == "train":
+            labels = noisy(labels, len(folders), noise, seed)
+        for (_, path), label in zip(files, labels, strict=True):
+            target = into / split / folders[label].name / "-".join(path.relative_to(data / split).parts)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link(str(path), str(target))
     return into
+
+
+def noisy(labels: np.ndarray, classes: int, noise: float, seed: int) -> np.ndarray:
+    """Labels of which round(noise · n), drawn by the seed, are another class, each of the others equally likely."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.permutation(len(labels))[: round(noise * len(labels))]
+    labels = labels.copy()
+    labels[wrong] = (labels[wrong] + rng.integers(1, classes, len(wrong))) % classes
+    return labels
 
 
 def link(source: str, target: str) -> None:
@@ -140,8 +198,15 @@ def recipe_of(args: argparse.Namespace, run: str, seed: int, stage1: Path) -> Re
         whole = replace(whole, augment=replace(whole.augment, autoaugment="none"))
     if run in ("ce", "autoaugment"):
         whole = replace(whole, mix=Mix(cutmix=0))
-    if run in COMBINATION:
+    if args.method == "attract_repulse":
+        # Small images and few epochs: RandAugment and erasing have a row of their own.
+        strong = recipes.attracting(whole).augment if run == "randaugment" else Augment(autoaugment="none")
+        augment = replace(strong, crop_area=whole.augment.crop_area)
+        epochs = args.epochs * 4 // 5 if run.startswith("stage2") else args.epochs
+        whole = replace(whole, losses=LOSSES[run], augment=augment, mix=Mix(cutmix=0.5), epochs=epochs)
+    elif run in COMBINATION:
         whole = recipes.second_stage(whole, COMBINATION[run])
+    if run.startswith("stage2"):
         # Another seed, so that the control does not see stage 1's batches again.
         whole = replace(whole, seed=1000 + seed, init=Init(weights=str(stage1), averaged=False))
     if run == "stage2-light-triplet":
@@ -151,14 +216,17 @@ def recipe_of(args: argparse.Namespace, run: str, seed: int, stage1: Path) -> Re
 
 def trained(args: argparse.Namespace, data: Path, out: Path, seed: int, row: Row) -> float:
     """Top-1 of a run, which is made, or gone on with, where it is not there whole."""
-    recipe = recipe_of(args, row.run, seed, out.parent / "cutmix" / "last")
+    stage1 = "cutmix" if args.method == "report" else "sce-cr"
+    recipe = recipe_of(args, row.run, seed, out.parent / stage1 / "last")
     with ranks("auto") as here:
         recipe = settle(recipe, here.device)
         start = rundir.open_run(out, "auto", recipes.to_toml(recipe))
-        train(recipe, out, dataset.scan(data / "train"), dataset.scan(data / "val"), here, start)
-    events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
-    last = [event for event in events if event["event"] == "eval"][-1]
-    return last["ema"]["top1"] if row.averaged else last["top1"]
+        train(recipe, out, dataset.scan(data / "train"), None, here, start)
+        val = dataset.scan(data / "val")
+        model, _, _ = checkpoint.network(out / "last", averaged=row.averaged)
+        centre = named("center", args.image_size)
+        crops = Evaluation(val, centre, args.batch_size, here.device, here.threads(args.workers))
+        return evaluate(model.to(here.device), crops, val, here, DTYPES[recipe.precision]).top1
 
 
 def with_timm(args: argparse.Namespace, data: Path, out: Path, seed: int) -> float:

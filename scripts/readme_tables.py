@@ -104,6 +104,7 @@ TABLES = {
     "host": contenders,
     "train": contenders,
     "ablation": ablation,
+    "noise": ablation,
     "save": save,
 }
 
@@ -121,6 +122,7 @@ def caption(told: dict[str, Any]) -> str:
         f"workers: {settings['workers']}" if "workers" in settings else "",
         f"torch threads: {told['threads']}" if "threads" in told else "",
         f"torch {told['versions']['torch']}" if "torch" in told.get("versions", {}) else "",
+        f"label noise {told['label_noise']:.0%}" if told.get("label_noise") is not None else "",
         f"medians of {min(rounds)} rounds" if rounds else "",
         told.get("date", ""),
     ]

@@ -53,7 +53,7 @@ def work_of(index, *, cutmix: bool = False, dtype: torch.dtype = torch.float32) 
 
 def tiny(loss: str = "ce", **changes):
     settings: dict[str, Any] = {"batch_size": 8, "image_size": 32}
-    return step.recipe_of("test_resnet", CPU, loss=loss, **(settings | changes))
+    return step.recipe_of(recipes.for_arch("test_resnet", loss), CPU, **(settings | changes))
 
 
 def read(path: Path, rows: list[common.Row], tmp_path: Path) -> list[dict]:
@@ -78,11 +78,13 @@ def read(path: Path, rows: list[common.Row], tmp_path: Path) -> list[dict]:
 def test_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "BATCHES_CPU", (2,))
     monkeypatch.setattr(kernels, "TRIPLET_CPU", ((8, 16),))
+    monkeypatch.setattr(kernels, "AVERAGED_CPU", ("test_resnet",))
     monkeypatch.setattr(kernels, "SIZE", 16)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     rows = read(tmp_path / "kernels.json", kernels.kernels(CPU, rounds=2), tmp_path)
     own = [each for each in rows if each["contender"] == common.OWN]
-    assert [each["work"] for each in own] == ["mix", "triplet"] and own[0]["launches"] == 1
+    assert [each["work"] for each in own] == ["mix", "triplet", "averaging"] and own[0]["launches"] == 1
+    assert own[2]["launches"] == 3  # all weights, all floating-point buffers, all counters
 
 
 def test_bytes_are_those_of_the_shapes():

@@ -74,7 +74,9 @@ from fasttrain import dataset, recipes, rundir, train
 from fasttrain.config import Ema, Init, Machine
 from fasttrain.distributed import ranks
 from fasttrain.errors import Stopped
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.triplet import Triplet
 honest, stop = train.batches, -1
 
@@ -91,6 +93,8 @@ recipe = tiny(ema=Ema(0.9), machine=Machine(device="cpu", compile="off", log_ste
 if sys.argv[3] == "triplet":
     recipe = replace(recipe, losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, micro_batch=2,
                      init=Init(force_scratch=True))
+if sys.argv[3] == "mean teacher":
+    recipe = replace(recipe, losses=(CrossEntropy(0.1), Contrastive(), MeanTeacher()))
 index = dataset.scan(sys.argv[2], progress=False)
 
 
@@ -115,7 +119,7 @@ with ranks("cpu") as here:
 """
 
 
-@pytest.mark.parametrize("recipe", ["CutMix", "triplet"])
+@pytest.mark.parametrize("recipe", ["CutMix", "triplet", "mean teacher"])
 def test_two_ranks_stopped_after_any_step_go_on_bit_for_bit(small, tmp_path, recipe):
     """A signal to rank 1 alone makes both finish the step; also with triplet's batches and accumulation."""
     (tmp_path / "every_stop.py").write_text(EVERY_STOP)

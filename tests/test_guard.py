@@ -13,7 +13,7 @@ from test_resume import logged, same
 from test_train import CPU, events, part_of, run, tiny, weights
 from torch import nn
 
-from fasttrain import checkpoint, optim
+from fasttrain import checkpoint, optim, present
 from fasttrain import train as training
 from fasttrain.config import Checkpoints, Ema, Guard, Init, Machine, Mix, Optim
 from fasttrain.errors import RunError
@@ -31,7 +31,7 @@ def index(demo_set):
 
 def poison(monkeypatch, calls, value=math.nan):
     """Put `value` into one pixel of the images that the network gets in the given calls of the mix, from 0."""
-    honest, count = training.mix, [0]
+    honest, count = present.mix, [0]
 
     def mix(*args):
         mixed = honest(*args)
@@ -40,7 +40,7 @@ def poison(monkeypatch, calls, value=math.nan):
         count[0] += 1
         return mixed
 
-    monkeypatch.setattr(training, "mix", mix)
+    monkeypatch.setattr(present, "mix", mix)
 
 
 def explode(monkeypatch, steps):
@@ -331,9 +331,9 @@ def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
 
 RANKED = """
 import os, sys
-from fasttrain import train
+from fasttrain import present
 from fasttrain.cli import main
-honest, count = train.mix, [0]
+honest, count = present.mix, [0]
 
 
 def mix(*args):
@@ -344,7 +344,7 @@ def mix(*args):
     return mixed
 
 
-train.mix = mix
+present.mix = mix
 main(sys.argv[1:])
 """
 

@@ -106,6 +106,53 @@ def test_crop_resize_and_flip_equal_pils(index):
     assert 0 < flips < 48
 
 
+def several(index, **changes) -> Plan:
+    """A plan of two views of each image, and a third aside."""
+    return replace(make_plan(index, **changes), views=2, aside=1)
+
+
+def test_each_view_equals_pils_and_comes_from_its_own_draws(index):
+    """As above; each file is decoded once for all views, and no further than they reach."""
+    plan = several(index, batch_size=16, augment=Augment(autoaugment="none"), image_size=96)
+    batch = next(train.batches(plan, index, CPU, 2))
+    numbers = batch.numbers.numpy()
+    assert batch.pixels.shape == (48, 96, 96, 3) and len(numbers) == 16
+    assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
+    for view in range(3):
+        draws = plan.draws(0, numbers, index.sizes[numbers], view)
+        for at, number in enumerate(numbers):
+            top, left, height, width = (int(each) for each in draws.crop[at])
+            image = Image.open(index.paths[number]).convert("RGB").crop((left, top, left + width, top + height))
+            image = image.resize((96, 96), Image.Resampling.BILINEAR)
+            if draws.flip[at]:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = batch.pixels[view * 16 + at].numpy()
+            difference = abs(pixels.astype(int) - np.asarray(image).astype(int))
+            assert difference.mean() <= 0.6 and difference.max() <= 24, (view, index.ids[number])
+    graph = train.graph(train.Source(plan, index, 0, 1), False, batch_size=16, num_threads=1, device_id=None)
+    kinds = [name for name, _ in operators(graph)]
+    assert kinds.count("ImageSlice") == 1 and kinds.count("Slice") == kinds.count("Resize") == 3
+
+
+def test_views_are_the_same_at_any_ranks_and_micro_batches(index):
+    augment = Augment(autoaugment="none", randaugment=2, erase=0.5)
+    (alone,) = train.batches(several(index, epochs=1, augment=augment), index, CPU, 2, stop_step=1)
+    whole = alone.pixels.unflatten(0, (3, 6))
+    assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole[0], whole[2])
+    parts = [
+        batch.pixels.unflatten(0, (3, -1))
+        for rank in range(2)
+        for batch in train.batches(
+            replace(several(index, epochs=1, augment=augment, micro_batch=1), world=2, rank=rank),
+            index,
+            CPU,
+            1,
+            stop_step=1,
+        )
+    ]
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
 def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.ndarray:
     """torchvision's Resize and CenterCrop over a PIL image."""
     from torchvision.transforms import CenterCrop, InterpolationMode, Resize
@@ -161,11 +208,16 @@ def test_exif_orientation_is_left_alone(tmp_path):
     assert left[0] > 150 and max(right) < 40
 
 
-@pytest.mark.parametrize("policy", ["none", "imagenet"])
-def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy):
+_POLICIES = {"none": Augment(autoaugment="none"), "imagenet": Augment(),
+             "randaugment": Augment(autoaugment="none", randaugment=2, erase=0.25)}  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("policy", _POLICIES)
+def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy, views):
     """The GPU's graph is defined and serialised here, which finds wrong arguments, types and devices; it has the
     operators of the CPU's, and all that touch pixels are on the GPU."""
-    plan = make_plan(index, augment=Augment(autoaugment=policy))
+    plan = replace(make_plan(index, augment=_POLICIES[policy]), views=views)
     source = train.Source(plan, index, 0, 1)
     graphs = [train.graph(source, on_gpu, batch_size=6, num_threads=1, device_id=None) for on_gpu in (False, True)]
     cpu, gpu = (operators(graph) for graph in graphs)
@@ -175,6 +227,10 @@ def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy):
     touch_pixels = {"ImageSlice", "Resize"}
     if policy != "none":
         touch_pixels |= {"Equalize", "WarpAffine", "ColorTwist", "Filter", "Mean", "Min", "Max", "Cast", "Merge"}
+    if policy == "randaugment":
+        touch_pixels |= {"Erase"}
+    if views > 1:
+        touch_pixels |= {"Slice"}
     assert touch_pixels <= on_gpu and not touch_pixels & {name for name, device in gpu if device == "cpu"}
 
 

@@ -70,10 +70,12 @@ def test_a_draw_does_not_depend_on_its_batch(images, seed, data):
     """Each image drawn alone has what it has in any batch."""
     numbers = np.array(images)
     sizes = np.array([[50 + n % 400, 40 + n % 300] for n in images], np.int32)
-    epoch = data.draw(st.integers(0, 300))
-    together = image_draws(seed, epoch, numbers, sizes, Augment())
+    epoch, view = data.draw(st.integers(0, 300)), data.draw(st.integers(0, 2))
+    other = Augment(autoaugment="none", randaugment=3, erase=0.5)
+    augment = data.draw(st.sampled_from([Augment(), other]))
+    together = image_draws(seed, epoch, numbers, sizes, augment, 64, view)
     for at in range(len(images)):
-        alone = image_draws(seed, epoch, numbers[at : at + 1], sizes[at : at + 1], Augment())
+        alone = image_draws(seed, epoch, numbers[at : at + 1], sizes[at : at + 1], augment, 64, view)
         for whole, single in zip(together, alone, strict=True):
             np.testing.assert_array_equal(whole[at], single[0])
 
@@ -109,10 +111,10 @@ def test_crop_falls_back_to_the_centre():
 
 def test_flips_are_fair_and_independent_of_the_crop():
     sizes = np.tile(np.array([300, 300], np.int32), (20_000, 1))
-    draws = image_draws(3, 0, np.arange(20_000), sizes, Augment())
+    draws = image_draws(3, 0, np.arange(20_000), sizes, Augment(), 224)
     assert stats.binomtest(int(draws.flip.sum()), 20_000).pvalue > 1e-4
     assert abs(np.corrcoef(draws.flip, draws.crop[:, 2])[0, 1]) < 0.03
-    assert not image_draws(3, 0, np.arange(99), sizes[:99], Augment(flip=0.0)).flip.any()
+    assert not image_draws(3, 0, np.arange(99), sizes[:99], Augment(flip=0.0), 224).flip.any()
 
 
 def test_an_epoch_takes_each_image_once_and_another_order_each_time():
@@ -216,3 +218,26 @@ def test_the_memo_of_orders_is_read_only():
     order = planning.epoch_order(0, 0, 10)
     with pytest.raises(ValueError, match="read-only"):
         order[0] = 1
+
+
+def test_views_are_drawn_independently_and_the_first_is_that_of_a_plan_with_one():
+    sizes = np.tile(np.array([300, 400], np.int32), (5000, 1))
+    augment = Augment(autoaugment="none", randaugment=2, erase=0.5)
+    views = [image_draws(4, 1, np.arange(5000), sizes, augment, 224, view) for view in range(3)]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        for name in ("crop", "flip", "op", "erased"):
+            one, other = (getattr(views[each], name).reshape(5000, -1)[:, 0] for each in (first, second))
+            assert abs(np.corrcoef(one, other)[0, 1]) < 0.06, name
+    both, one = (replace(make_plan(), views=count).draws(0, np.arange(8), sizes[:8]) for count in (2, 1))
+    for ours, alone in zip(both, one, strict=True):
+        np.testing.assert_array_equal(ours, alone)
+
+
+def test_rows_aside_are_never_mixed_and_all_views_are():
+    plan = replace(make_plan(mix=Mix(cutmix=1.0)), views=2, aside=1)
+    for step in range(5):
+        table, mixed = plan.mix_params(step, 0)
+        assert mixed and len(table) == 3 * 8
+        assert sorted(table[:16, mix_kernel.PARTNER]) == list(range(16))
+        assert set(table[:16, mix_kernel.MODE]) == {mix_kernel.CUTMIX}
+        np.testing.assert_array_equal(table[16:], mix_kernel.plain_params(24)[16:])

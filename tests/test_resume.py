@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fasttrain.losses.contrastive import Contrastive
+from fasttrain.losses.mean_teacher import MeanTeacher
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from test_train import events, part_of, run, tiny, weights
 
 from fasttrain import checkpoint, rundir
 from fasttrain import train as training
-from fasttrain.config import Checkpoints, Ema, Init, Machine, Mix
+from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix
 from fasttrain.errors import Stopped, UserError
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -69,6 +72,12 @@ RECIPES = {
     ),
     "ArcFace, mixup": tiny(
         epochs=3, losses=(CrossEntropy(0.1), ArcFace()), mix=Mix(cutmix=0.3, mixup=0.4), init=Init(force_scratch=True)
+    ),
+    "two views, mean teacher": tiny(
+        epochs=3,
+        losses=(SymmetricCrossEntropy(), Contrastive(decay="cosine"), MeanTeacher(ramp_epochs=2.0)),
+        ema=Ema(0.9),
+        augment=Augment(autoaugment="none", randaugment=2, erase=0.25),
     ),
 }
 

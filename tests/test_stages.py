@@ -218,7 +218,7 @@ def test_the_average_follows_its_rule():
         with torch.no_grad():
             linear.weight += torch.randn(2, 3).double()
             norm.get_buffer("running_mean").add_(1)
-        average.update(model, step)
+        average.update(step)
         seen.append(linear.weight.detach().clone())
         share = min(1 - 1 / step, 0.9)
         expected = share * expected + (1 - share) * seen[-1]

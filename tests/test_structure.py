@@ -11,10 +11,23 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"train", "show", "doctor", "benchmarks"},
-    {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial"},
+    {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial", "present"},
     {"recipes", "pipelines", "checkpoint", "optim", "ema"},
     {"models", "losses"},
-    {"batch", "config", "dataset", "distributed", "schedule", "meter", "watch", "signals", "errors", "files", ""}
+    {
+        "batch",
+        "config",
+        "dataset",
+        "distributed",
+        "schedule",
+        "meter",
+        "watch",
+        "signals",
+        "errors",
+        "files",
+        "flat",
+        "",
+    }
     | {
         "demo",
         "place",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrain import checkpoint, dataset, recipes, rundir
+from fasttrain import checkpoint, dataset, present, recipes, rundir
 from fasttrain import train as training
 from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix, Optim
 from fasttrain.distributed import Ranks
@@ -278,7 +278,7 @@ def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "mix", full)
+    monkeypatch.setattr(present, "mix", full)
     with pytest.raises(UserError, match=r"micro_batch=20 at 32 pixels; try --set micro_batch=10") as caught:
         run(tiny(), tmp_path / "run", index)
     assert caught.value.exit_status == 1

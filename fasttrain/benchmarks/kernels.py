@@ -1,4 +1,4 @@
-"""The project's kernels beside eager, compiled and library versions of the same work."""
+"""The project's kernels, and its averaging of weights, beside eager, compiled and library versions of the same work."""
 
 import time
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fasttrain.benchmarks.common import OWN, Row, race, row
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.ema import Ema
 from fasttrain.kernels import mix, triplet
 
 BATCHES_CPU, BATCHES_GPU = (64, 128), (64, 128, 256, 512, 1024)
@@ -19,12 +20,13 @@ TRIPLET_CPU, TRIPLET_GPU = (
     ((128, 2048), (256, 2656), (1024, 2048)),
     ((128, 2048), (256, 2656), (512, 2048), (1024, 2048)),
 )
+AVERAGED_CPU, AVERAGED_GPU = ("resnest101e",), ("tresnet_xl", "resnest101e", "seresnext101_32x4d")
 SIZE = 224
 
 
 def kernels(device: torch.device, rounds: int = 15) -> list[Row]:
-    """The project's kernels, forward (mix) and forward with backward (triplet), beside eager, compiled and library
-    versions of the same work, on one device."""
+    """The project's kernels, forward (mix) and forward with backward (triplet), and the averaging of a network's
+    weights, beside eager, compiled and library versions of the same work, on one device."""
     on_gpu = device.type == "cuda"
     rows: list[Row] = []
     for batch in BATCHES_GPU if on_gpu else BATCHES_CPU:
@@ -40,6 +42,8 @@ def kernels(device: torch.device, rounds: int = 15) -> list[Row]:
             name = str(dtype).removeprefix("torch.")
             contenders = _triplet_contenders(batch, width, dtype, device)
             rows += _race("triplet", f"{batch} x {width} {name}", contenders, device, rounds)
+    for arch in AVERAGED_GPU if on_gpu else AVERAGED_CPU:
+        rows += _race("averaging", arch, _averaging_contenders(arch, device), device, rounds)
     return rows
 
 
@@ -127,6 +131,31 @@ def _triplet_contenders(
     function = losses.TripletMarginLoss(0.3, distance=space, reducer=reducers.MeanReducer())
     miner = miners.BatchHardMiner(distance=space)
     return contenders | {"pytorch-metric-learning": gradient(lambda: function(rows, labels, miner(rows, labels)))}
+
+
+def _averaging_contenders(arch: str, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """The moving average of all weights of a network, and the copies of its buffers, after a step."""
+    import timm
+    from timm.utils import ModelEmaV3
+
+    network = timm.create_model(arch, num_classes=1000).to(device)
+    ours, step = Ema(network, decay=0.999), 10_000
+    timms = ModelEmaV3(network, decay=0.999)
+    loops = timm.create_model(arch, num_classes=1000).to(device).requires_grad_(False)
+
+    def one_by_one() -> None:
+        """The usual loop over tensors."""
+        with torch.no_grad():
+            for mean, now in zip(loops.parameters(), network.parameters(), strict=True):
+                mean.lerp_(now, 1e-3)
+            for mean, now in zip(loops.buffers(), network.buffers(), strict=True):
+                mean.copy_(now)
+
+    return {
+        OWN: lambda: ours.update(step),
+        "timm: ModelEmaV3": lambda: timms.update(network, step),
+        "one tensor at a time": one_by_one,
+    }
 
 
 def _race(

@@ -29,6 +29,7 @@ from fasttrain.errors import UserError
 from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Source, batches, build
+from fasttrain.present import to_device
 from fasttrain.train import DTYPES, settle
 
 WARM_UP = 6  # batches, which fill the loaders' queues
@@ -198,16 +199,11 @@ def ours(work: Work, images_per_class: int = 0) -> Stream:
     plan = plan_of(work, images_per_class)
     known = torch.from_numpy(work.index.labels)
     for step, (pixels, numbers) in enumerate(batches(plan, work.index, work.device, work.workers)):
-        params = on_device(torch.from_numpy(plan.mix_params(step, 0)[0]), work.device)
+        params = to_device(torch.from_numpy(plan.mix_params(step, 0)[0]), work.device)
         mixed = mix(pixels, params, IMAGENET_MEAN, IMAGENET_STD, work.dtype)
-        labels = on_device(known[numbers], work.device)
+        labels = to_device(known[numbers], work.device)
         targets = (labels, labels[mixed.partner], mixed.lam) if work.cutmix else labels
         yield Delivered(mixed.images, labels, targets)
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on the device, without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def grouped(work: Work, images_per_class: int) -> Stream:
@@ -350,7 +346,7 @@ def stock(work: Work) -> Stream:
     while True:
         pixels, told = pipe.run()
         images = torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2).to(work.dtype)
-        labels = on_device(torch.from_dlpack(told.as_tensor())[:, 0].long(), work.device)
+        labels = to_device(torch.from_dlpack(told.as_tensor())[:, 0].long(), work.device)
         mixed, targets = mixing(images, labels) if mixing else (images, labels)
         yield Delivered(mixed, labels, targets)
 

@@ -20,18 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import optim, recipes
-from fasttrain.batch import Batch, Output
+from fasttrain.batch import Output
 from fasttrain.benchmarks.common import OWN, Row, race, row, seconds, settle
-from fasttrain.benchmarks.pipeline import on_device, require_even
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Init, Recipe
+from fasttrain.benchmarks.pipeline import require_even
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
 from fasttrain.dataset import Index
+from fasttrain.ema import Ema as Averages
 from fasttrain.guard import Guard
-from fasttrain.kernels.mix import mix
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.meter import Meter
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Images
+from fasttrain.present import Present
 from fasttrain.train import DTYPES, names_of, seed_generators, values_of
 from fasttrain.train import settle as settled
 
@@ -41,10 +42,9 @@ FEATURES = 3  # of the network of one parameter: one a colour, and as many class
 
 
 def recipe_of(
-    arch: str,
+    found: Recipe,
     device: torch.device,
     *,
-    loss: str = "ce",
     batch_size: int | None = None,
     image_size: int | None = None,
     precision: str = "auto",
@@ -52,10 +52,9 @@ def recipe_of(
     workers: int = 0,
     settings: Sequence[str] = (),
 ) -> Recipe:
-    """A network's own recipe with one of the combinations of losses, settled for the device, from random weights;
-    other sizes, precision and compile (auto, on or off) where given, and settings as `--set` has them, which its name
-    tells. It never ends. Raises UserError where the batch is odd: timm's Mixup takes even ones only."""
-    found = recipes.for_arch(arch, loss)
+    """A recipe settled for the device, from random weights; with another size, precision and compile (auto, on or off)
+    where given, and settings as `--set` has them, which its name tells. It never ends. Raises UserError where the
+    batch is odd: timm's Mixup takes even ones only."""
     changed = replace(
         found,
         batch_size=batch_size or found.batch_size,
@@ -65,10 +64,9 @@ def recipe_of(
         init=Init(force_scratch=True),
         machine=replace(found.machine, compile=compiled, workers=workers),
     )
-    for setting in settings:
-        changed = recipes.override(changed, setting)
+    changed = recipes.override(changed, *settings)
     require_even([changed.batch_size])
-    return settled(replace(changed, name=", ".join([arch, *settings])), device)
+    return settled(replace(changed, name=", ".join([found.name, *settings])), device)
 
 
 def step(
@@ -104,13 +102,15 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
     index = synthetic(recipe, classes)
     plan = Plan.of(recipe, index)
     numbers = torch.from_numpy(plan.images(0, 0).copy())
-    pixels = torch.randint(0, 256, (recipe.batch_size, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8)
-    batch = Images(pixels.to(device), numbers)
-    planes = batch.pixels.permute(0, 3, 1, 2).contiguous()  # the layout that timm's loader gives
+    rows = recipe.batch_size * (plan.views + plan.aside)
+    pixels = torch.randint(0, 256, (rows, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8).to(device)
+    planes = pixels[: recipe.batch_size].permute(0, 3, 1, 2).contiguous()  # the layout that timm's loader gives
     labels = torch.from_numpy(index.labels)[numbers].to(device)
 
     def ours(each: Recipe) -> Step:
         torch.manual_seed(each.seed)
+        plan = Plan.of(each, index)
+        batch = Images(pixels[: each.batch_size * (plan.views + plan.aside)], numbers)
         return Step(each, Classifier.of(each, classes), plan, index, device, forever(batch))
 
     def timms(**how: bool) -> Timm:
@@ -120,6 +120,9 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
 
     compiled = recipe.machine.compile == "on"
     made: dict[str, Callable[[], Step | Timm]] = {OWN: partial(ours, recipe)}
+    if rows > recipe.batch_size:
+        plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=Ema())
+        made["fasttrain, CE on one view"] = partial(ours, plain)
     if compiled:
         made[EAGER] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="off")))
     if device.type == "cuda" and importlib.util.find_spec("apex"):
@@ -167,17 +170,19 @@ class Step:
         self, recipe: Recipe, model: nn.Module, plan: Plan, index: Index, device: torch.device, feed: Iterator[Images]
     ) -> None:
         self.recipe, self.plan, self.device, self.feed = recipe, plan, device, feed
-        self.dtype = DTYPES[recipe.precision]
-        self.labels = torch.from_numpy(index.labels)
+        dtype = DTYPES[recipe.precision]
         model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = optim.sgd(model, recipe.optim)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
         self.meter = Meter(names, device)
         self.guard = Guard(model, self.optimizer, self.scaler, names, device, recipe.guard.patience)
         self.network: Callable[[Tensor], Output] = model.train()
+        self.ema = Averages(model, recipe.ema.decay) if recipe.ema.decay else None
+        answering: Callable[[Tensor], Output] | None = self.ema.model if self.ema and plan.aside else None
         if recipe.machine.compile == "on":
-            self.network = torch.compile(self.network)
+            self.network, answering = torch.compile(self.network), answering and torch.compile(answering)
+        self.present = Present(plan, torch.from_numpy(index.labels), device, dtype, averaged=answering)
         self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
         self.step = 0
 
@@ -190,12 +195,9 @@ class Step:
         losses = []
         for micro in range(plan.micro_batches):
             pixels, numbers = next(self.feed)
-            params, mixing = plan.mix_params(step, micro)
-            own = on_device(self.labels[numbers], device)
-            mixed = mix(pixels, on_device(torch.from_numpy(params), device), IMAGENET_MEAN, IMAGENET_STD, self.dtype)
-            batch = Batch(own, own[mixed.partner], mixed.lam, mixing)
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                output = self.network(mixed.images)
+            images, batch = self.present(step, micro, pixels, numbers)
+            with self.present.autocast():
+                output = self.network(images)
             terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
             loss = torch.stack([term.loss for term in terms.values()]).sum()
             self.scaler.scale(loss / plan.micro_batches).backward(self.guard.seed(loss))
@@ -204,6 +206,8 @@ class Step:
         self.meter.commit(*self.guard.step(step, self.meter.values))
         self.optimizer.zero_grad()
         self.step += 1
+        if self.ema:
+            self.ema.update(self.step)
         return losses[-1]
 
 
@@ -375,7 +379,7 @@ class OneParameterOutput(OneParameter):
 def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: int = 20) -> list[Row]:
     """Seconds until the call of a step returns, with a network of one parameter and eight images of 8 x 8 pixels, so
     that hardly anything else is measured: what the loops themselves ask of the host."""
-    recipe = recipe_of("resnet18", device, batch_size=8, image_size=8, compiled="off")
+    recipe = recipe_of(recipes.for_arch("resnet18"), device, batch_size=8, image_size=8, compiled="off")
     index = synthetic(recipe, FEATURES)
     plan = Plan.of(recipe, index)
     numbers = torch.from_numpy(plan.images(0, 0).copy())
