@@ -75,7 +75,7 @@ class Source:
 
 
 @pipeline_def(enable_conditionals=True)
-def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
+def graph(source: Source, on_gpu: bool, interp: types.DALIInterpType = types.INTERP_NN) -> tuple[Any, Any]:
     """read → decode the crop → resize, flipped or not → AutoAugment; uint8 HWC images and their numbers."""
     augmenting = source.plan.augment.autoaugment != "none"
     size = source.plan.image_size
@@ -111,24 +111,27 @@ def graph(source: Source, on_gpu: bool) -> tuple[Any, Any]:
         antialias=True,
     )
     if augmenting:
-        images = _augment(images, args[:_ARGUMENTS], size, on_gpu)
-        images = _augment(images, args[_ARGUMENTS:], size, on_gpu)
+        images = _augment(images, args[:_ARGUMENTS], size, on_gpu, interp)
+        images = _augment(images, args[_ARGUMENTS:], size, on_gpu, interp)
     return images, numbers
 
 
-def _augment(images: Any, args: Any, size: int, on_gpu: bool) -> Any:
+def _augment(images: Any, args: Any, size: int, on_gpu: bool, interp: types.DALIInterpType) -> Any:
     arguments = operations.Arguments(*args)
     if on_gpu:
         arguments = arguments._replace(kernel=arguments.kernel.gpu())
-    return operations.apply(images, arguments, size)
+    return operations.apply(images, arguments, size, interp)
 
 
-def build(source: Source, device: torch.device, threads: int) -> Pipeline:
-    """The pipeline, not yet running. device: where the images come out."""
+def build(
+    source: Source, device: torch.device, threads: int, interp: types.DALIInterpType = types.INTERP_NN
+) -> Pipeline:
+    """The pipeline, not yet running. device: where the images come out. interp: DALI's interpolation of warps."""
     on_gpu = device.type == "cuda"
     return graph(
         source,
         on_gpu,
+        interp,
         batch_size=source.plan.micro_batch,
         num_threads=threads,
         device_id=device.index or 0 if on_gpu else None,
@@ -144,12 +147,13 @@ def batches(
     start_step: int = 0,
     stop_step: int | None = None,
     on_skip: Callable[[Skip], object] | None = None,
+    interp: types.DALIInterpType = types.INTERP_NN,
 ) -> Iterator[Images]:
     """This rank's micro-batches from `start_step` up to `stop_step` (default: the run's end), one after another.
 
     The pixels share memory with DALI: no copy is made. Prefetching runs across the ends of epochs. An image that
     cannot be decoded raises RunError that names the file; or, with on_skip, another of its class takes its place from
-    then on (see `faults.substitutes`), which is told once.
+    then on (see `faults.substitutes`), which is told once. interp: of warps (see `build`).
     """
     stop = plan.steps if stop_step is None else stop_step
     replacement = np.arange(len(index))
@@ -168,7 +172,7 @@ def batches(
     while done < total:
         # A pipeline is made anew after an error: the batches that it had in hand are lost with the one that failed.
         source = Source(plan, index, start_step, stop, replacement.copy(), done)
-        pipe = build(source, device, threads)
+        pipe = build(source, device, threads, interp)
         pipe.build()
         while done < total:
             try:

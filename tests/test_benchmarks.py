@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import types
 from PIL import Image
 
 from fasttrain import dataset, recipes, rundir
@@ -29,6 +30,7 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 LOADERS: dict[str, pipeline.Loader] = {
     common.OWN: pipeline.ours,
     pipeline.GROUPED: partial(pipeline.grouped, images_per_class=2),
+    pipeline.LINEAR: partial(pipeline.ours, interp=types.INTERP_LINEAR),
     pipeline.TIMM: pipeline.timms,
     pipeline.TORCHVISION: pipeline.torchvisions,
     pipeline.STOCK: pipeline.stock,

@@ -34,7 +34,7 @@ from fasttrain.train import DTYPES, settle
 WARM_UP = 6  # batches, which fill the loaders' queues
 LEAST_STEPS = 50  # in an epoch
 POLICIES = ("none", "imagenet")
-GROUPED = "fasttrain, P x K batches"
+GROUPED, LINEAR = "fasttrain, P x K batches", "fasttrain, linear warps"
 TIMM, TORCHVISION, STOCK = "timm", "torchvision v2", "DALI's stock pipeline"
 # Stages of the project's graph by the operator that each ends with; what follows them are AutoAugment, which ends
 # with the graph, and the mix kernel, which makes it the whole.
@@ -102,6 +102,8 @@ def pipeline(
         contenders: dict[str, Loader] = {OWN: ours}
         if images_per_class:
             contenders[GROUPED] = partial(grouped, images_per_class=images_per_class)
+        if policy != "none":
+            contenders[LINEAR] = partial(ours, interp=types.INTERP_LINEAR)
         contenders |= {TIMM: timms, TORCHVISION: torchvisions, STOCK: stock}
         cuts = stages(work) if profile else {}
         turns = {name: partial(turn, loader, work, steps) for name, loader in {**contenders, **cuts}.items()}
@@ -193,11 +195,12 @@ def plan_of(work: Work, images_per_class: int = 0) -> Plan:
     return Plan.of(recipe, work.index)
 
 
-def ours(work: Work, images_per_class: int = 0) -> Stream:
-    """The project's pipeline and its mix kernel."""
+def ours(work: Work, images_per_class: int = 0, interp: types.DALIInterpType = types.INTERP_NN) -> Stream:
+    """The project's pipeline and its mix kernel. interp: of AutoAugment's warps, nearest as PIL's, or linear."""
     plan = plan_of(work, images_per_class)
     known = torch.from_numpy(work.index.labels)
-    for step, (pixels, numbers) in enumerate(batches(plan, work.index, work.device, work.workers)):
+    stream = batches(plan, work.index, work.device, work.workers, interp=interp)
+    for step, (pixels, numbers) in enumerate(stream):
         params = on_device(torch.from_numpy(plan.mix_params(step, 0)[0]), work.device)
         mixed = mix(pixels, params, IMAGENET_MEAN, IMAGENET_STD, work.dtype)
         labels = on_device(known[numbers], work.device)
