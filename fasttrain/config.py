@@ -77,8 +77,9 @@ class Augment:
 
     autoaugment: one sub-policy of AutoAugment; `imagenet` has all 25 of the paper, `imagenet-24` leaves out the last,
     as the DeepBlueAI report does. randaugment: so many operations of RandAugment instead (0: none), each at
-    randaugment_magnitude (0 … 30). erase: probability with which a rectangle (area as a share of the crop, aspect
-    ratio log-uniform) gets ImageNet's mean colour.
+    randaugment_magnitude (0 … 30). warps: interpolation of rotations, shears and translations, `nearest` as in the
+    implementations of the papers' time, or `linear`. erase: probability with which a rectangle (area as a share of the
+    crop, aspect ratio log-uniform) gets ImageNet's mean colour.
     """
 
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -87,6 +88,7 @@ class Augment:
     autoaugment: str = "imagenet"
     randaugment: int = 0
     randaugment_magnitude: int = 9
+    warps: str = "nearest"
     erase: float = 0.0
     erase_area: tuple[float, float] = (0.02, 0.33)
     erase_ratio: tuple[float, float] = (0.3, 3.3)
@@ -101,6 +103,7 @@ class Augment:
             _require(0 <= getattr(self, key) <= 1, key, "in [0, 1]", getattr(self, key))
         rule = f"one of {', '.join(AUTOAUGMENT_POLICIES)}"
         _require(self.autoaugment in AUTOAUGMENT_POLICIES, "autoaugment", rule, self.autoaugment)
+        _require(self.warps in ("nearest", "linear"), "warps", "nearest or linear", self.warps)
         most = RANDAUGMENT_OPERATIONS
         _require(0 <= self.randaugment <= most, "randaugment", f"0 to {most} operations", self.randaugment)
         in_bins = 0 <= self.randaugment_magnitude <= 30

@@ -33,7 +33,7 @@ class Op(IntEnum):
 
 
 class Kind(IntEnum):
-    """A branch of the DALI graph. BITS is posterize, solarize and invert, WARP all that moves pixels, COLOR also
+    """A branch of the DALI graph. BITS is posterize and invert, WARP all that moves pixels, CONTRAST also
     brightness."""
 
     NONE = 0
@@ -44,12 +44,13 @@ class Kind(IntEnum):
     CONTRAST = 5
     SHARPNESS = 6
     AUTO_CONTRAST = 7
+    SOLARIZE = 8
 
 
 _KIND_OF = np.zeros(len(Op), np.int32)
 for _op, _kind in (
     (Op.POSTERIZE, Kind.BITS),
-    (Op.SOLARIZE, Kind.BITS),
+    (Op.SOLARIZE, Kind.SOLARIZE),
     (Op.INVERT, Kind.BITS),
     (Op.EQUALIZE, Kind.EQUALIZE),
     (Op.AUTO_CONTRAST, Kind.AUTO_CONTRAST),
@@ -59,7 +60,7 @@ for _op, _kind in (
     (Op.TRANSLATE_X, Kind.WARP),
     (Op.TRANSLATE_Y, Kind.WARP),
     (Op.COLOR, Kind.COLOR),
-    (Op.BRIGHTNESS, Kind.COLOR),
+    (Op.BRIGHTNESS, Kind.CONTRAST),
     (Op.CONTRAST, Kind.CONTRAST),
     (Op.SHARPNESS, Kind.SHARPNESS),
 ):
@@ -71,8 +72,8 @@ class Arguments(NamedTuple):
 
     kind: Any  # int32 [n]
     keep: Any  # uint8 [n]: bits kept; all of them but for posterize
-    flip: Any  # uint8 [n]: bits inverted at and above the threshold
-    threshold: Any  # int32 [n]
+    flip: Any  # uint8 [n]: bits inverted; of solarize at and above the threshold
+    threshold: Any  # uint8 [n]
     brightness: Any  # float32 [n]: blend factor with black
     saturation: Any  # float32 [n]: blend factor with grey
     contrast: Any  # float32 [n]: blend factor with the mean grey
@@ -80,7 +81,7 @@ class Arguments(NamedTuple):
     kernel: Any  # float32 [n, 3, 3]: sharpness as one filter
 
 
-DTYPES = Arguments(types.INT32, types.UINT8, types.UINT8, types.INT32, *(5 * [types.FLOAT]))
+DTYPES = Arguments(types.INT32, types.UINT8, types.UINT8, types.UINT8, *(5 * [types.FLOAT]))
 NDIMS = Arguments(0, 0, 0, 0, 0, 0, 0, 2, 2)
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
@@ -94,18 +95,19 @@ def arguments(op: NDArray[np.int32], value: NDArray[np.float32], size: int) -> A
     a row or column (shear), share of the side by which the image moves right or down, cut to whole pixels (translate),
     blend factor with 1 the identity (colour, contrast, sharpness, brightness). Elsewhere it has none.
     """
-    inverts = (op == Op.SOLARIZE) | (op == Op.INVERT)
+    # i < threshold stays, and i is whole, so the next whole number is the same threshold; 256 is none.
+    threshold = np.where(op == Op.SOLARIZE, np.ceil(value), 0)
+    inverts = (op == Op.INVERT) | (op == Op.SOLARIZE) & (threshold < 256)
     bits = np.where(op == Op.POSTERIZE, value, 8).astype(np.int64)
     keep = (0xFF << (8 - bits)) & 0xFF
     return Arguments(
         kind=_KIND_OF[op],
         keep=keep.astype(np.uint8),
         flip=np.where(inverts, 255, 0).astype(np.uint8),
-        # i < threshold stays, and i is whole, so the next whole number is the same threshold.
-        threshold=np.where(op == Op.SOLARIZE, np.ceil(value), 0).astype(np.int32),
+        threshold=np.minimum(threshold, 255).astype(np.uint8),
         brightness=np.where(op == Op.BRIGHTNESS, value, np.float32(1)),
         saturation=np.where(op == Op.COLOR, value, np.float32(1)),
-        contrast=value,
+        contrast=np.where(op == Op.CONTRAST, value, np.float32(1)),
         matrix=_matrix(op, value, size),
         kernel=value[:, None, None] * _IDENTITY + (1 - value[:, None, None]) * _SMOOTH,
     )
@@ -131,40 +133,81 @@ def _matrix(op: NDArray[np.int32], value: NDArray[np.float32], size: int) -> NDA
 # DALI's AutoGraph follows plain functions only.
 
 
-def apply(images: Any, a: Arguments, size: int) -> Any:
+def apply(images: Any, a: Arguments, size: int, interp: types.DALIInterpType = types.INTERP_NN) -> Any:
     """Each image (uint8 HWC, size x size) through its own operation. All arguments are CPU nodes but the kernel,
-    which lives where the images do."""
+    which lives where the images do. interp: DALI's interpolation of warps."""
     if a.kind == 0:
         result = images
     elif a.kind == 1:
-        result = (images & a.keep) ^ (a.flip * (images >= a.threshold))
+        result = (images & a.keep) ^ a.flip
     elif a.kind == 2:
         result = fn.equalize(images)
     elif a.kind == 3:
-        result = fn.warp_affine(
-            images, matrix=a.matrix, size=[size, size], fill_value=FILL, interp_type=types.INTERP_NN
-        )
+        result = fn.warp_affine(images, matrix=a.matrix, size=[size, size], fill_value=FILL, interp_type=interp)
     elif a.kind == 4:
-        result = fn.color_twist(images, brightness=a.brightness, saturation=a.saturation)
+        result = color(images, a.saturation)
     elif a.kind == 5:
-        result = contrast(images, a.contrast)
+        result = contrast(images, a.contrast, a.brightness)
     elif a.kind == 6:
         result = fn.filter(images, a.kernel)
-    else:
+    elif a.kind == 7:
         result = auto_contrast(images)
+    else:
+        result = images ^ (a.flip * (images >= a.threshold))
     return result
 
 
-def contrast(images: Any, factor: Any) -> Any:
-    """Blend with the mean of the grey image, as PIL's ImageEnhance.Contrast does."""
-    grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-    mean = math.floor(fn.reductions.mean(grey, keep_dims=True) + 0.5)
-    return fn.cast(mean + (images - mean) * factor, dtype=types.UINT8)
+# On a CPU what turns numbers with a fraction into bytes is most of an operation's time, so the forms for a CPU have
+# none; each was timed beside the other. On a GPU the fewest launches count.
+
+_INT16_MAX = 32767
+_LIFT = 255  # keeps sums that are not clipped yet from being negative
+
+
+def color(images: Any, factor: Any) -> Any:
+    """Blend with the grey image, as PIL's ImageEnhance.Color does; factor 0 … 2."""
+    if images.device == "gpu":
+        return fn.color_twist(images, saturation=factor)
+    beyond = fn.cast(factor > 1, dtype=types.FLOAT)
+    # Both terms are bytes long: the grey one, negative where the factor is above 1, is then lifted.
+    grey = fn.brightness_contrast(_grey(images), brightness=1 - factor, brightness_shift=beyond)
+    grey = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
+    own = fn.brightness_contrast(
+        images,
+        dtype=types.INT16,
+        brightness=factor,
+        brightness_shift=((1 - beyond) * _LIFT - 0.5) / _INT16_MAX,  # PIL cuts fractions off
+    )
+    return fn.lookup_table(own + grey, keys=_SUMS, values=_CLIPPED, default_value=255, dtype=types.UINT8)
+
+
+_SUMS = list(range(_LIFT + 255))
+_CLIPPED = [max(0, each - _LIFT) for each in _SUMS]
+
+
+def contrast(images: Any, factor: Any, brightness: Any) -> Any:
+    """Blend with the mean of the grey image and with black, as PIL's ImageEnhance.Contrast and Brightness do."""
+    mean = math.floor(fn.reductions.mean(_grey(images), keep_dims=True) + 0.5)
+    if images.device == "gpu":
+        return fn.cast((mean + (images - mean) * factor) * brightness, dtype=types.UINT8)
+    center = fn.reshape(mean, shape=[])
+    return fn.brightness_contrast(images, brightness=brightness, contrast=factor, contrast_center=center)
+
+
+def _grey(images: Any) -> Any:
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
 
 
 def auto_contrast(images: Any) -> Any:
     """Stretch each channel to 0 … 255; a channel of one value stays as it is."""
     low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
     high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
-    stretched = (images - low) * (255.0 / math.max(high - low, 1)) + low * (high == low)
-    return fn.cast(stretched, dtype=types.UINT8)
+    flat = low == high
+    # In 256ths, which fit 16 bits. The casts keep what there is once a channel from being worked out for each pixel.
+    scale = fn.cast(255.0 * 256 / (high - low + flat * 255), dtype=types.UINT16)
+    stretched = (images - fn.cast(low * (low != high), dtype=types.UINT8)) * scale
+    return fn.lookup_table(stretched, keys=_IN_256THS, values=_ROUNDED, dtype=types.UINT8)
+
+
+_IN_256THS = list(range(1 << 16))
+_ROUNDED = [min(255, (each + 128) // 256) for each in _IN_256THS]

@@ -19,6 +19,7 @@ from fasttrain.pipelines.plan import Draws, Plan, operations_of
 
 PREFETCH = 2  # batches ahead of the one that trains
 
+_INTERPOLATIONS = {"nearest": types.INTERP_NN, "linear": types.INTERP_LINEAR}
 _OPERATION = list(zip(operations.DTYPES, operations.NDIMS, strict=True))  # what an operation's arguments are
 
 
@@ -144,18 +145,18 @@ def _view(images: Any, args: Any, plan: Plan, on_gpu: bool) -> Any:
     )
     at += 2
     for slot in range(operations_of(plan.augment)):  # noqa: B007
-        images = _operate(images, args[at : at + len(_OPERATION)], size, on_gpu)
+        images = _operate(images, args[at : at + len(_OPERATION)], plan, on_gpu)
         at += len(_OPERATION)
     if plan.augment.erase:
         images = erasing.erase(images, args[at], args[at + 1])
     return images
 
 
-def _operate(images: Any, args: Any, size: int, on_gpu: bool) -> Any:
+def _operate(images: Any, args: Any, plan: Plan, on_gpu: bool) -> Any:
     arguments = operations.Arguments(*args)
     if on_gpu:
         arguments = arguments._replace(kernel=arguments.kernel.gpu())
-    return operations.apply(images, arguments, size)
+    return operations.apply(images, arguments, plan.image_size, _INTERPOLATIONS[plan.augment.warps])
 
 
 def build(source: Source, device: torch.device, threads: int) -> Pipeline:

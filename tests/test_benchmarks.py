@@ -16,7 +16,7 @@ from PIL import Image
 from fasttrain import dataset, recipes, rundir
 from fasttrain import train as training
 from fasttrain.benchmarks import common, kernels, pipeline, step, train
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Init, Machine
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Init, Machine
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
 from fasttrain.evaluate import normalised
@@ -29,6 +29,7 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 LOADERS: dict[str, pipeline.Loader] = {
     common.OWN: pipeline.ours,
     pipeline.GROUPED: partial(pipeline.grouped, images_per_class=2),
+    pipeline.LINEAR: partial(pipeline.ours, augment=Augment(autoaugment="none", warps="linear")),
     pipeline.TIMM: pipeline.timms,
     pipeline.TORCHVISION: pipeline.torchvisions,
     pipeline.STOCK: pipeline.stock,

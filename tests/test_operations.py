@@ -24,18 +24,18 @@ def pictures(photos) -> list[np.ndarray]:
 
 
 @pipeline_def(enable_conditionals=True, num_threads=2, device_id=None)
-def one_operation(images, arguments):
+def one_operation(images, arguments, interp):
     decoded = fn.external_source(source=[images], dtype=types.UINT8, ndim=3, layout="HWC")
     nodes = []
     for each, dtype, ndim in zip(arguments, operations.DTYPES, operations.NDIMS):  # noqa: B905 (DALI's AutoGraph knows no strict)
         nodes.append(fn.external_source(source=[each], dtype=dtype, ndim=ndim))
-    return operations.apply(decoded, operations.Arguments(*nodes), SIZE)
+    return operations.apply(decoded, operations.Arguments(*nodes), SIZE, interp)
 
 
-def with_dali(pictures, op: Op, value: float) -> list[np.ndarray]:
+def with_dali(pictures, op: Op, value: float, interp=types.INTERP_NN) -> list[np.ndarray]:
     count = len(pictures)
     arguments = operations.arguments(np.full(count, op, np.int32), np.full(count, value, np.float32), SIZE)
-    pipe = one_operation(pictures, [np.ascontiguousarray(each) for each in arguments], batch_size=count)
+    pipe = one_operation(pictures, [np.ascontiguousarray(each) for each in arguments], interp, batch_size=count)
     pipe.build()
     (result,) = pipe.run()
     return [np.asarray(result.at(each)) for each in range(count)]
@@ -120,6 +120,15 @@ def test_close_operations_differ_from_pils_by_little(pictures, op, value, bound)
         assert difference.mean() <= bound
 
 
+def test_warps_are_linear_where_asked(pictures):
+    for ours, picture in zip(with_dali(pictures, Op.ROTATE, 20, types.INTERP_LINEAR), pictures, strict=True):
+        expected = Image.fromarray(picture).rotate(20, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+        inside = np.asarray(Image.new("L", (SIZE, SIZE), 1).rotate(20)) == 1
+        inside[[0, -1]] = inside[:, [0, -1]] = False
+        difference = abs(ours.astype(int) - np.asarray(expected))[inside]
+        assert difference.mean() <= 0.6 and (difference > 2).mean() < 0.01
+
+
 def test_equalize_is_opencvs(pictures):
     """DALI equalizes by OpenCV's formula: exactly that, computed here from the histogram, and near PIL's."""
     for ours, picture in zip(with_dali(pictures, Op.EQUALIZE, 0), pictures, strict=True):
@@ -148,7 +157,7 @@ def test_operations_apply_to_each_image_its_own():
     ops = np.array(list(Op), np.int32)
     values = np.array([strength(op, 6, -1) or randaugment.strength(op, 18, -1) for op in Op], np.float32)
     arguments = [np.ascontiguousarray(each) for each in operations.arguments(ops, values, SIZE)]
-    pipe = one_operation(batch, arguments, batch_size=len(batch))
+    pipe = one_operation(batch, arguments, types.INTERP_NN, batch_size=len(batch))
     pipe.build()
     (together,) = pipe.run()
     for at, op in enumerate(Op):

@@ -35,7 +35,7 @@ from fasttrain.train import DTYPES, settle
 WARM_UP = 6  # batches, which fill the loaders' queues
 LEAST_STEPS = 50  # in an epoch
 POLICIES = ("none", "imagenet")
-GROUPED = "fasttrain, P x K batches"
+GROUPED, LINEAR = "fasttrain, P x K batches", "fasttrain, linear warps"
 TIMM, TORCHVISION, STOCK = "timm", "torchvision v2", "DALI's stock pipeline"
 # Stages of the project's graph by the operator that each ends with; what follows them are AutoAugment, which ends
 # with the graph, and the mix kernel, which makes it the whole.
@@ -103,6 +103,8 @@ def pipeline(
         contenders: dict[str, Loader] = {OWN: ours}
         if images_per_class:
             contenders[GROUPED] = partial(grouped, images_per_class=images_per_class)
+        if policy != "none":
+            contenders[LINEAR] = partial(ours, augment=Augment(autoaugment=policy, warps="linear"))
         contenders |= {TIMM: timms, TORCHVISION: torchvisions, STOCK: stock}
         cuts = stages(work) if profile else {}
         turns = {name: partial(turn, loader, work, steps) for name, loader in {**contenders, **cuts}.items()}
@@ -180,7 +182,7 @@ def relabelled(index: Index, per_class: int) -> Index:
     )
 
 
-def plan_of(work: Work, images_per_class: int = 0) -> Plan:
+def plan_of(work: Work, images_per_class: int = 0, augment: Augment | None = None) -> Plan:
     """The project's plan for the work: endless, its draws those of training."""
     recipe = replace(
         recipes.for_arch("resnet18"),
@@ -188,15 +190,15 @@ def plan_of(work: Work, images_per_class: int = 0) -> Plan:
         images_per_class=images_per_class,
         image_size=work.size,
         epochs=10**6,
-        augment=Augment(autoaugment=work.policy),
+        augment=augment or Augment(autoaugment=work.policy),
         mix=Mix(cutmix=float(work.cutmix)),
     )
     return Plan.of(recipe, work.index)
 
 
-def ours(work: Work, images_per_class: int = 0) -> Stream:
-    """The project's pipeline and its mix kernel."""
-    plan = plan_of(work, images_per_class)
+def ours(work: Work, images_per_class: int = 0, augment: Augment | None = None) -> Stream:
+    """The project's pipeline and its mix kernel; augment: other settings than the policy's own."""
+    plan = plan_of(work, images_per_class, augment)
     known = torch.from_numpy(work.index.labels)
     for step, (pixels, numbers) in enumerate(batches(plan, work.index, work.device, work.workers)):
         params = to_device(torch.from_numpy(plan.mix_params(step, 0)[0]), work.device)

@@ -80,7 +80,7 @@ def turns(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) 
         step = Timm(recipe, model, classes, device, iter(()), compiled=compiled, item=item)
         return partial(timms_run, step, work, steps, warm_up)
 
-    own = partial(pipeline.ours, images_per_class=recipe.images_per_class)
+    own = partial(pipeline.ours, images_per_class=recipe.images_per_class, augment=recipe.augment)
     return {
         OWN: partial(run, recipe, index, ranks, steps, warm_up),
         STEP: Turns(contenders(recipe, device, classes)[OWN], device, steps, warm_up),
