@@ -29,11 +29,12 @@ class Meter:
         self._zero = torch.zeros((), device=device)
         self.sums = torch.zeros(2, len(self.names), device=device)  # values and shares of the steps before
         self.none = torch.zeros_like(self.sums)
+        self._nothing = self.none[0, :-1]
         self._rows: dict[tuple[float, ...], Tensor] = {}
         self._begin()
 
     def _begin(self) -> None:
-        self.values = self.none[0, :-1]  # of the step under way
+        self.values = self._nothing  # of the step under way
         self.shares = [0.0] * (len(self.names) - 1)  # how much of that step each value is of
 
     def add(self, terms: dict[str, Tensor], share: float) -> None:
