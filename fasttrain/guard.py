@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain import optim
 from fasttrain.dataset import Index, shown
 from fasttrain.files import replacing
-from fasttrain.optim import hold
+from fasttrain.flat import by_dtype
 from fasttrain.pipelines.plan import Plan
 
 REPORT = "not_finite.json"
@@ -38,63 +39,54 @@ class Guard:
     ) -> None:
         self.optimizer, self.scaler, self.names, self.kept = optimizer, scaler, names, kept
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        self.one = torch.ones((), device=device)
+        self.one, self.failing = torch.ones(2, device=device)  # the second: whether the step under way fails, 0 or 1
         self.streak = torch.zeros((), device=device)  # failed steps in a row, up to now
         self.longest = torch.zeros((), device=device)  # and at most, since the last reading
         self.history = torch.zeros(kept, len(names) + 1, device=device)  # the last column is the gradient's norm
         self.named: list[str] = []  # parameters that had a gradient in the last step, and its norms
         self.norms: tuple[Tensor, ...] = ()
-        self.buffers: list[tuple[list[Tensor], Tensor]] = []  # of one dtype, and a copy of them that is whole
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in model.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        for buffers in by_dtype.values():
-            self.buffers.append((buffers, _joined(buffers)))
+        self.buffers = [_Buffers(each) for each in by_dtype(map(_flat, model.buffers()))]
 
-    def seed(self, loss: Tensor) -> Tensor:
-        """The gradient of a loss with which backward has to begin: 1, or nan where the loss is not finite, so that
-        whatever the network makes of it the gradient is not finite either, on any rank."""
-        loss = loss.detach()
-        return loss - loss + self.one  # nan − nan and ∞ − ∞ are nan, all else is 0
+    @torch.no_grad()
+    def seed(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """The gradient of a loss with which backward has to begin: `share`, or nan where the loss is not finite, so
+        that whatever the network makes of it the gradient is not finite either, on any rank."""
+        return (loss - loss).add_(share)  # nan − nan and ∞ − ∞ are nan, all else is 0
 
     @torch.no_grad()
     def step(self, step: int, values: Tensor) -> tuple[Tensor, Tensor]:
         """The optimizer's step with the gradients that are there, or nothing. values: this step's, float32 [names].
 
-        Gives the gradient's norm and whether it was not finite, both scalars on the device.
+        Gives what is kept of the step, the values and the gradient's norm, float32 [names + 1], and whether that norm
+        is finite, a bool on the device.
         """
         graded = {name: each.grad for name, each in self.parameters.items() if each.grad is not None}
         self.named, self.norms = list(graded), torch._foreach_norm(list(graded.values()))
         norm = torch.linalg.vector_norm(torch.stack(self.norms))
-        bad = (norm - norm).ne(0)
-        failed = bad.float()
+        good = norm < math.inf  # nan is not either
+        failed = torch.logical_not(good, out=self.failing)
         if self.scaler.is_enabled():
             scale = self.scaler.scale(self.one)
             norm, failed = norm / scale, failed * (scale <= 1)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            hold(self.optimizer, bad)
-            self.optimizer.step()
-        self._keep_buffers(bad)
+            optim.step(self.optimizer, failed)
+        for buffers in self.buffers:
+            buffers.keep(good)
         torch.addcmul(failed, self.streak, failed, out=self.streak)  # one more where it failed, else 0
         torch.maximum(self.longest, self.streak, out=self.longest)
-        torch.cat([values, norm[None]], out=self.history[step % self.kept])
-        return norm, bad
-
-    def _keep_buffers(self, bad: Tensor) -> None:
-        for at, (buffers, whole) in enumerate(self.buffers):
-            whole = torch.where(bad, whole, _joined(buffers))
-            parts = whole.split([each.numel() for each in buffers])
-            torch._foreach_copy_(buffers, [part.view_as(each) for part, each in zip(parts, buffers, strict=True)])
-            self.buffers[at] = buffers, whole
+        kept = self.history[step % self.kept]
+        torch.cat([values, norm[None]], out=kept)
+        return kept, good
 
     def reset(self, streak: int = 0) -> None:
         """Begin anew, with the buffers as they are now; streak: failed steps in a row before."""
         self.streak.fill_(streak)
         self.longest.zero_()
         self.history.zero_()
-        self.buffers = [(buffers, _joined(buffers)) for buffers, _ in self.buffers]
+        for buffers in self.buffers:
+            buffers.take()
 
     def read(self) -> tuple[int, int]:
         """How many steps in a row have failed up to now, and at most since the last reading. Waits for the device."""
@@ -125,8 +117,26 @@ def plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _joined(buffers: list[Tensor]) -> Tensor:
-    return torch.cat([each.reshape(-1) for each in buffers])
+class _Buffers:
+    """A network's buffers of one dtype, given flat, and a copy of them that is whole."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self.buffers, self.whole = buffers, torch.cat(buffers)
+        self.parts = self.whole.split([each.numel() for each in buffers])
+
+    def take(self) -> None:
+        """They are whole as they are now."""
+        torch.cat(self.buffers, out=self.whole)
+
+    def keep(self, good: Tensor) -> None:
+        """They are whole where `good`, a bool on the device; else they become what they were."""
+        torch.where(good, torch.cat(self.buffers), self.whole, out=self.whole)
+        torch._foreach_copy_(self.buffers, self.parts)
+
+
+def _flat(buffer: Tensor) -> Tensor:
+    """All of a buffer as a vector that shares its memory, in the order in which it lies there."""
+    return buffer.permute(sorted(range(buffer.ndim), key=buffer.stride, reverse=True)).view(-1)
 
 
 class Diverged(Exception):

@@ -26,28 +26,32 @@ class Meter:
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = [*names, "grad_norm"]
-        self.values = torch.zeros(len(names), device=device)  # of the step under way
-        self.shares = [0.0] * len(names)  # how much of that step each value is of
+        self._zero = torch.zeros((), device=device)
         self.sums = torch.zeros(2, len(self.names), device=device)  # values and shares of the steps before
         self.none = torch.zeros_like(self.sums)
-        self._zero = torch.zeros((), device=device)
+        self._nothing = self.none[0, :-1]
         self._rows: dict[tuple[float, ...], Tensor] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.values = self._nothing  # of the step under way
+        self.shares = [0.0] * (len(self.names) - 1)  # how much of that step each value is of
 
     def add(self, terms: dict[str, Tensor], share: float) -> None:
         """Add one micro-batch's terms (scalars on the device), the micro-batch being `share` of its step."""
         names = self.names[:-1]
-        self.values.add_(torch.stack([terms[n].detach() if n in terms else self._zero for n in names]), alpha=share)
+        values = torch.stack([terms[n].detach() if n in terms else self._zero for n in names])
+        self.values = values if share == 1 else self.values.add(values, alpha=share)
         self.shares = [had + share * (name in terms) for had, name in zip(self.shares, names, strict=True)]
 
-    def commit(self, grad_norm: Tensor, bad: Tensor) -> None:
-        """The step is done; it does not count where `bad`, a bool on the device."""
+    def commit(self, values: Tensor, good: Tensor) -> None:
+        """The step is done. values: what was added, and the gradient's norm, float32 [names + 1]; it does not count
+        unless `good`, a bool on the device."""
         shares = (*self.shares, 1.0)
         if shares not in self._rows:  # a few patterns in all
             self._rows[shares] = torch.tensor(shares, device=self.sums.device)
-        step = torch.stack([torch.cat([self.values, grad_norm[None]]), self._rows[shares]])
-        self.sums.add_(torch.where(bad, self.none, step))
-        self.values.zero_()
-        self.shares = [0.0] * len(self.shares)
+        self.sums.add_(torch.where(good, torch.stack([values, self._rows[shares]]), self.none))
+        self._begin()
 
     def state(self) -> dict[str, list[float]]:
         """{name: [sum, share]} so far, as plain numbers; waits for the device."""

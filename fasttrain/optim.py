@@ -51,13 +51,40 @@ def _apex_sgd(parameters: Sequence[nn.Parameter]) -> Callable[..., torch.optim.O
     return FusedSGD
 
 
-def hold(optimizer: torch.optim.Optimizer, where: Tensor) -> None:
-    """Make an optimizer of `sgd` leave weights and momentum as they are in its next step, where `where`, a bool on
-    the device, is true; decided there."""
+@torch.no_grad()
+def step(optimizer: torch.optim.Optimizer, held: Tensor) -> None:
+    """Take the step of an optimizer of `sgd`; or leave weights and momentum as they are where `held`, a float32 scalar
+    on the device, is 1 and not 0: decided there.
+
+    Of torch's SGD this calls the kernel alone: `SGD.step` looks at each parameter in turn before it comes to that.
+    """
     if hasattr(optimizer, "_dummy_overflow_buf"):  # apex's kernels return at once where this is not 0
-        optimizer._dummy_overflow_buf.copy_(where)
-    else:  # what a GradScaler tells torch's
-        optimizer.grad_scale, optimizer.found_inf = None, where.float()  # type: ignore[attr-defined]
+        optimizer._dummy_overflow_buf.copy_(held)
+        optimizer.step()
+        return
+    for group in optimizer.param_groups:
+        parameters = [each for each in group["params"] if each.grad is not None]
+        if parameters:
+            torch._fused_sgd_(
+                parameters,
+                [each.grad for each in parameters],
+                [optimizer.state[each]["momentum_buffer"] for each in parameters] if group["momentum"] else [],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+                is_first_step=False,  # there is a momentum from the beginning
+                found_inf=held,
+            )
+
+
+def clear(optimizer: torch.optim.Optimizer) -> None:
+    """Drop all gradients, as `optimizer.zero_grad()` does, which takes longer over its bookkeeping."""
+    for group in optimizer.param_groups:
+        for each in group["params"]:
+            each.grad = None
 
 
 def rate(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:

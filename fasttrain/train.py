@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from hashlib import sha256
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,6 +178,7 @@ def course(
     skip = log.skip if recipe.data.on_bad == "skip" else None
     stream = batches(plan, train_index, device, threads, start, on_skip=skip)
     lr_at = optim.rate(recipe, plan.steps_per_epoch)
+    weight = 1 / plan.micro_batches  # of each one's loss in that of its step
     step = read_at = start
     watch = Watch(ranks, recipe.machine.hang_timeout)
     saver = Saver(out, recipe.checkpoint, log, alive=lambda: watch.at(step, SAVING))
@@ -206,11 +208,11 @@ def course(
                     with present.autocast():
                         output = network(images)
                     terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
-                    loss = torch.stack([term.loss for term in terms.values()]).sum()
-                    scaler.scale(loss / plan.micro_batches).backward(guard.seed(loss))
-                meter.add(values_of(loss, terms), 1 / plan.micro_batches)
+                    loss = reduce(add, (term.loss for term in terms.values()))
+                    scaler.scale(loss).backward(guard.seed(loss, weight))
+                meter.add(values_of(loss, terms), weight)
             meter.commit(*guard.step(step, meter.values))
-            optimizer.zero_grad()
+            optim.clear(optimizer)
 
             done = step + 1
             if ema:

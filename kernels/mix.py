@@ -22,9 +22,10 @@ On a GPU it is one launch and one pass: every output byte is written once, and w
 that are a permutation every input byte is read once (twice in the few bytes beside a box's left and right edge).
 """
 
+import functools
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 PARTNER, MODE, TOP, BOTTOM, LEFT, RIGHT, LAM = range(7)
 BOX = slice(TOP, RIGHT + 1)
@@ -56,7 +58,9 @@ def plain_params(batch: int) -> NDArray[np.float32]:
 
 def mix(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> MixOutput:
     """Normalise, mix and cast a batch; see the contract at the top of this file."""
-    return MixOutput(*_mix(images, params, list(mean), list(std), dtype))
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # to be traced, counted or faked
+        return MixOutput(*_mix(images, params, list(mean), list(std), dtype))
+    return MixOutput(*_dispatch(images, params, mean, std, dtype))  # an operator's call costs as much as all the rest
 
 
 def reference(
@@ -208,38 +212,54 @@ def launch(
 def on_cpu(
     images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract, one image at a time, so that all work on it stays in the cache.
+    """The contract, one image at a time, so that all work on it stays in the cache; or all at once where they do so
+    together and are mixed alike.
 
     A box is pasted before the arithmetic, on bytes. Shift and scale are spread over a whole row, since an inner loop
     of three channels would not vectorise. Results lie in memory that is used again once nobody holds them: to get
     fresh memory from the system takes longer than all the work on it.
     """
     batch, height, width, channels = images.shape
-    shift = torch.tensor([255 * m for m in mean], dtype=torch.float32).repeat(width)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32).repeat(width)
-    result = _memory(batch * height * width * channels, dtype).view(batch, height, width * channels)
-    pasted = torch.empty((height, width, channels), dtype=torch.uint8)
-    own, other = (torch.empty((height, width * channels), dtype=torch.float32) for _ in range(2))
-    shares = torch.ones(batch, dtype=torch.float32)
+    shift, scale = _spread(tuple(mean), tuple(std), width)
+    result = _memory(images.numel(), dtype).view(batch, height, width * channels)
+    partners, shares = params[:, PARTNER].long(), torch.ones(batch, dtype=torch.float32)
+    table = params.tolist()
+    parts: list[tuple[Any, Any, list[float]]]  # which images, whose partners they are mixed with, and how
+    if images.numel() <= _CACHED and all(row[MODE:] == table[0][MODE:] for row in table):
+        parts, lead = [(slice(batch), partners, row[MODE:]) for row in table[:1]], images.shape[:1]
+    else:
+        parts, lead = [(at, int(row[PARTNER]), row[MODE:]) for at, row in enumerate(table)], torch.Size()
+    pasted = torch.empty((*lead, height, width, channels), dtype=torch.uint8)
+    own, other = (torch.empty((*lead, height, width * channels), dtype=torch.float32) for _ in range(2))
 
-    for at, (partner, mode, top, bottom, left, right, lam) in enumerate(params.tolist()):
-        image = images[at]
+    for at, partner, (mode, top, bottom, left, right, lam) in parts:
+        some = images[at]
         if mode == CUTMIX:
             rows, columns = slice(int(top), int(bottom)), slice(int(left), int(right))
-            pasted.copy_(image)
-            pasted[rows, columns] = images[int(partner), rows, columns]
-            image = pasted
+            pasted.copy_(some)
+            pasted[..., rows, columns, :] = images[partner, rows, columns]
+            some = pasted
             shares[at] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
         target = result[at] if dtype == torch.float32 else own
-        target.copy_(image.view(height, -1)).sub_(shift).mul_(scale)
+        target.copy_(some.view(own.shape)).sub_(shift).mul_(scale)
         if mode == MIXUP:
-            other.copy_(images[int(partner)].view(height, -1)).sub_(shift).mul_(scale)
+            other.copy_(images[partner].view(own.shape)).sub_(shift).mul_(scale)
             target.mul_(lam).add_(other.mul_(1 - lam))
             shares[at] = lam
         if target is own:
             result[at].copy_(own)
     pixels = result.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return pixels, params[:, PARTNER].long(), shares
+    return pixels, partners, shares
+
+
+_CACHED = 1 << 17  # values that stay in the cache together
+
+
+@functools.lru_cache(maxsize=8)
+def _spread(mean: tuple[float, ...], std: tuple[float, ...], width: int) -> tuple[Tensor, Tensor]:
+    """Shift and scale of a row of pixels, float32 [width · C] each."""
+    shift = torch.tensor([255 * m for m in mean], dtype=torch.float32).repeat(width)
+    return shift, torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32).repeat(width)
 
 
 _POOL: list[NDArray[np.uint8]] = []
@@ -286,19 +306,21 @@ def _check(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
 
 
-@torch.library.custom_op("fasttrain::mix", mutates_args=(), device_types="cuda")
-def _mix(
+def _dispatch(
     images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(images, params, mean, std, dtype)
+    if not images.is_cuda:
+        return on_cpu(images, params, mean, std, dtype)
     with torch.cuda.device_of(images):
         return launch(images, params, mean, std, dtype)
 
 
-@_mix.register_kernel("cpu")
-def _(images, params, mean, std, dtype):
-    _check(images, params, mean, std, dtype)
-    return on_cpu(images, params, mean, std, dtype)
+@torch.library.custom_op("fasttrain::mix", mutates_args=())
+def _mix(
+    images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dispatch(images, params, mean, std, dtype)
 
 
 @_mix.register_fake

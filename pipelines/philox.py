@@ -1,6 +1,8 @@
 """Philox4x32-10, the counter-based random generator of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2,
 3"), vectorised in numpy over counters. It has no state: the same counter and key always give the same four words."""
 
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,3 +47,25 @@ def uniforms(seed: int, stream: int, epoch: int, items: NDArray[np.int64], count
 def generator(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
     """A numpy generator of its own for one thing that happens once a step or once an epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, step, part]))
+
+
+class _Reused(threading.local):
+    """A thread's own generator, and the state from which it draws next."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+        self.rng = np.random.Generator(self.bits)
+        self.state = self.bits.state  # of a generator that has not drawn: nothing is left over in it
+
+
+_REUSED = _Reused()
+
+
+def passing_generator(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
+    """A generator that draws just what `generator`'s draws, made in a fifth of the time: draw at once, since the
+    thread's next call takes it back."""
+    state = _REUSED.state
+    state["state"]["key"][:] = seed, stream
+    state["state"]["counter"][:] = 0, epoch, step, part
+    _REUSED.bits.state = state
+    return _REUSED.rng

@@ -2,6 +2,7 @@
 step); there is no state, so any batch of any epoch can be had at once, on any rank.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,7 +17,7 @@ from fasttrain.errors import UserError
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import autoaugment, erasing, randaugment
 from fasttrain.pipelines.groups import Groups
-from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, uniforms
+from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, passing_generator, uniforms
 
 _TRIES = 10
 CROP_DRAWS = 2 * _TRIES + 2
@@ -127,14 +128,14 @@ class Box(NamedTuple):
 def cutmix_box(rng: np.random.Generator, size: int, alpha: float) -> Box:
     """A box in an image of size x size pixels: λ ~ Beta(α, α), sides size·√(1−λ), the centre uniform over pixels,
     clipped to the image (Yun et al. 2019)."""
-    half = int(size * np.sqrt(1 - rng.beta(alpha, alpha))) // 2
-    y, x = rng.integers(size, size=2)
-    return Box(*(int(np.clip(edge, 0, size)) for edge in (y - half, y + half, x - half, x + half)))
+    half = int(size * math.sqrt(1 - rng.beta(alpha, alpha))) // 2
+    y, x = rng.integers(size, size=2).tolist()
+    return Box(max(y - half, 0), min(y + half, size), max(x - half, 0), min(x + half, size))
 
 
 def step_mix(seed: int, epoch: int, step: int, size: int, mix: Mix) -> Box | float | None:
     """What the global step mixes by: CutMix's box, mixup's λ ~ Beta(α, α) (Zhang et al. 2018), or None."""
-    rng = generator(seed, STEP, epoch, step)
+    rng = passing_generator(seed, STEP, epoch, step)
     choice = rng.random()
     if choice < mix.cutmix:
         return cutmix_box(rng, size, mix.cutmix_alpha)
@@ -246,7 +247,8 @@ class Plan:
             return params, False
         part = 1 + self.rank * self.micro_batches + micro
         mixed = params[: self.micro_batch * self.views]
-        mixed[:, mix_kernel.PARTNER] = generator(self.seed, STEP, epoch, position, part).permutation(len(mixed))
+        rng = passing_generator(self.seed, STEP, epoch, position, part)
+        mixed[:, mix_kernel.PARTNER] = rng.permutation(len(mixed))
         if isinstance(by, Box):
             mixed[:, mix_kernel.MODE] = mix_kernel.CUTMIX
             mixed[:, mix_kernel.BOX] = by

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, on one GPU, in parts of under nine minutes each, the most telling first.
+# Everything that only a GPU can tell, on one GPU, in parts of at most nine minutes each, the most telling first.
 # usage: DATA=DIR bash scripts/gpu_suite.sh OUT [PART...]
-#   OUT   results go here; a part that is done is not done again, so the same command goes on where it was stopped
+#   OUT   results go here; what is done is not done again, so the same command goes on where it was stopped
 #   PART  names of parts, in place of all of them: tests kernels step aligned pipeline train memory autoaugment parity
 #   DATA  a folder of class folders of photographs (a few hundred suffice)
+# LIMIT seconds a part (default: 540): one that runs over is ended, what it has written stays, and the next one begins.
+# TOTAL seconds in all (default: no limit): no part runs beyond them.
 # TOY=1 runs every part on a CPU at toy size, to see that it works; its figures mean nothing.
 # FASTTRAIN is the command (default: fasttrain), PYTHON the interpreter beside it (default: python).
 # At the end, or after each stop, `OUT/gpu.json` has all figures and `OUT/gpu.md` their tables.
@@ -13,7 +15,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 out=$1
 shift
 mkdir -p "$out"
-fasttrain=${FASTTRAIN:-fasttrain} python=${PYTHON:-python}
+fasttrain=${FASTTRAIN:-fasttrain} python=${PYTHON:-python} limit=${LIMIT:-540} total=${TOTAL:-}
 networks=(tresnet_xl resnest101e seresnext101_32x4d)
 
 if [ -n "${TOY:-}" ]; then
@@ -31,41 +33,64 @@ else
     tests=(-m gpu)
 fi
 
-archs() { for each in "${networks[@]}"; do printf -- '--arch %s ' "$each"; done; }
+limited() { # a command, ended when the part's time is up, or with this script
+    local left=$((deadline - SECONDS))
+    [ "$left" -gt 0 ] || return 124
+    timeout --kill-after=10 "$left" "$@" &
+    trap 'kill "$!" 2>/dev/null; exit 130' INT TERM
+    wait "$!"
+}
+measure() { # NAME COMMAND...: makes OUT/NAME.json, unless it is there
+    local name=$1
+    shift
+    [ ! -e "$out/$name.json" ] || return 0
+    limited "$@" "${device[@]}" --json "$out/.unfinished.json" && mv "$out/.unfinished.json" "$out/$name.json"
+}
 
-tests() { (cd "$here" && "$python" -m pytest -q "${tests[@]}"); }
-kernels() { "$fasttrain" bench kernels "${device[@]}" "${turns[@]}" --json "$out/kernels-gpu.json"; }
-# shellcheck disable=SC2046  # several words are meant
+tests() { cd "$here" && limited "$python" -m pytest -q "${tests[@]}"; }
+kernels() { measure kernels-gpu "$fasttrain" bench kernels "${turns[@]}"; }
 step() {
-    "$fasttrain" bench step "${device[@]}" $(archs) "${step[@]}" --json "$out/step-gpu.json" &&
-        "$fasttrain" bench step "${device[@]}" --host "${turns[@]}" --json "$out/host-gpu.json"
+    local arch status=0
+    for arch in "${networks[@]}"; do
+        measure "step-$arch" "$fasttrain" bench step --arch "$arch" "${step[@]}" || status=$?
+    done
+    measure host-gpu "$fasttrain" bench step --host "${turns[@]}" || status=$?
+    return "$status"
 }
 aligned() {
-    "$fasttrain" bench step "${device[@]}" --arch "$aligned" "${step[@]}" --json "$out/step-plain.json" &&
-        "$fasttrain" bench step "${device[@]}" --arch "$aligned" "${step[@]}" --set machine.align=true \
-            --json "$out/step-aligned.json"
+    local plain=("$fasttrain" bench step --arch "$aligned" "${step[@]}")
+    measure step-plain "${plain[@]}" && measure step-aligned "${plain[@]}" --set machine.align=true
 }
-pipeline() {
-    "$fasttrain" bench pipeline "${device[@]}" --data "$DATA" "${pipeline[@]}" --profile --json "$out/pipeline-gpu.json"
-}
-# shellcheck disable=SC2046
+pipeline() { measure pipeline-gpu "$fasttrain" bench pipeline --data "$DATA" "${pipeline[@]}" --profile; }
 train() {
-    "$fasttrain" bench train "${device[@]}" --data "$DATA" $(archs) "${train[@]}" --json "$out/train-gpu.json"
+    local arch status=0
+    for arch in "${networks[@]}"; do
+        measure "train-$arch" "$fasttrain" bench train --data "$DATA" --arch "$arch" "${train[@]}" || status=$?
+    done
+    return "$status"
 }
-memory() { # batches that grow until the memory does not suffice; the last file is the largest that does
-    local arch batch
+memory() { # batches that grow until the memory does not suffice; the largest that does is what is told
+    local arch batch status=0
+    mkdir -p "$out/memory"
     for arch in "${networks[@]}"; do
         for batch in "${memory[@]}"; do
-            "$fasttrain" bench step "${device[@]}" --arch "$arch" "${step[@]}" --batch-size "$batch" --rounds 1 --steps 3 \
-                --json "$out/step-largest-$arch.json" || break
+            measure "memory/$arch-$batch" "$fasttrain" bench step --arch "$arch" "${step[@]}" --batch-size "$batch" \
+                --rounds 1 --steps 3
+            case $? in
+                0) cp "$out/memory/$arch-$batch.json" "$out/step-largest-$arch.json" ;;
+                124 | 137) return 124 ;;
+                *) break ;;
+            esac
         done
+        [ -e "$out/step-largest-$arch.json" ] || status=1
     done
+    return "$status"
 }
 autoaugment() {
-    "$fasttrain" bench train "${device[@]}" --data "$DATA" --arch "${networks[0]}" "${train[@]}" \
-        --set augment.autoaugment=none --json "$out/train-without-autoaugment.json"
+    measure train-without-autoaugment "$fasttrain" bench train --data "$DATA" --arch "${networks[0]}" "${train[@]}" \
+        --set augment.autoaugment=none
 }
-parity() { "$python" "$here/scripts/parity.py" --data "$DATA" "${device[@]}" --json "$out/parity-gpu.json"; }
+parity() { measure parity-gpu "$python" "$here/scripts/parity.py" --data "$DATA"; }
 
 failed=()
 [ $# -gt 0 ] || set -- tests kernels step aligned pipeline train memory autoaugment parity
@@ -78,15 +103,28 @@ for part; do
         echo "== $part: done before"
         continue
     fi
-    echo "== $part"
-    began=$SECONDS
-    if "$part" >"$out/$part.log" 2>&1; then
-        touch "$out/$part.done"
-    else
+    if [ -n "$total" ] && [ "$SECONDS" -ge "$total" ]; then
+        echo "== $part: not begun, the $total s in all are over"
         failed+=("$part")
-        tail -n 5 "$out/$part.log"
+        continue
     fi
+    echo "== $part"
+    began=$SECONDS deadline=$((SECONDS + limit))
+    [ -z "$total" ] || [ "$deadline" -le "$total" ] || deadline=$total
+    ("$part") >>"$out/$part.log" 2>&1
+    case $? in
+        0) touch "$out/$part.done" ;;
+        124 | 137)
+            failed+=("$part")
+            echo "== $part: ended, its $((deadline - began)) s were over"
+            ;;
+        130) exit 130 ;;
+        *)
+            failed+=("$part")
+            tail -n 5 "$out/$part.log"
+            ;;
+    esac
     echo "== $part: $((SECONDS - began)) s"
     "$python" "$here/scripts/gpu_suite_report.py" "$out" || exit 1
 done
-[ ${#failed[@]} -eq 0 ] || { echo "gpu_suite.sh: failed: ${failed[*]}; see OUT/PART.log" >&2; exit 1; }
+[ ${#failed[@]} -eq 0 ] || { echo "gpu_suite.sh: not done: ${failed[*]}; see OUT/PART.log" >&2; exit 1; }

@@ -290,6 +290,32 @@ def test_the_best_before_going_back_stays_the_best(index, tmp_path, monkeypatch)
     assert best["scores"]["top1"] == 0.9 and best["step"] == 10
 
 
+def test_buffers_of_every_layout_and_dtype_are_kept_whole():
+    """Also those that lie in memory in another order, as channels_last makes them."""
+    model = nn.Linear(3, 2)
+    made = {
+        "four": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "turned": torch.rand(3, 4).T,
+        "plain": torch.rand(2, 3),
+        "count": torch.tensor(3),
+        "none": torch.rand(0, 2),
+        "flag": torch.tensor([True, False]),
+    }
+    for name, each in made.items():
+        model.register_buffer(name, each)
+    guard = Guarding(model, optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", enabled=False), [], CPU.device, 1)
+    for bad in (False, True, False):
+        before = {name: each.clone() for name, each in model.named_buffers()}
+        for each in model.parameters():
+            each.grad = torch.full_like(each, math.nan if bad else 1.0)
+        for each in model.buffers():
+            each.logical_not_() if each.dtype == torch.bool else each.add_(1)
+        after = {name: each.clone() for name, each in model.named_buffers()}
+        guard.step(0, torch.zeros(0))
+        for name, each in model.named_buffers():
+            assert torch.equal(each, (before if bad else after)[name]), name
+
+
 # ---- float16's scaler
 
 
@@ -307,11 +333,11 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
     for step in range(4):
         loss = 3 * nn.functional.linear(torch.tensor([[1.0, 0.5]]).half(), model.weight.half()).float().sum()
         scaler.scale(loss).backward(guard.seed(loss))
-        norm, bad = guard.step(step, loss.detach()[None])
+        kept, good = guard.step(step, loss.detach()[None])
         optimizer.zero_grad()
-        moved.append(not bool(bad))
+        moved.append(bool(good))
     assert moved == [False, False, True, True] and guard.read() == (0, 0)
-    assert norm.item() == pytest.approx(3 * math.sqrt(1.25), rel=1e-5)
+    assert kept[-1].item() == pytest.approx(3 * math.sqrt(1.25), rel=1e-5)
     assert model.weight.isfinite().all() and not torch.equal(model.weight, start)
 
 

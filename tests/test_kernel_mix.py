@@ -72,6 +72,20 @@ def test_the_cpu_path_is_bit_equal_to_the_reference(case, dtype):
         assert torch.equal(one, other) and one.dtype == other.dtype and one.stride() == other.stride()
 
 
+@pytest.mark.parametrize("mode", [mix.PLAIN, mix.CUTMIX, mix.MIXUP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_images_that_are_mixed_alike_are_mixed_at_once_with_the_same_result(monkeypatch, mode, dtype):
+    """Bit by bit as the reference has it, whether or not all of the batch stays in the cache."""
+    images, table = torch.randint(0, 256, (6, 7, 5, 3), dtype=torch.uint8), mix.plain_params(6)
+    table[:, mix.PARTNER] = np.random.default_rng(0).permutation(6)
+    table[:, mix.MODE], table[:, mix.BOX], table[:, mix.LAM] = mode, (1, 5, 2, 4), 0.3
+    case = images, torch.from_numpy(table), MEAN, STD, dtype
+    for cached in (images.numel(), images.numel() - 1):
+        monkeypatch.setattr(mix, "_CACHED", cached)
+        for one, other in zip(mix.mix(*case), mix.reference(*case), strict=True):
+            assert torch.equal(one, other) and one.dtype == other.dtype and one.stride() == other.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_result_is_channels_last_and_cast_once(dtype):
     images = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8)

@@ -69,6 +69,31 @@ def apex(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
 
 
+@pytest.mark.parametrize("settings", [Optim(), Optim(nesterov=True, decay_norm_bias=False), Optim(momentum=0)])
+def test_a_step_is_that_of_torchs_own_fused_sgd(settings):
+    """Bit by bit, with a parameter that has a gradient only now and then."""
+    found = []
+    for direct in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2), torch.nn.Linear(3, 2))
+        optimizer = optim.sgd(model, settings)
+        for number in range(6):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (1 + number)
+            middle = model[0](torch.rand(5, 4))
+            model[1 + number % 2](middle).square().mean().backward()
+            if direct:
+                optim.step(optimizer, torch.tensor(0.0))
+                optim.clear(optimizer)
+                assert all(each.grad is None for each in model.parameters())
+            else:
+                optimizer.step()
+                optimizer.zero_grad()
+        momenta = [optimizer.state[each].get("momentum_buffer", each) for each in model.parameters()]
+        found.append([each.detach() for each in [*model.parameters(), *momenta]])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
 def test_apex_is_told_the_same_and_can_be_held(apex, monkeypatch):
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
     settings = Optim(nesterov=True, decay_norm_bias=False, weight_decay=1e-2)
@@ -82,9 +107,8 @@ def test_apex_is_told_the_same_and_can_be_held(apex, monkeypatch):
             for group in optimizer.param_groups:
                 group["lr"] = 0.1
             model(torch.ones(5, 4)).square().mean().backward()
-            optim.hold(optimizer, torch.tensor(step in (0, 2)))
-            optimizer.step()
-            optimizer.zero_grad()
+            optim.step(optimizer, torch.tensor(float(step in (0, 2))))
+            optim.clear(optimizer)
         found.append([each.detach() for each in model.parameters()])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)

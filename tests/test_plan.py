@@ -17,7 +17,7 @@ from fasttrain.dataset import Index
 from fasttrain.errors import UserError
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import plan as planning
-from fasttrain.pipelines.philox import philox4x32, uniforms
+from fasttrain.pipelines.philox import STEP, generator, passing_generator, philox4x32, uniforms
 from fasttrain.pipelines.plan import Box, Plan, epoch_order, image_draws, random_resized_crop, step_mix
 
 ks_2samp: Any = stats.ks_2samp  # its stubs do not know the result's fields
@@ -52,6 +52,17 @@ def make_plan(**changes) -> Plan:
 def test_philox_gives_the_known_answers(counter, key, words):
     found = philox4x32(np.array(counter, np.uint64)[:, None], key[0] | key[1] << 32)
     assert tuple(int(word) for word in found[:, 0]) == words
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_a_passing_generator_draws_what_a_new_one_does(seed, epoch, step, draws):
+    """Whatever was drawn before from the one that is used again, and however much is left over in it."""
+    expected, found = generator(seed, STEP, epoch, step, 2), passing_generator(seed, STEP, epoch, step, 2)
+    for rng in (expected, found):
+        rng.integers(5, size=draws)
+    assert expected.random() == found.random() and expected.beta(0.2, 0.2) == found.beta(0.2, 0.2)
+    assert expected.permutation(9).tolist() == found.permutation(9).tolist()
+    assert expected.integers(9, size=2).tolist() == found.integers(9, size=2).tolist()
 
 
 def test_uniforms_are_uniform_and_uncorrelated():

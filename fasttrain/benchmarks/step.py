@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -192,19 +193,19 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seed_generators((recipe.seed << 32) + step + plan.shift & 0x7FFF_FFFF_FFFF_FFFF, device)
-        losses = []
+        losses, weight = [], 1 / plan.micro_batches
         for micro in range(plan.micro_batches):
             pixels, numbers = next(self.feed)
             images, batch = self.present(step, micro, pixels, numbers)
             with self.present.autocast():
                 output = self.network(images)
             terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
-            loss = torch.stack([term.loss for term in terms.values()]).sum()
-            self.scaler.scale(loss / plan.micro_batches).backward(self.guard.seed(loss))
-            self.meter.add(values_of(loss, terms), 1 / plan.micro_batches)
+            loss = reduce(add, (term.loss for term in terms.values()))
+            self.scaler.scale(loss).backward(self.guard.seed(loss, weight))
+            self.meter.add(values_of(loss, terms), weight)
             losses.append(loss.detach())
         self.meter.commit(*self.guard.step(step, self.meter.values))
-        self.optimizer.zero_grad()
+        optim.clear(self.optimizer)
         self.step += 1
         if self.ema:
             self.ema.update(self.step)
