@@ -205,7 +205,8 @@ class Resume:
 class Machine:
     """How to run, not what to train: none of this changes the order of samples or their pixels.
 
-    workers: DALI's threads a rank (0: this rank's share of the cores). compile: torch.compile, `auto` is on for CUDA.
+    workers: DALI's threads a rank (0: this rank's share of the cores). compile: torch.compile, `auto` is on for CUDA;
+    `graphs` also replays each pass of the network as a CUDA graph, where the host cannot keep up with a GPU.
     align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
     and its checkpoints stay the same. log_steps: steps between two log points; the host waits for the device there
     and nowhere else. hash_batches: log a hash of every step's images, in their order over all ranks, and wait for
@@ -224,7 +225,8 @@ class Machine:
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
-        _require(self.compile in ("auto", "on", "off"), "compile", "auto, on or off", self.compile)
+        modes = ("auto", "on", "off", "graphs")
+        _require(self.compile in modes, "compile", "auto, on, off or graphs", self.compile)
         _require(self.log_steps >= 1, "log_steps", "1 or more", self.log_steps)
         _require(self.hang_timeout >= 0, "hang_timeout", "0 or more seconds", self.hang_timeout)
 

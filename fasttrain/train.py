@@ -139,7 +139,7 @@ def course(
 
     network: Callable[[Tensor], Output] = model.train()
     without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
-    compiled = recipe.machine.compile == "on"
+    compiled = recipe.machine.compile != "off"
     if ranks.world > 1:
         network = DistributedDataParallel(
             model,
@@ -151,7 +151,7 @@ def course(
         without_exchange = network.no_sync
     answering: Callable[[Tensor], Output] | None = ema.model if ema and plan.aside else None
     if compiled:
-        network, answering = torch.compile(network), answering and torch.compile(answering)
+        network, answering = compiled_by(recipe, network), answering and compiled_by(recipe, answering)
 
     threads = ranks.threads(recipe.machine.workers)
     present = Present(plan, torch.from_numpy(train_index.labels), device, dtype, teacher, answering)
@@ -186,6 +186,8 @@ def course(
     with closing(log), saver, watch, collecting_apart(), memory_named(plan):
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
+            if recipe.machine.compile == "graphs":
+                torch.compiler.cudagraph_mark_step_begin()  # what graphs gave in the step before is no longer needed
             lr = lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -315,6 +317,11 @@ def go_back(out: Path, fault: Diverged, index: Index, rewinds: int) -> Path | No
     made = checkpoint.branch(out, found, changes)
     print(f"{fault}; going back to {shown(found)}, on with the images after these", file=sys.stderr)
     return made
+
+
+def compiled_by(recipe: Recipe, network: Callable[[Tensor], Output]) -> Callable[[Tensor], Output]:
+    """A network compiled as a recipe says; nothing is compiled before it is called."""
+    return torch.compile(network, mode="reduce-overhead" if recipe.machine.compile == "graphs" else None)
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

@@ -2,7 +2,8 @@
 # Everything that only a GPU can tell, on one GPU, in parts of at most nine minutes each, the most telling first.
 # usage: DATA=DIR bash scripts/gpu_suite.sh OUT [PART...]
 #   OUT   results go here; what is done is not done again, so the same command goes on where it was stopped
-#   PART  names of parts, in place of all of them: tests kernels step aligned pipeline train memory autoaugment parity
+#   PART  names of parts, in place of all of them: tests kernels step aligned pipeline train memory autoaugment
+#         graphs parity
 #   DATA  a folder of class folders of photographs (a few hundred suffice)
 # LIMIT seconds a part (default: 540): one that runs over is ended, what it has written stays, and the next one begins.
 # TOTAL seconds in all (default: no limit): no part runs beyond them.
@@ -24,13 +25,13 @@ if [ -n "${TOY:-}" ]; then
     device=(--device cpu) small=(--image-size 32 --batch-size 8 --rounds 1 --steps 2)
     turns=(--rounds 1) train=("${small[@]}" --warm-up 1) step=("${small[@]}")
     pipeline=(--image-size 32 --batch-size 8 --rounds 1 --steps 2) memory=(8 16)
-    tests=(tests/test_kernel_mix.py -k "bit or reference")
+    tests=(tests/test_kernel_mix.py -k "bit or reference") few=()
 else
     aligned=tresnet_xl
     device=(--device cuda) turns=(--rounds 15)
     step=(--rounds 5 --steps 20) train=(--rounds 2 --steps 60 --warm-up 20)
     pipeline=(--batch-size 128 --batch-size 256 --rounds 5) memory=(128 256 384 512 640 768)
-    tests=(-m gpu)
+    tests=(-m gpu) few=(--batch-size 32)
 fi
 
 limited() { # a command, ended when the part's time is up, or with this script
@@ -69,6 +70,10 @@ train() {
     done
     return "$status"
 }
+graphs() { # with a batch so small that the host may not keep up
+    measure step-graphs "$fasttrain" bench step --arch "${networks[-1]}" "${step[@]}" "${few[@]}" \
+        --set machine.compile=graphs
+}
 memory() { # batches that grow until the memory does not suffice; the largest that does is what is told
     local arch batch status=0
     mkdir -p "$out/memory"
@@ -93,10 +98,10 @@ autoaugment() {
 parity() { measure parity-gpu "$python" "$here/scripts/parity.py" --data "$DATA"; }
 
 failed=()
-[ $# -gt 0 ] || set -- tests kernels step aligned pipeline train memory autoaugment parity
+[ $# -gt 0 ] || set -- tests kernels step aligned pipeline train memory autoaugment graphs parity
 for part; do
     case $part in
-        tests | kernels | step | aligned | pipeline | train | memory | autoaugment | parity) ;;
+        tests | kernels | step | aligned | pipeline | train | memory | autoaugment | graphs | parity) ;;
         *) echo "gpu_suite.sh: there is no part $part" >&2; exit 2 ;;
     esac
     if [ -e "$out/$part.done" ]; then

@@ -1,5 +1,6 @@
 """The training path on a GPU: pytest -m gpu. The kernels' own cases are in test_kernels_triton.py."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,10 @@ from fasttrain import train as training
 from fasttrain.config import Augment, Ema, Init, Machine, Mix
 from fasttrain.distributed import Ranks
 from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.mean_teacher import MeanTeacher
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines import train as pipeline
 from fasttrain.pipelines.eval import Evaluation
@@ -56,6 +60,7 @@ def test_evaluation_is_near_the_cpus(index):
 
 
 SCRATCH = Init(force_scratch=True)
+STRONG = Augment(autoaugment="none", randaugment=2, erase=0.25)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,7 @@ SCRATCH = Init(force_scratch=True)
         ),
         {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": SCRATCH, "ema": Ema(0.9)},
         {"losses": (CrossEntropy(), ArcFace()), "init": SCRATCH, "mix": Mix(cutmix=0.3, mixup=0.7)},
+        {"losses": (SymmetricCrossEntropy(), Contrastive(), MeanTeacher()), "ema": Ema(0.9), "augment": STRONG},
     ],
 )
 def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
@@ -93,3 +99,20 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.steps == 10
+
+
+@pytest.mark.parametrize("how", ["on", "graphs"])
+def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, how):
+    """Also with two views, and an averaged network that answers."""
+    losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
+    told = []
+    for compiled in ("off", how):
+        recipe = replace(
+            tiny(losses=losses, ema=Ema(0.9)), precision="fp32", machine=Machine(compile=compiled, log_steps=1)
+        )
+        start = rundir.open_run(tmp_path / compiled, "never", recipes.to_toml(recipe))
+        training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
+        lines = map(json.loads, (tmp_path / compiled / "log.jsonl").read_text().splitlines())
+        told.append([line["terms"] for line in lines if line["event"] == "train"])
+    for plain, compiled in zip(*told, strict=True):
+        assert compiled == pytest.approx(plain, rel=0.02)

@@ -15,7 +15,10 @@ from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix, Opti
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
 from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.mean_teacher import MeanTeacher
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
 
@@ -298,3 +301,19 @@ def test_the_compiled_network_trains_alike(index, tmp_path):
         [each["loss"] for each in events(tmp_path / name) if each["event"] == "train"] for name in ("compiled", "plain")
     )
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["on", "graphs"])
+def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, how):
+    """Also with two views and an averaged network that answers; a CPU has no graphs, and takes the same way to them."""
+    losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
+    told = []
+    for compiled in ("off", how):
+        machine = Machine(device="cpu", compile=compiled, log_steps=1, workers=2)
+        recipe = tiny(epochs=1, losses=losses, ema=Ema(0.9), machine=machine)
+        run(recipe, tmp_path / compiled, index)
+        told.append([each["terms"] for each in events(tmp_path / compiled) if each["event"] == "train"])
+    assert len(told[0]) == 5
+    for plain, compiled in zip(*told, strict=True):
+        assert compiled == pytest.approx(plain, rel=2e-3)

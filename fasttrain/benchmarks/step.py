@@ -34,7 +34,7 @@ from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Images
 from fasttrain.present import Present
-from fasttrain.train import DTYPES, names_of, seed_generators, values_of
+from fasttrain.train import DTYPES, compiled_by, names_of, seed_generators, values_of
 from fasttrain.train import settle as settled
 
 EAGER = "fasttrain, eager"
@@ -119,12 +119,14 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
         model = timm.create_model(recipe.arch, num_classes=classes)
         return Timm(recipe, model, classes, device, prefetched(planes, labels), **how)
 
-    compiled = recipe.machine.compile == "on"
+    compiled = recipe.machine.compile != "off"
     made: dict[str, Callable[[], Step | Timm]] = {OWN: partial(ours, recipe)}
     if rows > recipe.batch_size:
         plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=Ema())
         made["fasttrain, CE on one view"] = partial(ours, plain)
     if compiled:
+        if recipe.machine.compile == "graphs":
+            made["fasttrain, compiled"] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="on")))
         made[EAGER] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="off")))
     if device.type == "cuda" and importlib.util.find_spec("apex"):
         made["fasttrain, apex's SGD"] = partial(ours, replace(recipe, optim=replace(recipe.optim, impl="apex")))
@@ -181,14 +183,16 @@ class Step:
         self.network: Callable[[Tensor], Output] = model.train()
         self.ema = Averages(model, recipe.ema.decay) if recipe.ema.decay else None
         answering: Callable[[Tensor], Output] | None = self.ema.model if self.ema and plan.aside else None
-        if recipe.machine.compile == "on":
-            self.network, answering = torch.compile(self.network), answering and torch.compile(answering)
+        if recipe.machine.compile != "off":
+            self.network, answering = compiled_by(recipe, self.network), answering and compiled_by(recipe, answering)
         self.present = Present(plan, torch.from_numpy(index.labels), device, dtype, averaged=answering)
         self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
         self.step = 0
 
     def __call__(self) -> Tensor:
         recipe, plan, step, device = self.recipe, self.plan, self.step, self.device
+        if recipe.machine.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         lr = self.lr_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

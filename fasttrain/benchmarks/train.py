@@ -76,7 +76,7 @@ def turns(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) 
 
     def timms(item: bool) -> Callable[[], float]:
         model = timm.create_model(recipe.arch, num_classes=classes)
-        compiled = recipe.machine.compile == "on"
+        compiled = recipe.machine.compile != "off"
         step = Timm(recipe, model, classes, device, iter(()), compiled=compiled, item=item)
         return partial(timms_run, step, work, steps, warm_up)
 
