@@ -214,6 +214,14 @@ def test_step(tmp_path):
     assert [each["contender"] for each in told] == [common.OWN, *names]
 
 
+def test_a_step_of_several_views_is_told_beside_one_of_one_view():
+    second = recipes.calibrating(recipes.attracting(tiny()))
+    recipe = replace(tiny(), losses=second.losses, ema=second.ema)
+    rows = step.step([recipe], CPU, classes=10, rounds=1, steps=1, warm_up=1)
+    assert [each.contender for each in rows][:2] == [common.OWN, "fasttrain, CE on one view"]
+    assert rows[0].images_per_s == pytest.approx(8 / rows[0].seconds)  # images, not rows
+
+
 def test_compiled_contenders_are_those_of_a_compiled_recipe(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
@@ -225,12 +233,17 @@ def test_compiled_contenders_are_those_of_a_compiled_recipe(monkeypatch):
     assert sum("compiled" in name for name in made) == 3
 
 
-@pytest.mark.parametrize("loss", ["ce", "ce+triplet", "ce+arcface"])
+@pytest.mark.parametrize("loss", ["ce", "ce+triplet", "ce+arcface", "attract_repulse"])
 def test_our_step_computes_the_losses_of_the_real_loop(colours, tmp_path, loss):
     index = pipeline.relabelled(pipeline.repeated(colours, 48), 4)
-    changes = {"images_per_class": 2} if "triplet" in loss else {"images_per_class": 0}
     machine = Machine(device="cpu", compile="off", log_steps=1, workers=1)
-    recipe = replace(tiny(loss), epochs=1, machine=machine, init=Init(force_scratch=True), **changes)
+    changes: dict[str, Any] = {"images_per_class": 2 if "triplet" in loss else 0, "machine": machine}
+    if loss == "attract_repulse":
+        second = recipes.calibrating(recipes.attracting(tiny()))
+        changes |= {"losses": second.losses, "ema": second.ema}
+    recipe = replace(
+        tiny(loss if "ce" in loss.split("+") else "ce"), epochs=1, init=Init(force_scratch=True), **changes
+    )
     rundir.open_run(tmp_path / "run", "never", recipes.to_toml(recipe))
     training.train(recipe, tmp_path / "run", index, None, ALONE)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -98,4 +98,10 @@ def test_every_part_works_at_toy_size(demo_set, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     names = json.loads((tmp_path / "out" / "gpu.json").read_text()).keys()
     expected = "tests kernels-gpu step-test_resnet host-gpu step-plain step-aligned pipeline-gpu train-test_resnet"
-    assert {*expected.split(), "train-without-autoaugment", "step-largest-test_resnet", "parity-gpu"} <= names
+    assert {
+        *expected.split(),
+        "train-without-autoaugment",
+        "step-graphs",
+        "step-largest-test_resnet",
+        "parity-gpu",
+    } <= names
