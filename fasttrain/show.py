@@ -13,7 +13,8 @@ _LINE = 12  # pixels; two lines of text are under each image
 
 
 def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
-    """The first `most` images of global step `step`, from the pipeline and the mix that training uses, on the CPU."""
+    """The first `most` images of global step `step`, from the pipeline and the mix that training uses, on the CPU;
+    views of one image stand side by side."""
     device = torch.device("cpu")
     pixels, numbers = next(batches(plan, index, device, threads=2, start_step=step, stop_step=step + 1))
     params, _ = plan.mix_params(step, 0)
@@ -21,19 +22,22 @@ def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
     std, mean = (torch.tensor(each)[:, None, None] for each in (IMAGENET_STD, IMAGENET_MEAN))
     pictures = ((mixed.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
+    views = plan.views + plan.aside
+    numbers = numbers.repeat(views)
+    order = torch.arange(len(pictures)).view(views, -1).T.flatten().tolist()
     count, size = min(most, len(pictures)), plan.image_size
     across, down = max(size, 96) + 6, size + 2 * _LINE + 8
     columns = min(count, 8)
     sheet = Image.new("RGB", (columns * across, -(-count // columns) * down), "white")
     pen = ImageDraw.Draw(sheet)
-    for at in range(count):
+    for at, row in enumerate(order[:count]):
         left, top = at % columns * across + 3, at // columns * down + 2
-        sheet.paste(Image.fromarray(pictures[at].numpy()), (left, top))
-        own, other = (shown(index.classes[index.labels[numbers[each]]]) for each in (at, int(mixed.partner[at])))
-        share = float(mixed.lam[at])
+        sheet.paste(Image.fromarray(pictures[row].numpy()), (left, top))
+        own, other = (shown(index.classes[index.labels[numbers[each]]]) for each in (row, int(mixed.partner[row])))
+        share = float(mixed.lam[row])
         lines = [own] if share == 1 else [f"{share:.2f} {own}", f"{1 - share:.2f} {other}"]
-        for row, line in enumerate(lines):
-            pen.text((left, top + size + 1 + row * _LINE), _fit(pen, line, across - 6), fill="black")
+        for under, line in enumerate(lines):
+            pen.text((left, top + size + 1 + under * _LINE), _fit(pen, line, across - 6), fill="black")
     return sheet
 
 

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from fasttrain import dataset, recipes
-from fasttrain.config import Augment
+from fasttrain.config import Augment, Mix
 from fasttrain.errors import RunError
 from fasttrain.pipelines import train
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.eval import graph as eval_graph
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.views import named, shorter_edge
+from fasttrain.show import draw_batch
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,18 @@ def test_prefetch_depth_does_not_matter(index, monkeypatch):
     assert depths == [5]
 
 
+def require_pils(pixels, draws, numbers, index) -> None:
+    """uint8 [n, 96, 96, 3] must be the drawn boxes of images by PIL, by its bilinear filter, mirrored where drawn."""
+    for ours, box, flipped, number in zip(pixels.numpy(), draws.crop.tolist(), draws.flip, numbers, strict=True):
+        top, left, height, width = box
+        image = Image.open(index.paths[number]).convert("RGB").crop((left, top, left + width, top + height))
+        image = image.resize((96, 96), Image.Resampling.BILINEAR)
+        if flipped:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        difference = abs(ours.astype(int) - np.asarray(image).astype(int))
+        assert difference.mean() <= 0.6 and difference.max() <= 24, index.ids[number]
+
+
 def test_crop_resize_and_flip_equal_pils(index):
     """Without AutoAugment: the planned box by PIL, resized by PIL's bilinear filter, mirrored where planned."""
     plan = make_plan(index, batch_size=16, augment=Augment(autoaugment="none"), image_size=96)
@@ -95,14 +108,7 @@ def test_crop_resize_and_flip_equal_pils(index):
         batch = next(train.batches(plan, index, CPU, 2, start_step=step, stop_step=step + 1))
         numbers = batch.numbers.numpy()
         draws = plan.draws(step, numbers, index.sizes[numbers])
-        for at, number in enumerate(numbers):
-            top, left, height, width = (int(each) for each in draws.crop[at])
-            image = Image.open(index.paths[number]).convert("RGB").crop((left, top, left + width, top + height))
-            image = image.resize((96, 96), Image.Resampling.BILINEAR)
-            if draws.flip[at]:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            difference = abs(batch.pixels[at].numpy().astype(int) - np.asarray(image).astype(int))
-            assert difference.mean() <= 0.6 and difference.max() <= 24, index.ids[number]
+        require_pils(batch.pixels, draws, numbers, index)
         flips += int(draws.flip.sum())
     assert 0 < flips < 48
 
@@ -121,15 +127,7 @@ def test_each_view_equals_pils_and_comes_from_its_own_draws(index):
     assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
     for view in range(3):
         draws = plan.draws(0, numbers, index.sizes[numbers], view)
-        for at, number in enumerate(numbers):
-            top, left, height, width = (int(each) for each in draws.crop[at])
-            image = Image.open(index.paths[number]).convert("RGB").crop((left, top, left + width, top + height))
-            image = image.resize((96, 96), Image.Resampling.BILINEAR)
-            if draws.flip[at]:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            pixels = batch.pixels[view * 16 + at].numpy()
-            difference = abs(pixels.astype(int) - np.asarray(image).astype(int))
-            assert difference.mean() <= 0.6 and difference.max() <= 24, (view, index.ids[number])
+        require_pils(batch.pixels[16 * view : 16 * view + 16], draws, numbers, index)
     graph = train.graph(train.Source(plan, index, 0, 1), False, batch_size=16, num_threads=1, device_id=None)
     kinds = [name for name, _ in operators(graph)]
     assert kinds.count("ImageSlice") == 1 and kinds.count("Slice") == kinds.count("Resize") == 3
@@ -152,6 +150,15 @@ def test_views_are_the_same_at_any_ranks_and_micro_batches(index):
         )
     ]
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_a_picture_of_a_batch_has_the_views_of_an_image_side_by_side(index):
+    plan = several(index, image_size=96, mix=Mix(cutmix=0))
+    (batch,) = train.batches(plan, index, CPU, 2, stop_step=1)
+    sheet = np.asarray(draw_batch(plan, index, 0, 8)).astype(int)
+    for at, row in enumerate((0, 6, 12, 1, 7, 13, 2, 8)):
+        left = at * (sheet.shape[1] // 8) + 3
+        assert abs(sheet[2:98, left : left + 96] - batch.pixels[row].numpy()).max() <= 1
 
 
 def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.ndarray:
