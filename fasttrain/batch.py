@@ -59,8 +59,8 @@ class Loss(Protocol):
 
     name: in recipes and logs. classifies: it trains the classifier. fine_tunes: it does not converge from random
     weights. cosine_head: it reads `Output.cosine`; projection_head: `Output.embedding`. views: how many of each image
-    it needs; averaged: it reads `Batch.averaged_probs`. groups: it needs several images of each class in a batch.
-    stats: names of the Term's.
+    it needs; averaged: it reads `Batch.averaged_probs`. unmixed: it has no term where a step mixes. groups: it needs
+    several images of each class in a batch. stats: names of the Term's.
     """
 
     name: ClassVar[str]
@@ -70,6 +70,7 @@ class Loss(Protocol):
     projection_head: ClassVar[bool] = False
     views: ClassVar[int] = 1
     averaged: ClassVar[bool] = False
+    unmixed: ClassVar[bool] = False
     groups: ClassVar[bool] = False
     stats: ClassVar[tuple[str, ...]] = ()
 

@@ -616,7 +616,7 @@ def bench() -> None:
 
 
 _Command = Callable[..., None]
-_COMPILE = {None: "auto", True: "on", False: "off"}
+_COMPILE = {None: None, True: "on", False: "off"}
 
 
 def _measured(rounds: int) -> Callable[[_Command], _Command]:
@@ -720,13 +720,12 @@ def _of_networks(command: _Command) -> _Command:
     options = (
         click.option("--arch", "archs", multiple=True, metavar="A",
                      help="Network; repeatable. Default: the report's three."),
-        click.option("--loss", type=click.Choice(COMBINATIONS), default="ce", show_default=True),
+        click.option("--loss", type=click.Choice(COMBINATIONS), help="Default: ce."),
         click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's."),
         click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's."),
-        click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto",
-                     show_default=True),
+        click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), help="Default: the recipe's."),
         click.option("--compile/--no-compile", "compiled", default=None,
-                     help="torch.compile. Default: on for CUDA."),
+                     help="torch.compile. Default: the recipe's, which is on for CUDA."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP),
     )  # fmt: skip
     for option in reversed(options):
@@ -738,7 +737,7 @@ def _chosen_networks(
     device: "torch.device",
     *,
     archs: Sequence[str],
-    loss: str,
+    loss: str | None,
     compiled: bool | None,
     named: Sequence[str] = (),
     **options: Any,
@@ -748,7 +747,9 @@ def _chosen_networks(
     from fasttrain.benchmarks.step import recipe_of
     from fasttrain.models import ARCHS
 
-    chosen = [replace(recipes.for_arch(arch, loss), name=arch) for arch in archs or (() if named else ARCHS)]
+    if loss and named:
+        raise UserError("--loss chooses the losses of networks by --arch; --recipe has losses of its own")
+    chosen = [replace(recipes.for_arch(arch, loss or "ce"), name=arch) for arch in archs or (() if named else ARCHS)]
     chosen += [recipes.by_name(name) for name in named]
     return [recipe_of(each, device, compiled=_COMPILE[compiled], **options) for each in chosen]
 
@@ -780,7 +781,8 @@ def bench_step(
             return
         chosen = _chosen_networks(here.device, **options)
         rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps)
-        asked = {"loss": options["loss"], "classes": classes, "steps": steps, "rounds": rounds}
+        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
+        asked = {"losses": losses, "classes": classes, "steps": steps, "rounds": rounds}
         _tell(rows, here.device, json_path, plot, **asked)
 
 
@@ -813,7 +815,8 @@ def bench_train(
         threads = here.threads(workers)
         chosen = _chosen_networks(here.device, workers=threads, **options)
         rows = end_to_end(chosen, index, here, rounds=rounds, steps=steps, warm_up=warm_up)
-        asked = {"workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds, "loss": options["loss"]}
+        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
+        asked = {"losses": losses, "workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds}
         _tell(rows, here.device, json_path, plot, images=len(index), **asked)
 
 

@@ -285,6 +285,10 @@ class Recipe:
             if loss.groups:
                 rule = f"2 or more with the loss {loss.name}, and a divisor of batch_size"
                 _require(self.images_per_class >= 2, "images_per_class", rule, self.images_per_class)
+            if loss.unmixed:
+                share = self.mix.cutmix + self.mix.mixup
+                rule = f"below 1 together with mix.mixup: the loss {loss.name} takes images that are not mixed"
+                _require(share < 1, "mix.cutmix", rule, share)
             if loss.averaged:
                 _require(self.ema.decay > 0, "ema.decay", f"above 0 with the loss {loss.name}", self.ema.decay)
 

@@ -13,8 +13,8 @@ _LINE = 12  # pixels; two lines of text are under each image
 
 
 def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
-    """The first `most` images of global step `step`, from the pipeline and the mix that training uses, on the CPU;
-    views of one image stand side by side."""
+    """The first `most` images, with all their views side by side, of global step `step`: from the pipeline and the mix
+    that training uses, on the CPU."""
     device = torch.device("cpu")
     pixels, numbers = next(batches(plan, index, device, threads=2, start_step=step, stop_step=step + 1))
     params, _ = plan.mix_params(step, 0)
@@ -25,9 +25,9 @@ def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
     views = plan.views + plan.aside
     numbers = numbers.repeat(views)
     order = torch.arange(len(pictures)).view(views, -1).T.flatten().tolist()
-    count, size = min(most, len(pictures)), plan.image_size
+    count, size = min(most * views, len(pictures)), plan.image_size
     across, down = max(size, 96) + 6, size + 2 * _LINE + 8
-    columns = min(count, 8)
+    columns = min(count, max(8 // views, 1) * views)
     sheet = Image.new("RGB", (columns * across, -(-count // columns) * down), "white")
     pen = ImageDraw.Draw(sheet)
     for at, row in enumerate(order[:count]):

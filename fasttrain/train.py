@@ -103,6 +103,8 @@ def course(
         require_init(recipe)
         if recipe.init.weights:
             notes.append(initialise(model, recipe.init, recipe.arch, train_index.classes))
+        elif recipe.aside:
+            notes.append("the averaged network that teaches starts from random weights; --init RUN starts from others")
     model.to(device).to(memory_format=torch.channels_last)
     ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
     optimizer = optim.sgd(model, recipe.optim)
@@ -202,7 +204,8 @@ def course(
                 watch.at(step, TRAINING)
                 if recipe.machine.hash_batches:
                     ids = [train_index.ids[number] for number in numbers.tolist()]
-                    seen += hashes(pixels, ids * (plan.views + plan.aside))
+                    rows = hashes(pixels, ids * (plan.views + plan.aside))
+                    seen += [each for image in range(len(ids)) for each in rows[image :: len(ids)]]
                 images, batch = present(step, micro, pixels, numbers)
 
                 last = micro == plan.micro_batches - 1

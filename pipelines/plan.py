@@ -185,6 +185,8 @@ class Plan:
             raise UserError(
                 f"micro_batch {micro} does not divide a rank's {share} images of a batch; set a divisor of {share}"
             )
+        if any(loss.projection_head for loss in recipe.losses) and (micro or share) * world < 2:
+            raise UserError("there is nothing to contrast one image with; set --batch-size or micro_batch to 2 or more")
         groups = Groups.of(index, k, batch) if k else None
         if k and (micro or share) % k:
             raise UserError(

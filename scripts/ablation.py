@@ -66,7 +66,8 @@ _SCE, _CR = SymmetricCrossEntropy(), Contrastive(decay="cosine")
 ATTRACT_REPULSE = (
     Row("CE", "ce"),
     Row("SCE", "sce", beside="CE"),
-    Row("SCE + CR", "sce-cr", beside="SCE"),
+    Row("SCE on two views", "sce-views", beside="SCE"),
+    Row("SCE + CR", "sce-cr", beside="SCE on two views"),
     Row("+ RandAugment, erasing", "randaugment", beside="SCE + CR"),
     Row("stage 2: SCE + CR again", "stage2-sce-cr", beside="SCE + CR"),
     Row("the same, averaged weights", "stage2-sce-cr", beside="stage 2: SCE + CR again", averaged=True),
@@ -75,6 +76,7 @@ ATTRACT_REPULSE = (
 LOSSES: dict[str, tuple[Any, ...]] = {
     "ce": (CrossEntropy(smoothing=0.0),),
     "sce": (_SCE,),
+    "sce-views": (_SCE, Contrastive(weight=0.0)),
     "sce-cr": (_SCE, _CR),
     "randaugment": (_SCE, _CR),
     "stage2-sce-cr": (_SCE, _CR),
@@ -112,7 +114,7 @@ def main() -> None:
     rows = METHODS[args.method]
     top1: dict[str, dict[str, float]] = {}
     for seed in range(args.seeds):
-        into = args.out / (f"seed{seed}/data" if args.label_noise else "data")
+        into = args.out / (f"seed{seed}/data-{args.label_noise:g}" if args.label_noise else "data")
         data = subset(args.data, into, args.classes, args.label_noise, seed)
         for row in rows:
             folder = args.out / f"seed{seed}" / row.run

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, on one GPU, in parts of at most nine minutes each, the most telling first.
 # usage: DATA=DIR bash scripts/gpu_suite.sh OUT [PART...]
-#   OUT   results go here; what is done is not done again, so the same command goes on where it was stopped
+#   OUT   results go here; a measurement that is done is not done again: the same command goes on where it was stopped
 #   PART  names of parts, in place of all of them: tests kernels step aligned pipeline train memory autoaugment
 #         graphs parity
 #   DATA  a folder of class folders of photographs (a few hundred suffice)
@@ -24,13 +24,13 @@ if [ -n "${TOY:-}" ]; then
     aligned=tresnet_l
     device=(--device cpu) small=(--image-size 32 --batch-size 8 --rounds 1 --steps 2)
     turns=(--rounds 1) train=("${small[@]}" --warm-up 1) step=("${small[@]}")
-    pipeline=(--image-size 32 --batch-size 8 --rounds 1 --steps 2) memory=(8 16)
+    batches=(8) pipeline=(--image-size 32 --rounds 1 --steps 2) memory=(8 16)
     tests=(tests/test_kernel_mix.py -k "bit or reference") few=()
 else
     aligned=tresnet_xl
     device=(--device cuda) turns=(--rounds 15)
     step=(--rounds 5 --steps 20) train=(--rounds 2 --steps 60 --warm-up 20)
-    pipeline=(--batch-size 128 --batch-size 256 --rounds 5) memory=(128 256 384 512 640 768)
+    batches=(256 128) pipeline=(--rounds 5) memory=(128 256 384 512 640 768)
     tests=(-m gpu) few=(--batch-size 32)
 fi
 
@@ -62,7 +62,14 @@ aligned() {
     local plain=("$fasttrain" bench step --arch "$aligned" "${step[@]}")
     measure step-plain "${plain[@]}" && measure step-aligned "${plain[@]}" --set machine.align=true
 }
-pipeline() { measure pipeline-gpu "$fasttrain" bench pipeline --data "$DATA" "${pipeline[@]}" --profile; }
+pipeline() {
+    local batch status=0
+    for batch in "${batches[@]}"; do
+        measure "pipeline-$batch" "$fasttrain" bench pipeline --data "$DATA" --batch-size "$batch" "${pipeline[@]}" \
+            --profile || status=$?
+    done
+    return "$status"
+}
 train() {
     local arch status=0
     for arch in "${networks[@]}"; do
@@ -97,6 +104,8 @@ autoaugment() {
 }
 parity() { measure parity-gpu "$python" "$here/scripts/parity.py" --data "$DATA"; }
 
+tell() { "$python" "$here/scripts/gpu_suite_report.py" "$out"; }
+
 failed=()
 [ $# -gt 0 ] || set -- tests kernels step aligned pipeline train memory autoaugment graphs parity
 for part; do
@@ -116,20 +125,21 @@ for part; do
     echo "== $part"
     began=$SECONDS deadline=$((SECONDS + limit))
     [ -z "$total" ] || [ "$deadline" -le "$total" ] || deadline=$total
-    ("$part") >>"$out/$part.log" 2>&1
+    ("$part") >>"$out/$part.log" 2>&1 &
+    trap 'kill "$!" 2>/dev/null; wait "$!"; tell; exit 130' INT TERM
+    wait "$!"
     case $? in
         0) touch "$out/$part.done" ;;
         124 | 137)
             failed+=("$part")
             echo "== $part: ended, its $((deadline - began)) s were over"
             ;;
-        130) exit 130 ;;
         *)
             failed+=("$part")
             tail -n 5 "$out/$part.log"
             ;;
     esac
     echo "== $part: $((SECONDS - began)) s"
-    "$python" "$here/scripts/gpu_suite_report.py" "$out" || exit 1
+    tell || exit 1
 done
 [ ${#failed[@]} -eq 0 ] || { echo "gpu_suite.sh: not done: ${failed[*]}; see OUT/PART.log" >&2; exit 1; }

@@ -222,6 +222,13 @@ def test_a_step_of_several_views_is_told_beside_one_of_one_view():
     assert rows[0].images_per_s == pytest.approx(8 / rows[0].seconds)  # images, not rows
 
 
+def test_a_recipe_keeps_its_own_precision_and_losses_and_one_that_distils_is_refused():
+    kept = step.recipe_of(recipes.RECIPES["bag_of_tricks/baseline"], CPU)
+    assert kept.precision == "fp32" and kept.losses == recipes.RECIPES["bag_of_tricks/baseline"].losses
+    with pytest.raises(UserError, match="distils from a teacher, which benchmarks do not have"):
+        step.recipe_of(recipes.RECIPES["bag_of_tricks/distillation"], CPU)
+
+
 def test_compiled_contenders_are_those_of_a_compiled_recipe(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)

@@ -18,6 +18,7 @@ from fasttrain import checkpoint
 from fasttrain import resume as resuming
 from fasttrain.config import Checkpoints, Ema, Machine, Mix, Optim, Resume
 from fasttrain.errors import UserError
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
@@ -119,7 +120,7 @@ with ranks("cpu") as here:
 """
 
 
-@pytest.mark.parametrize("recipe", ["CutMix", "triplet", "mean teacher"])
+@pytest.mark.parametrize("recipe", ["CutMix", "triplet", pytest.param("mean teacher", marks=pytest.mark.slow)])
 def test_two_ranks_stopped_after_any_step_go_on_bit_for_bit(small, tmp_path, recipe):
     """A signal to rank 1 alone makes both finish the step; also with triplet's batches and accumulation."""
     (tmp_path / "every_stop.py").write_text(EVERY_STOP)
@@ -152,6 +153,17 @@ def test_another_number_of_ranks_sees_the_same_images(small, tmp_path):
     )
     changes = [each["changed"] for each in events(tmp_path / "many") if each["event"] == "resume"]
     assert changes == [["ranks were 2 and are 1"], ["ranks were 1 and are 2"]]
+
+
+def test_the_hash_of_several_views_does_not_depend_on_micro_batches(demo_set, tmp_path):
+    index = part_of(demo_set, 2)
+    machine = Machine(device="cpu", compile="off", workers=2, hash_batches=True)
+    told = []
+    for micro in (0, 5):
+        losses = (CrossEntropy(0.1), Contrastive())
+        run(tiny(epochs=1, micro_batch=micro, losses=losses, machine=machine), tmp_path / str(micro), index)
+        told.append(batch_hashes(tmp_path / str(micro)))
+    assert told[0] == told[1] and len(told[0]) == 1
 
 
 def test_the_hash_is_that_of_the_images_in_their_order(demo_set, tmp_path):

@@ -97,7 +97,7 @@ def test_every_part_works_at_toy_size(demo_set, tmp_path):
     done = suite(tmp_path / "out", demo_set / "val")
     assert done.returncode == 0, done.stdout + done.stderr
     names = json.loads((tmp_path / "out" / "gpu.json").read_text()).keys()
-    expected = "tests kernels-gpu step-test_resnet host-gpu step-plain step-aligned pipeline-gpu train-test_resnet"
+    expected = "tests kernels-gpu step-test_resnet host-gpu step-plain step-aligned pipeline-8 train-test_resnet"
     assert {
         *expected.split(),
         "train-without-autoaugment",

@@ -156,9 +156,10 @@ def test_a_picture_of_a_batch_has_the_views_of_an_image_side_by_side(index):
     plan = several(index, image_size=96, mix=Mix(cutmix=0))
     (batch,) = train.batches(plan, index, CPU, 2, stop_step=1)
     sheet = np.asarray(draw_batch(plan, index, 0, 8)).astype(int)
-    for at, row in enumerate((0, 6, 12, 1, 7, 13, 2, 8)):
-        left = at * (sheet.shape[1] // 8) + 3
-        assert abs(sheet[2:98, left : left + 96] - batch.pixels[row].numpy()).max() <= 1
+    for at in range(18):
+        row = at % 3 * 6 + at // 3
+        left, top = at % 6 * (sheet.shape[1] // 6) + 3, at // 6 * (sheet.shape[0] // 3) + 2  # three views of two images
+        assert abs(sheet[top : top + 96, left : left + 96] - batch.pixels[row].numpy()).max() <= 1
 
 
 def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.ndarray:

@@ -16,6 +16,8 @@ from fasttrain.config import Augment, Mix
 from fasttrain.dataset import Index
 from fasttrain.errors import UserError
 from fasttrain.kernels import mix as mix_kernel
+from fasttrain.losses.contrastive import Contrastive
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.pipelines import plan as planning
 from fasttrain.pipelines.philox import STEP, generator, passing_generator, philox4x32, uniforms
 from fasttrain.pipelines.plan import Box, Plan, epoch_order, image_draws, random_resized_crop, step_mix
@@ -252,3 +254,11 @@ def test_rows_aside_are_never_mixed_and_all_views_are():
         assert sorted(table[:16, mix_kernel.PARTNER]) == list(range(16))
         assert set(table[:16, mix_kernel.MODE]) == {mix_kernel.CUTMIX}
         np.testing.assert_array_equal(table[16:], mix_kernel.plain_params(24)[16:])
+
+
+def test_one_image_alone_is_not_contrasted():
+    losses = (SymmetricCrossEntropy(), Contrastive())
+    recipe = replace(RECIPE, image_size=64, batch_size=8, micro_batch=1, losses=losses)
+    with pytest.raises(UserError, match="nothing to contrast one image with"):
+        Plan.of(recipe, images(50))
+    assert Plan.of(recipe, images(50), world=2).views == 2

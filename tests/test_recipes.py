@@ -159,6 +159,11 @@ def test_settings_change_one_value(setting, check):
         ("losses.cross_entropy.weight=-1", "losses.cross_entropy.weight must be 0 or more, not -1"),
         ("augment.crop_area=[0.5]", "augment.crop_area must be a list of 2 of float"),
         ("augment.autoaugment=imagnet", "augment.autoaugment must be one of none, imagenet, imagenet-24"),
+        ("augment.randaugment=2", "augment.autoaugment must be none where randaugment takes its place"),
+        ("augment.randaugment_magnitude=31", "augment.randaugment_magnitude must be 0 to 30"),
+        ("augment.erase_area=[0.5, 0.2]", "augment.erase_area must be two rising shares"),
+        ("augment.warps=cubic", "augment.warps must be nearest or linear"),
+        ("machine.compile=graph", "machine.compile must be auto, on, off or graphs"),
         ("losses.cross_entropy.smoothing=2", "losses.cross_entropy.smoothing must be in"),
         ("mix.mixup=0.6", "mix.mixup must be at most 0.5: cutmix has the rest, not 0.6"),
         ("optim.schedule=linear", "optim.schedule must be cosine or step"),
@@ -214,3 +219,39 @@ def test_unknown_recipes_name_the_nearest():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipes.for_arch("resnet18").epochs = 3  # type: ignore[misc]
+
+
+def test_settings_are_checked_once_all_are_made():
+    """In either order, though the first alone would not do."""
+    pair = ("augment.randaugment=2", "augment.autoaugment=none")
+    for settings in (pair, pair[::-1]):
+        assert recipes.override(recipes.for_arch("resnet18"), *settings).augment.randaugment == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "rest", "says"),
+    [
+        ("[losses.mean_teacher]", "", "ema.decay must be above 0 with the loss mean_teacher"),
+        ("[losses.contrastive]", "mix.cutmix = 1.0", "the loss contrastive takes images that are not mixed"),
+        (
+            "[losses.triplet]",
+            "images_per_class = 4\nmix.cutmix = 0.5\nmix.mixup = 0.5",
+            "the loss triplet takes images",
+        ),
+    ],
+)
+def test_losses_that_would_never_be_there_are_refused(losses, rest, says):
+    with pytest.raises(UserError, match=says):
+        recipes.from_toml(f"arch = 'x'\n{rest}\n[losses.cross_entropy]\n{losses}")
+
+
+def test_attract_repulses_recipes_are_those_of_the_readme():
+    for arch, batch in (("resnest101e", 128), ("tresnet_xl", 256), ("seresnext101_32x4d", 128)):
+        first, second = (recipes.RECIPES[f"attract_repulse/stage{stage}-{arch}"] for stage in (1, 2))
+        assert (first.arch, first.batch_size, first.epochs, second.epochs) == (arch, batch, 250, 200)
+        assert [loss.name for loss in first.losses] == ["symmetric_cross_entropy", "contrastive"]
+        assert [loss.name for loss in second.losses] == ["symmetric_cross_entropy", "contrastive", "mean_teacher"]
+        assert (first.views, first.aside, second.views, second.aside) == (2, 0, 2, 1) and second.ema.decay == 0.999
+        augment = second.augment
+        assert (augment.autoaugment, augment.randaugment, augment.randaugment_magnitude) == ("none", 2, 9)
+        assert augment.erase == 0.25 and second.mix.cutmix == 0.5

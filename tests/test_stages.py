@@ -81,7 +81,7 @@ CONTRASTIVE = (SymmetricCrossEntropy(), Contrastive())
 def projected(index, tmp_path_factory):  # noqa: F811
     """A run of a network with a projection head, with averaged weights. All steps mix, so nothing reads the head."""
     out = tmp_path_factory.mktemp("projected") / "run"
-    run(tiny(losses=CONTRASTIVE, epochs=1, mix=Mix(cutmix=1), ema=Ema(0.8), optim=Optim(lr=0.5)), out, index)
+    run(tiny(losses=CONTRASTIVE, epochs=1, mix=Mix(cutmix=0.999), ema=Ema(0.8), optim=Optim(lr=0.5)), out, index)
     return out
 
 
@@ -147,7 +147,7 @@ def test_triplet_tells_its_stats_and_leaves_mixed_steps_out(first, index, tmp_pa
     points = [each for each in events(tmp_path / "plain") if each["event"] == "train"]
     assert all(each["stats"].keys() == {"triplet/active", "triplet/d_ap", "triplet/d_an"} for each in points)
     assert all(each["loss"] == pytest.approx(sum(each["terms"].values()), rel=1e-5) for each in points)
-    run(stage2(first, TRIPLET, mix=Mix(cutmix=1)), tmp_path / "mixed", index)
+    run(stage2(first, TRIPLET, mix=Mix(cutmix=0.999)), tmp_path / "mixed", index)
     points = [each for each in events(tmp_path / "mixed") if each["event"] == "train"]
     assert all(each["terms"].keys() == {"cross_entropy"} and "stats" not in each for each in points)
 

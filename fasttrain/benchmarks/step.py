@@ -27,8 +27,10 @@ from fasttrain.benchmarks.pipeline import require_even
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
 from fasttrain.dataset import Index
 from fasttrain.ema import Ema as Averages
+from fasttrain.errors import UserError
 from fasttrain.guard import Guard
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.distillation import Distillation
 from fasttrain.meter import Meter
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
@@ -48,22 +50,24 @@ def recipe_of(
     *,
     batch_size: int | None = None,
     image_size: int | None = None,
-    precision: str = "auto",
-    compiled: str = "auto",
+    precision: str | None = None,
+    compiled: str | None = None,
     workers: int = 0,
     settings: Sequence[str] = (),
 ) -> Recipe:
     """A recipe settled for the device, from random weights; with another size, precision and compile (auto, on or off)
     where given, and settings as `--set` has them, which its name tells. It never ends. Raises UserError where the
-    batch is odd: timm's Mixup takes even ones only."""
+    batch is odd, since timm's Mixup takes even ones only, and for a recipe that distils: there is no teacher here."""
+    if any(isinstance(loss, Distillation) for loss in found.losses):
+        raise UserError(f"recipe {found.name!r} distils from a teacher, which benchmarks do not have; name another")
     changed = replace(
         found,
         batch_size=batch_size or found.batch_size,
         image_size=image_size or found.image_size,
-        precision=precision,
+        precision=precision or found.precision,
         epochs=10**6,
         init=Init(force_scratch=True),
-        machine=replace(found.machine, compile=compiled, workers=workers),
+        machine=replace(found.machine, compile=compiled or found.machine.compile, workers=workers),
     )
     changed = recipes.override(changed, *settings)
     require_even([changed.batch_size])

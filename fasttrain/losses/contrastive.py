@@ -34,6 +34,7 @@ class Contrastive(Loss):
 
     name: ClassVar[str] = "contrastive"
     classifies: ClassVar[bool] = False
+    unmixed: ClassVar[bool] = True
     projection_head: ClassVar[bool] = True
     views: ClassVar[int] = 2
     # The mean cosine with the positive, and the share of anchors that are nearer to it than to any negative.

@@ -28,6 +28,7 @@ class Triplet(Loss):
 
     name: ClassVar[str] = "triplet"
     classifies: ClassVar[bool] = False
+    unmixed: ClassVar[bool] = True
     fine_tunes: ClassVar[bool] = True
     groups: ClassVar[bool] = True
     stats: ClassVar[tuple[str, ...]] = ("active", "d_ap", "d_an")
