@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_the_largest_batch_is_the_last_that_works(stub, tmp_path):
         "test_resnet-16.json",
     }
     assert "step-largest-test_resnet" in json.loads((tmp_path / "out" / "gpu.json").read_text())
+
+
+def test_a_signal_to_the_script_ends_what_it_runs(demo_set, tmp_path):
+    command = tmp_path / "stub"
+    command.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    command.chmod(0o755)
+    env = os.environ | {"TOY": "1", "DATA": str(demo_set / "val"), "PYTHON": sys.executable, "FASTTRAIN": str(command)}
+    running = subprocess.Popen(["bash", str(SCRIPT), str(tmp_path / "out"), "kernels"], env=env)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(60) == 130 and (tmp_path / "out" / "gpu.json").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.mark.slow
