@@ -120,7 +120,9 @@ with ranks("cpu") as here:
 """
 
 
-@pytest.mark.parametrize("recipe", ["CutMix", "triplet", pytest.param("mean teacher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", ["CutMix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("triplet", "mean teacher"))]
+)
 def test_two_ranks_stopped_after_any_step_go_on_bit_for_bit(small, tmp_path, recipe):
     """A signal to rank 1 alone makes both finish the step; also with triplet's batches and accumulation."""
     (tmp_path / "every_stop.py").write_text(EVERY_STOP)

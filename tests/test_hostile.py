@@ -72,7 +72,7 @@ class _Hangs(BaseException):
 
 
 @contextmanager
-def limits(seconds: float = 5, memory: int = 4 * GB) -> Iterator[None]:
+def limits(seconds: float = 20, memory: int = 4 * GB) -> Iterator[None]:
     """Fails where the block needs more time; more address space is a MemoryError in it."""
 
     def hangs(*_: object) -> None:

@@ -50,6 +50,7 @@ def data(demo_set, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_whole_report_runs_and_goes_on(data, tmp_path):
     out = tmp_path / "out"
     done = report("--smoke", data, out)

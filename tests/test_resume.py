@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fasttrain.losses.contrastive import Contrastive
-from fasttrain.losses.mean_teacher import MeanTeacher
-from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from test_train import events, part_of, run, tiny, weights
 
 from fasttrain import checkpoint, rundir
@@ -21,7 +18,10 @@ from fasttrain import train as training
 from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix
 from fasttrain.errors import Stopped, UserError
 from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.mean_teacher import MeanTeacher
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 
 
@@ -82,7 +82,13 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# The others' ways are in these two as well.
+_FAST = ("triplet, EMA, accumulation", "two views, mean teacher")
+
+
+@pytest.mark.parametrize(
+    "name", [each if each in _FAST else pytest.param(each, marks=pytest.mark.slow) for each in RECIPES]
+)
 def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(index, tmp_path, monkeypatch, name):
     recipe = RECIPES[name]
     run(recipe, tmp_path / "whole", index, index)
