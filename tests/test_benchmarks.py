@@ -231,7 +231,7 @@ def test_a_recipe_keeps_its_own_precision_and_losses_and_one_that_distils_is_ref
 
 def test_compiled_contenders_are_those_of_a_compiled_recipe(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model, mode: compiled.append(model) or model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     made = step.contenders(tiny(compiled="on"), CPU, 10)
     for name, make in made.items():
         compiled.clear()
