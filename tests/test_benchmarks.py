@@ -163,6 +163,7 @@ def test_a_loader_that_ends_early_is_an_error():
         pipeline.take(iter([1, 2]), 3)
 
 
+@pytest.mark.slow
 def test_pipeline_and_its_stages(photos, tmp_path):
     index = dataset.scan(photos, progress=False)
     rows = pipeline.pipeline(
