@@ -204,7 +204,7 @@ def course(
                 watch.at(step, TRAINING)
                 if recipe.machine.hash_batches:
                     ids = [train_index.ids[number] for number in numbers.tolist()]
-                    rows = hashes(pixels, ids * (plan.views + plan.aside))
+                    rows = hashes(pixels, ids * plan.rows_an_image)
                     seen += [each for image in range(len(ids)) for each in rows[image :: len(ids)]]
                 images, batch = present(step, micro, pixels, numbers)
 
@@ -386,7 +386,7 @@ def about_groups(plan: Plan) -> str:
 
 def about_views(plan: Plan, recipe: Recipe) -> str:
     """What a run whose images have several views says of itself at its start."""
-    rows = plan.views + plan.aside
+    rows = plan.rows_an_image
     if rows == 1:
         return ""
     line = f"{rows} views of each image, {rows * plan.batch_size} a step"

@@ -210,6 +210,11 @@ class Plan:
         )
 
     @property
+    def rows_an_image(self) -> int:
+        """How many views of an image there are, mixed or aside."""
+        return self.views + self.aside
+
+    @property
     def steps_per_epoch(self) -> int:
         return self.groups.batches if self.groups else self.count // self.batch_size
 
@@ -244,7 +249,7 @@ class Plan:
         """
         epoch, position = self.place(step)
         by = step_mix(self.seed, epoch, position, self.image_size, self.mix)
-        params = mix_kernel.plain_params(self.micro_batch * (self.views + self.aside))
+        params = mix_kernel.plain_params(self.micro_batch * self.rows_an_image)
         if by is None:
             return params, False
         part = 1 + self.rank * self.micro_batches + micro

@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,11 +156,11 @@ def subset(data: Path, into: Path, classes: int, noise: float, seed: int) -> Pat
     share `noise` of the training images in the folder of another class."""
     for split in ("train", "val"):
         folders = sorted(each for each in (data / split).iterdir() if each.is_dir())[:classes]
-        files = [(folder, path) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-        labels = np.repeat(np.arange(len(folders)), [sum(own == folder for own, _ in files) for folder in folders])
+        files = [[path for path in sorted(folder.rglob("*")) if path.is_file()] for folder in folders]
+        labels = np.repeat(np.arange(len(folders)), [len(each) for each in files])
         if split == "train":
             labels = noisy(labels, len(folders), noise, seed)
-        for (_, path), label in zip(files, labels, strict=True):
+        for path, label in zip(chain.from_iterable(files), labels, strict=True):
             target = into / split / folders[label].name / "-".join(path.relative_to(data / split).parts)
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)

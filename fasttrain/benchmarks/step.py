@@ -107,7 +107,7 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
     index = synthetic(recipe, classes)
     plan = Plan.of(recipe, index)
     numbers = torch.from_numpy(plan.images(0, 0).copy())
-    rows = recipe.batch_size * (plan.views + plan.aside)
+    rows = recipe.batch_size * plan.rows_an_image
     pixels = torch.randint(0, 256, (rows, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8).to(device)
     planes = pixels[: recipe.batch_size].permute(0, 3, 1, 2).contiguous()  # the layout that timm's loader gives
     labels = torch.from_numpy(index.labels)[numbers].to(device)
@@ -115,7 +115,7 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
     def ours(each: Recipe) -> Step:
         torch.manual_seed(each.seed)
         plan = Plan.of(each, index)
-        batch = Images(pixels[: each.batch_size * (plan.views + plan.aside)], numbers)
+        batch = Images(pixels[: each.batch_size * plan.rows_an_image], numbers)
         return Step(each, Classifier.of(each, classes), plan, index, device, forever(batch))
 
     def timms(**how: bool) -> Timm:
