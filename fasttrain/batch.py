@@ -92,15 +92,14 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def over_both_labels(against: "Against", batch: Batch) -> Tensor:
-    """λ·L(own label) + (1−λ)·L(label mixed in) for each image, [B]; without the second where the step does not mix."""
+    """λ·L(own label) + (1−λ)·L(label mixed in) for each row, [B]; without the second where the step does not mix."""
     loss = against(batch.labels)
     if not batch.mixed:
         return loss
-    lam = batch.lam.to(loss.dtype)
-    return lam * loss + (1 - lam) * against(batch.labels_mixed)
+    return torch.lerp(against(batch.labels_mixed), loss, batch.lam.to(loss.dtype))
 
 
 class Against(Protocol):
-    """The loss of each image against labels int64 [B], as [B]."""
+    """Something of each row and its label, int64 [B], as [B]: a loss, or what it takes of the label."""
 
     def __call__(self, labels: Tensor, /) -> Tensor: ...

@@ -265,7 +265,8 @@ def _predict(
     from fasttrain.pipelines.eval import Evaluation
     from fasttrain.pipelines.views import named
     from fasttrain.predictions import Predictions
-    from fasttrain.train import DTYPES, settle
+    from fasttrain.step import DTYPES
+    from fasttrain.train import settle
 
     sizes = () if options["sizes"] is None else _sizes(options["sizes"])
     with ranks(options["device"]) as here:

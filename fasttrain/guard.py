@@ -13,6 +13,7 @@ from fasttrain import optim
 from fasttrain.dataset import Index, shown
 from fasttrain.files import replacing
 from fasttrain.flat import by_dtype
+from fasttrain.meter import plain
 from fasttrain.pipelines.plan import Plan
 
 REPORT = "not_finite.json"
@@ -23,7 +24,7 @@ class Guard:
     statistics) stay what they were. All of it is decided on the device.
 
     With float16 the scaler skips steps of its own while it looks for a scale; a step counts as failed only once the
-    scale is down to 1. names: of the values of a step that are kept for a report; kept: of how many steps.
+    scale is down to 1.
 
     On several ranks the gradients have been exchanged before, so that all come to the same answer.
     """
@@ -33,32 +34,26 @@ class Guard:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        names: list[str],
         device: torch.device,
-        kept: int,
     ) -> None:
-        self.optimizer, self.scaler, self.names, self.kept = optimizer, scaler, names, kept
+        self.optimizer, self.scaler = optimizer, scaler
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.one, self.failing = torch.ones(2, device=device)  # the second: whether the step under way fails, 0 or 1
-        self.streak = torch.zeros((), device=device)  # failed steps in a row, up to now
-        self.longest = torch.zeros((), device=device)  # and at most, since the last reading
-        self.history = torch.zeros(kept, len(names) + 1, device=device)  # the last column is the gradient's norm
         self.named: list[str] = []  # parameters that had a gradient in the last step, and its norms
         self.norms: tuple[Tensor, ...] = ()
         self.buffers = [_Buffers(each) for each in by_dtype(map(_flat, model.buffers()))]
 
-    @torch.no_grad()
     def seed(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The gradient of a loss with which backward has to begin: `share`, or nan where the loss is not finite, so
         that whatever the network makes of it the gradient is not finite either, on any rank."""
-        return (loss - loss).add_(share)  # nan − nan and ∞ − ∞ are nan, all else is 0
+        value = loss.detach()
+        return (value - value).add_(share)  # nan − nan and ∞ − ∞ are nan, all else is 0
 
     @torch.no_grad()
-    def step(self, step: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The optimizer's step with the gradients that are there, or nothing. values: this step's, float32 [names].
+    def step(self) -> tuple[Tensor, Tensor]:
+        """The optimizer's step with the gradients that are there, or nothing.
 
-        Gives what is kept of the step, the values and the gradient's norm, float32 [names + 1], and whether that norm
-        is finite, a bool on the device.
+        Gives the gradient's norm and whether the step failed, 1 or 0: float32 scalars on the device.
         """
         graded = {name: each.grad for name, each in self.parameters.items() if each.grad is not None}
         self.named, self.norms = list(graded), torch._foreach_norm(list(graded.values()))
@@ -74,47 +69,17 @@ class Guard:
             optim.step(self.optimizer, failed)
         for buffers in self.buffers:
             buffers.keep(good)
-        torch.addcmul(failed, self.streak, failed, out=self.streak)  # one more where it failed, else 0
-        torch.maximum(self.longest, self.streak, out=self.longest)
-        kept = self.history[step % self.kept]
-        torch.cat([values, norm[None]], out=kept)
-        return kept, good
+        return norm, failed
 
-    def reset(self, streak: int = 0) -> None:
-        """Begin anew, with the buffers as they are now; streak: failed steps in a row before."""
-        self.streak.fill_(streak)
-        self.longest.zero_()
-        self.history.zero_()
+    def reset(self) -> None:
+        """The network's buffers are whole as they are now."""
         for buffers in self.buffers:
             buffers.take()
-
-    def read(self) -> tuple[int, int]:
-        """How many steps in a row have failed up to now, and at most since the last reading. Waits for the device."""
-        now, longest = torch.stack([self.streak, self.longest]).tolist()
-        self.longest.zero_()
-        return int(now), int(longest)
-
-    def failed(self, done: int, steps: int) -> dict[int, dict[str, Any]]:
-        """What was kept of the failed ones among the last `steps` of `done` steps (at most `kept`): {step, from
-        0: values by name, and `grad_norm`}. Waits for the device."""
-        history = self.history.tolist()
-        found = {}
-        for step in range(max(0, done - min(steps, self.kept)), done):
-            *values, norm = history[step % self.kept]
-            if not math.isfinite(norm):
-                told = dict(zip(self.names, map(plain, values), strict=True))
-                found[step] = told | {"grad_norm": plain(norm)}
-        return found
 
     def worst(self) -> dict[str, Any]:
         """Gradient norms of the last step, by parameter: those that are not finite."""
         norms = torch.stack(self.norms).tolist()
         return {name: plain(norm) for name, norm in zip(self.named, norms, strict=True) if not math.isfinite(norm)}
-
-
-def plain(value: float) -> float | str:
-    """A number as JSON has it, which knows neither nan nor infinities: those as text."""
-    return value if math.isfinite(value) else str(value)
 
 
 class _Buffers:

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: sums that stay on the device, log.jsonl, a progress bar, TensorBoard."""
+"""What a run shows and keeps: values that wait on the device, log.jsonl, a progress bar, TensorBoard."""
 
 import errno
 import json
@@ -6,10 +6,12 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,57 +22,106 @@ from fasttrain.errors import RunError
 from fasttrain.predictions import Scores
 
 
-class Meter:
-    """Means of the loss, its terms and what they tell, and of the gradient's norm, between two log points. Adding
-    never waits for the device; reading does."""
+class Reading(NamedTuple):
+    """What a meter says at a log point. means: by name, over all ranks and over the good steps since the last reading
+    that had it. failed: values by name of the steps since then that failed, by their number from 0. streak: how many
+    steps in a row have failed up to now; unbroken: values of those of them that this process has taken."""
 
-    def __init__(self, names: list[str], device: torch.device) -> None:
+    means: dict[str, float]
+    failed: dict[int, dict[str, Any]]
+    streak: int
+    unbroken: dict[int, dict[str, Any]]
+
+
+class Meter:
+    """What steps tell: their loss, its terms and what those tell, and the gradient's norm. A step writes a row of a
+    table on the device and waits for nothing; reading brings the rows over. kept: how many rows there are, at least as
+    many as steps between two readings."""
+
+    def __init__(self, names: list[str], device: torch.device, kept: int) -> None:
         self.names = [*names, "grad_norm"]
+        self.device = device
         self._zero = torch.zeros((), device=device)
-        self.sums = torch.zeros(2, len(self.names), device=device)  # values and shares of the steps before
-        self.none = torch.zeros_like(self.sums)
-        self._nothing = self.none[0, :-1]
-        self._rows: dict[tuple[float, ...], Tensor] = {}
+        self._table = torch.zeros(kept, len(self.names) + 1, device=device)  # the last column: whether the step failed
+        self._rows = self._table.unbind()
+        self._written = 0
+        self._unread: deque[tuple[int, list[float]]] = deque(maxlen=kept)  # a step of each row, and the values' shares
         self._begin()
+        self.streak = 0  # as of the last row that was brought over
+        self._fresh: dict[int, dict[str, Any]] = {}
+        self._unbroken: dict[int, dict[str, Any]] = {}
+        self._clear()
 
     def _begin(self) -> None:
-        self.values = self._nothing  # of the step under way
-        self.shares = [0.0] * (len(self.names) - 1)  # how much of that step each value is of
+        self.values: list[Tensor] = []  # of the step under way
+        self._shares = [0.0] * (len(self.names) - 1)  # how much of that step each value is of
+
+    def _clear(self) -> None:
+        self.sums, self.shares = [0.0] * len(self.names), [0.0] * len(self.names)
 
     def add(self, terms: dict[str, Tensor], share: float) -> None:
-        """Add one micro-batch's terms (scalars on the device), the micro-batch being `share` of its step."""
+        """Add one micro-batch's terms (float32 scalars on the device), the micro-batch being `share` of its step."""
         names = self.names[:-1]
-        values = torch.stack([terms[n].detach() if n in terms else self._zero for n in names])
-        self.values = values if share == 1 else self.values.add(values, alpha=share)
-        self.shares = [had + share * (name in terms) for had, name in zip(self.shares, names, strict=True)]
+        values = [terms[name].detach() if name in terms else self._zero for name in names]
+        if share != 1:
+            values = list(torch._foreach_mul(values, share))
+        self.values = list(torch._foreach_add(self.values, values)) if self.values else values
+        self._shares = [had + share * (name in terms) for had, name in zip(self._shares, names, strict=True)]
 
-    def commit(self, values: Tensor, good: Tensor) -> None:
-        """The step is done. values: what was added, and the gradient's norm, float32 [names + 1]; it does not count
-        unless `good`, a bool on the device."""
-        shares = (*self.shares, 1.0)
-        if shares not in self._rows:  # a few patterns in all
-            self._rows[shares] = torch.tensor(shares, device=self.sums.device)
-        self.sums.add_(torch.where(good, torch.stack([values, self._rows[shares]]), self.none))
+    def commit(self, step: int, norm: Tensor, failed: Tensor) -> None:
+        """The step (from 0) is done; norm and failed: what the guard gave. Its values do not count in any mean unless
+        the norm is finite."""
+        torch.stack([*self.values, norm, failed], out=self._rows[self._written % len(self._rows)])
+        self._unread.append((step, [*self._shares, 1.0]))
+        self._written += 1
         self._begin()
 
+    def _bring(self) -> None:
+        """Take up all rows that were not brought over yet; waits for the device."""
+        table = self._table.tolist()
+        first = self._written - len(self._unread)
+        for row, (step, shares) in enumerate(self._unread, first):
+            *values, failed = table[row % len(table)]
+            if math.isfinite(values[-1]):
+                self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
+                self.shares = [total + share for total, share in zip(self.shares, shares, strict=True)]
+            if failed:
+                self.streak += 1
+                told = dict(zip(self.names, map(plain, values), strict=True))
+                self._fresh[step] = self._unbroken[step] = told
+            else:
+                self.streak, self._unbroken = 0, {}
+        self._unread.clear()
+
     def state(self) -> dict[str, list[float]]:
-        """{name: [sum, share]} so far, as plain numbers; waits for the device."""
-        return dict(zip(self.names, self.sums.T.tolist(), strict=True))
+        """{name: [sum, share]} since the last reading, as plain numbers; waits for the device."""
+        self._bring()
+        return {name: list(each) for name, *each in zip(self.names, self.sums, self.shares, strict=True)}
 
-    def restore(self, states: list[dict[str, list[float]]], ranks: Ranks) -> None:
+    def restore(self, states: list[dict[str, list[float]]], streak: int, ranks: Ranks) -> None:
         """Go on from the states of a run's ranks: its own, or their mean where there were more or fewer of them."""
+        self.streak = streak
         own = [states[ranks.rank]] if len(states) == ranks.world else states
-        if not own:
-            return
-        columns = [[state.get(name, [0.0, 0.0]) for name in self.names] for state in own]
-        self.sums.copy_(torch.tensor(columns).mean(0).T)
+        if own:
+            sums = [[state.get(name, [0.0, 0.0]) for name in self.names] for state in own]
+            self.sums, self.shares = np.array(sums).mean(0).T.tolist()
 
-    def read(self, ranks: Ranks) -> dict[str, float]:
-        """Mean of each term over all ranks and over the good steps since the last reading that had it; start afresh."""
-        sums, shares = ranks.sum(self.sums).tolist()
-        self.sums.zero_()
-        means = {n: total / share for n, total, share in zip(self.names, sums, shares, strict=True) if share}
-        return {name: each for name, each in means.items() if math.isfinite(each)}
+    def read(self, ranks: Ranks) -> Reading:
+        """What there is to say since the last reading; starts afresh. Waits for the device and the other ranks."""
+        self._bring()
+        own = torch.tensor([self.sums, self.shares], dtype=torch.float64, device=self.device)
+        means = {
+            n: total / share for n, total, share in zip(self.names, *ranks.sum(own).tolist(), strict=True) if share
+        }
+        fresh, self._fresh = self._fresh, {}
+        self._clear()
+        finite = {name: each for name, each in means.items() if math.isfinite(each)}
+        return Reading(finite, fresh, self.streak, dict(self._unbroken))
+
+
+def plain(value: float) -> float | str:
+    """A number as JSON has it, which knows neither nan nor infinities: those as text."""
+    return value if math.isfinite(value) else str(value)
 
 
 class Log:

@@ -39,12 +39,12 @@ class Present:
 
     def __call__(self, step: int, micro: int, pixels: Tensor, numbers: Tensor) -> tuple[Tensor, Batch]:
         """Images [rows, 3, H, W] in channels_last and their Batch, for `Images` of micro-batch `micro` of `step`."""
-        plan = self.plan
+        plan, labels = self.plan, self.labels[numbers]
         params, mixing = plan.mix_params(step, micro)
-        own = to_device(self.labels[numbers].repeat(plan.views), self.device)
+        own = to_device(labels.repeat(plan.views) if plan.views > 1 else labels, self.device)
         mixed = mix(pixels, to_device(torch.from_numpy(params), self.device), IMAGENET_MEAN, IMAGENET_STD, self.dtype)
         rows = len(own)
-        images, partner, lam = mixed.images[:rows], mixed.partner[:rows], mixed.lam[:rows]
+        images, partner, lam = [each[:rows] for each in mixed] if plan.aside else mixed
         told = probs = None
         if self.teacher is not None:
             with torch.no_grad(), self.autocast():

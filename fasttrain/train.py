@@ -3,42 +3,36 @@
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from hashlib import sha256
-from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain import __version__, checkpoint, optim, recipes, resume, rundir
-from fasttrain.batch import Loss, Output, Term
+from fasttrain import __version__, checkpoint, recipes, resume, rundir
 from fasttrain.config import Checkpoints, Recipe
 from fasttrain.dataset import Index, require_classes, shown
 from fasttrain.distributed import Ranks, StopSignals
-from fasttrain.ema import Ema
 from fasttrain.errors import RunError, Stopped, UserError
 from fasttrain.evaluate import evaluate
-from fasttrain.guard import REPORT, Diverged, Guard
+from fasttrain.guard import REPORT, Diverged
 from fasttrain.initial import initialise
 from fasttrain.losses.distillation import Distillation
-from fasttrain.meter import Log, Meter
+from fasttrain.meter import Log
 from fasttrain.models import Classifier
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import batches
+from fasttrain.pipelines.train import Images, batches
 from fasttrain.pipelines.views import named
 from fasttrain.predictions import Scores
-from fasttrain.present import Present
 from fasttrain.saver import Saver
+from fasttrain.step import Step
 from fasttrain.watch import EVALUATING, SAVING, TRAINING, WAITING, Watch
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Result(NamedTuple):
@@ -93,70 +87,45 @@ def course(
     resume_from: Path | None,
 ) -> Result:
     """The loop: what `train` does, up to the end or to where a guard has to go back, which it raises as Diverged."""
-    device, dtype = ranks.device, DTYPES[recipe.precision]
+    device = ranks.device
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
     teacher = load_teacher(recipe, train_index.classes, device)
     torch.manual_seed(recipe.seed)
     model = Classifier.of(recipe, len(train_index.classes))
-    notes = []
-    if resume_from is None:
+    identity = resume.identity(recipe, train_index)
+    start, best, scores, rewinds, changed, notes = 0, None, None, 0, [], []
+    saved = checkpoint.load(resume_from) if resume_from is not None else None
+    if saved is not None:
+        changed = resume.accepted(saved, identity, recipe.resume.allow)
+        if saved.meta["world"] != ranks.world:
+            changed.append(f"ranks were {saved.meta['world']} and are {ranks.world}")
+        notes += [f"going on with changes: {'; '.join(changed)}"] if changed else []
+        start, best = resume.step_of(saved.meta, plan.steps_per_epoch), saved.meta["best"]
+        shift = saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"]
+        plan, rewinds = replace(plan, shift=shift), saved.meta["rewinds"]
+    else:
         require_init(recipe)
         if recipe.init.weights:
             notes.append(initialise(model, recipe.init, recipe.arch, train_index.classes))
         elif recipe.aside:
             notes.append("the averaged network that teaches starts from random weights; --init RUN starts from others")
-    model.to(device).to(memory_format=torch.channels_last)
-    ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
-    optimizer = optim.sgd(model, recipe.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if scaler.is_enabled() and recipe.optim.impl == "apex":
-        raise UserError("optim.impl=apex waits for the device in every step with float16; leave it at torch")
-    torch.backends.cudnn.benchmark = True  # of the algorithms for a shape the fastest; shapes stay the same
-    state = checkpoint.State(model, optimizer, scaler, ema)
 
-    names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
-    meter = Meter(names, device)
-    kept = max(recipe.guard.patience, recipe.machine.log_steps)
-    guard = Guard(model, optimizer, scaler, names, device, kept)
+    torch.backends.cudnn.benchmark = True  # of the algorithms for a shape the fastest; shapes stay the same
+    train_step = Step(recipe, plan, model, torch.from_numpy(train_index.labels), ranks, teacher)
+    meter, guard, ema = train_step.meter, train_step.guard, train_step.ema
     logged: dict[str, list[float]] = {loss.name: [] for loss in recipe.losses}  # in this epoch
-    start, best, scores, rewinds, changed = 0, None, None, 0, []
-    identity = resume.identity(recipe, train_index)
-    if resume_from is not None:
-        saved = checkpoint.load(resume_from)
-        changed = resume.accepted(saved, identity, recipe.resume.allow)
-        if saved.meta["world"] != ranks.world:
-            changed.append(f"ranks were {saved.meta['world']} and are {ranks.world}")
-        checkpoint.restore(saved, state)
-        start, best = resume.step_of(saved.meta, plan.steps_per_epoch), saved.meta["best"]
-        shift = saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"]
-        plan, rewinds = replace(plan, shift=shift), saved.meta["rewinds"]
-        guard.reset(saved.meta["streak"])
-        meter.restore(saved.meta["meters"], ranks)
+    if saved is not None:
+        checkpoint.restore(saved, train_step.state)
+        guard.reset()
+        meter.restore(saved.meta["meters"], saved.meta["streak"], ranks)
         logged |= saved.meta["logged"]
-        notes += [f"going on with changes: {'; '.join(changed)}"] if changed else []
         if start >= plan.steps:
             return Result(start, None, best)
         if ranks.first:
             rundir.write_recipe(out, recipes.to_toml(recipe))
-
-    network: Callable[[Tensor], Output] = model.train()
-    without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
-    compiled = recipe.machine.compile != "off"
-    if ranks.world > 1:
-        network = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            # With accumulation torch aborts; compiled, it is what cuts the graph at the buckets that has to know.
-            static_graph=plan.micro_batches == 1 and not compiled,
-        )
-        without_exchange = network.no_sync
-    answering: Callable[[Tensor], Output] | None = ema.model if ema and plan.aside else None
-    if compiled:
-        network, answering = compiled_by(recipe, network), answering and compiled_by(recipe, answering)
+        saved = None  # its tensors take as much memory as the network's
 
     threads = ranks.threads(recipe.machine.workers)
-    present = Present(plan, torch.from_numpy(train_index.labels), device, dtype, teacher, answering)
     evaluation = None
     if val_index is not None:
         views = named("center", recipe.image_size)
@@ -179,68 +148,46 @@ def course(
         log.say(line)
     skip = log.skip if recipe.data.on_bad == "skip" else None
     stream = batches(plan, train_index, device, threads, start, on_skip=skip)
-    lr_at = optim.rate(recipe, plan.steps_per_epoch)
-    weight = 1 / plan.micro_batches  # of each one's loss in that of its step
-    step = read_at = start
+    step = start
     watch = Watch(ranks, recipe.machine.hang_timeout)
     saver = Saver(out, recipe.checkpoint, log, alive=lambda: watch.at(step, SAVING))
     best_before = best
+    seen: list[str] = []  # hashes of this step's images, where the recipe asks for them
+
+    def watched() -> Iterator[Images]:
+        watch.at(step, WAITING)
+        for pixels, numbers in stream:
+            watch.at(step, TRAINING)
+            if recipe.machine.hash_batches:
+                ids = [train_index.ids[number] for number in numbers.tolist()]
+                rows = hashes(pixels, ids * plan.rows_an_image)
+                seen.extend(each for image in range(len(ids)) for each in rows[image :: len(ids)])
+            yield Images(pixels, numbers)
+            watch.at(step, WAITING)
+
+    feed = watched()
     with closing(log), saver, watch, collecting_apart(), memory_named(plan):
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
-            if recipe.machine.compile == "graphs":
-                torch.compiler.cudagraph_mark_step_begin()  # what graphs gave in the step before is no longer needed
-            lr = lr_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # Dropout and the like draw from a generator that knows the step, so no state has to be saved.
-            draw = (step + plan.shift) * ranks.world + ranks.rank
-            seed_generators((recipe.seed << 32) + draw & 0x7FFF_FFFF_FFFF_FFFF, device)
-
-            seen = []
-            for micro in range(plan.micro_batches):
-                watch.at(step, WAITING)
-                pixels, numbers = next(stream)
-                watch.at(step, TRAINING)
-                if recipe.machine.hash_batches:
-                    ids = [train_index.ids[number] for number in numbers.tolist()]
-                    rows = hashes(pixels, ids * plan.rows_an_image)
-                    seen += [each for image in range(len(ids)) for each in rows[image :: len(ids)]]
-                images, batch = present(step, micro, pixels, numbers)
-
-                last = micro == plan.micro_batches - 1
-                with nullcontext() if last else without_exchange():
-                    with present.autocast():
-                        output = network(images)
-                    terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
-                    loss = reduce(add, (term.loss for term in terms.values()))
-                    scaler.scale(loss).backward(guard.seed(loss, weight))
-                meter.add(values_of(loss, terms), weight)
-            meter.commit(*guard.step(step, meter.values))
-            optim.clear(optimizer)
+            train_step(step, feed)
 
             done = step + 1
-            if ema:
-                ema.update(done)
-                if plan.aside:  # it answers in the next step: the same on all ranks
-                    ranks.share_buffers(ema.model)
             log.advance()
             if recipe.machine.hash_batches:
                 everywhere = [each for share in ranks.gather(seen) for each in share]
                 log.event("batch", step=done, sha256=sha256("".join(everywhere).encode()).hexdigest())
+                seen.clear()
             epoch_ends = done % plan.steps_per_epoch == 0
             if done % recipe.machine.log_steps == 0 or epoch_ends:
-                means = meter.read(ranks)
-                log.train(epoch, done, lr, means)
+                means, failed, streak, unbroken = meter.read(ranks)
+                log.train(epoch, done, train_step.lr_at(step), means)
                 for name in logged.keys() & means:
                     logged[name].append(means[name])
                 saver.look()
-                streak, longest = guard.read()
-                if longest:
-                    log.failed(done, guard.failed(done, done - read_at))
+                if failed:
+                    log.failed(done, failed)
                 if streak >= recipe.guard.patience:
-                    raise Diverged(done, plan, rewinds, best, guard.failed(done, streak), guard.worst())
-                read_at = done
+                    raise Diverged(done, plan, rewinds, best, unbroken, guard.worst())
             improved = val_index is None
             if epoch_ends:
                 for each in recipe.losses:
@@ -252,11 +199,11 @@ def course(
                     assert val_index is not None
                     crops = partial(watch.each, step, EVALUATING, evaluation)
                     ranks.share_buffers(model)
-                    raw = evaluate(model, crops(), val_index, ranks, dtype)
+                    raw = evaluate(model, crops(), val_index, ranks, train_step.dtype)
                     averaged = None
                     if ema:
                         ranks.share_buffers(ema.model)
-                        averaged = evaluate(ema.model, crops(), val_index, ranks, dtype)
+                        averaged = evaluate(ema.model, crops(), val_index, ranks, train_step.dtype)
                     log.evaluation(epoch, done, raw, averaged)
                     scores = averaged or raw
                     if saver.lost:  # what was best then is on no disk
@@ -275,14 +222,14 @@ def course(
                         "world": ranks.world,
                         "shift": plan.shift,
                         "rewinds": rewinds,
-                        "streak": int(guard.streak),
+                        "streak": meter.streak,
                         "best": best,
                         "scores": scores._asdict() if scores else None,
                         "meters": meters,
                         "logged": {name: list(each) for name, each in logged.items()},  # a thread writes it later
                     }
                     archived = epoch_ends and is_multiple(epoch + 1, recipe.checkpoint.archive_epochs)
-                    saver.save(done, state, epoch, improved=improved, archived=archived, meta=meta)
+                    saver.save(done, train_step.state, epoch, improved=improved, archived=archived, meta=meta)
             if stopping and done < plan.steps:
                 saver.finish(last=True)
                 log.event("stopped", step=done, signal=signals.name)
@@ -320,19 +267,6 @@ def go_back(out: Path, fault: Diverged, index: Index, rewinds: int) -> Path | No
     made = checkpoint.branch(out, found, changes)
     print(f"{fault}; going back to {shown(found)}, on with the images after these", file=sys.stderr)
     return made
-
-
-def compiled_by(recipe: Recipe, network: Callable[[Tensor], Output]) -> Callable[[Tensor], Output]:
-    """A network compiled as a recipe says; nothing is compiled before it is called."""
-    return torch.compile(network, mode="reduce-overhead" if recipe.machine.compile == "graphs" else None)
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """What torch.manual_seed does, for the CPU and this device alone: all it does besides takes a fifth of a
-    millisecond a step."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def hashes(pixels: Tensor, ids: Sequence[str]) -> list[str]:
@@ -394,19 +328,6 @@ def about_views(plan: Plan, recipe: Recipe) -> str:
     if plan.micro_batches > 1 and any(loss.projection_head for loss in recipe.losses):
         line += f"; contrasted within each micro-batch of {plan.micro_batch * plan.world}, not within the batch"
     return line
-
-
-def names_of(loss: Loss) -> list[str]:
-    """Names under which a loss and its stats are metered."""
-    return [loss.name, *(f"{loss.name}/{stat}" for stat in loss.stats)]
-
-
-def values_of(loss: Tensor, terms: dict[str, Term]) -> dict[str, Tensor]:
-    """Everything that a step's terms tell, by the names of `names_of`, and the whole loss."""
-    values = {"loss": loss}
-    for name, term in terms.items():
-        values |= {name: term.loss, **{f"{name}/{stat}": each for stat, each in term.stats.items()}}
-    return values
 
 
 @contextmanager

@@ -229,8 +229,11 @@ def on_cpu(
         parts, lead = [(slice(batch), partners, row[MODE:]) for row in table[:1]], images.shape[:1]
     else:
         parts, lead = [(at, int(row[PARTNER]), row[MODE:]) for at, row in enumerate(table)], torch.Size()
-    pasted = torch.empty((*lead, height, width, channels), dtype=torch.uint8)
-    own, other = (torch.empty((*lead, height, width * channels), dtype=torch.float32) for _ in range(2))
+    modes = {row[MODE] for row in table}
+    scratch = functools.partial(torch.empty, (*lead, height, width * channels))  # what all parts use, one after another
+    pasted = scratch(dtype=torch.uint8).view(*lead, height, width, channels) if CUTMIX in modes else images
+    own = scratch(dtype=torch.float32) if dtype != torch.float32 else result
+    other = scratch(dtype=torch.float32) if MIXUP in modes else result
 
     for at, partner, (mode, top, bottom, left, right, lam) in parts:
         some = images[at]
@@ -241,9 +244,9 @@ def on_cpu(
             some = pasted
             shares[at] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
         target = result[at] if dtype == torch.float32 else own
-        target.copy_(some.view(own.shape)).sub_(shift).mul_(scale)
+        target.copy_(some.view(target.shape)).sub_(shift).mul_(scale)
         if mode == MIXUP:
-            other.copy_(images[partner].view(own.shape)).sub_(shift).mul_(scale)
+            other.copy_(images[partner].view(target.shape)).sub_(shift).mul_(scale)
             target.mul_(lam).add_(other.mul_(1 - lam))
             shares[at] = lam
         if target is own:

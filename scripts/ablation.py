@@ -39,7 +39,8 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.views import named
-from fasttrain.train import DTYPES, settle, train
+from fasttrain.step import DTYPES
+from fasttrain.train import settle, train
 
 
 class Row(NamedTuple):

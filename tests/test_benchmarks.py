@@ -260,7 +260,7 @@ def test_our_step_computes_the_losses_of_the_real_loop(colours, tmp_path, loss):
     plan = Plan.of(recipe, index)
     torch.manual_seed(recipe.seed)
     model = Classifier.of(recipe, len(index.classes))
-    own = step.Step(recipe, model, plan, index, CPU, batches(plan, index, CPU, 1))
+    own = step.Ours(recipe, model, plan, index, CPU, batches(plan, index, CPU, 1))
     assert [own().item() for _ in range(plan.steps)] == expected and len(expected) == 6
 
 

@@ -16,7 +16,7 @@ import torch
 from test_resume import LONG, await_line, same, start
 from test_train import events, part_of, run, tiny
 
-from fasttrain import checkpoint, saver
+from fasttrain import checkpoint, optim, saver
 from fasttrain import train as training
 from fasttrain.config import Checkpoints, Data
 from fasttrain.errors import RunError
@@ -334,7 +334,7 @@ def test_images_of_which_one_is_gone_are_told_apart_from_all(index, tmp_path):
 def test_weights_are_there_after_a_save_of_a_moved_model(index, tmp_path):
     """The copies are of the values at the time, also for tensors that later change in place."""
     model = training.Classifier("test_resnet", 3)
-    optimizer = training.optim.sgd(model, tiny().optim)
+    optimizer = optim.sgd(model, tiny().optim)
     state = checkpoint.State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
     snapshot = checkpoint.Snapshot().take(state)
     kept = {name: each.clone() for name, each in model.state_dict().items()}

@@ -45,16 +45,15 @@ def poison(monkeypatch, calls, value=math.nan):
 
 def explode(monkeypatch, steps):
     """Make one gradient infinite in the given steps, with a loss that is finite."""
-    honest, count = training.Guard.step, [0]
+    honest, count = Guarding.step, [0]
 
-    def step(guard, number, values):
+    def step(guard):
         if count[0] in steps:
-            assert values[0].isfinite()
             next(iter(guard.parameters.values())).grad[0] = math.inf
         count[0] += 1
-        return honest(guard, number, values)
+        return honest(guard)
 
-    monkeypatch.setattr(training.Guard, "step", step)
+    monkeypatch.setattr(Guarding, "step", step)
 
 
 def at(out: Path, step: int | str):
@@ -115,13 +114,13 @@ def test_averaged_weights_and_metrics_of_bad_steps(index, tmp_path, monkeypatch)
 def test_the_logged_gradient_norm_is_that_of_the_step(index, tmp_path, monkeypatch):
     """Beside autograd's own gradients, in float64."""
     norms = []
-    honest = training.Guard.step
+    honest = Guarding.step
 
-    def step(guard, number, values):
+    def step(guard):
         norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in guard.parameters.values())))
-        return honest(guard, number, values)
+        return honest(guard)
 
-    monkeypatch.setattr(training.Guard, "step", step)
+    monkeypatch.setattr(Guarding, "step", step)
     run(tiny(epochs=1, machine=Machine(device="cpu", compile="off", log_steps=1, workers=2)), tmp_path / "run", index)
     found = [each["grad_norm"] for each in events(tmp_path / "run") if each["event"] == "train"]
     assert found == pytest.approx(norms, rel=1e-5) and len(found) == 5
@@ -303,7 +302,7 @@ def test_buffers_of_every_layout_and_dtype_are_kept_whole():
     }
     for name, each in made.items():
         model.register_buffer(name, each)
-    guard = Guarding(model, optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", enabled=False), [], CPU.device, 1)
+    guard = Guarding(model, optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", enabled=False), CPU.device)
     for bad in (False, True, False):
         before = {name: each.clone() for name, each in model.named_buffers()}
         for each in model.parameters():
@@ -311,7 +310,7 @@ def test_buffers_of_every_layout_and_dtype_are_kept_whole():
         for each in model.buffers():
             each.logical_not_() if each.dtype == torch.bool else each.add_(1)
         after = {name: each.clone() for name, each in model.named_buffers()}
-        guard.step(0, torch.zeros(0))
+        guard.step()
         for name, each in model.named_buffers():
             assert torch.equal(each, (before if bad else after)[name]), name
 
@@ -325,32 +324,34 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
     model = nn.Linear(2, 1, bias=False)
     optimizer = optim.sgd(model, Optim())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, kept=4)
+    guard = Guarding(model, optimizer, scaler, CPU.device)
     start = model.weight.detach().clone()
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     moved = []
-    for step in range(4):
+    for _ in range(4):
         loss = 3 * nn.functional.linear(torch.tensor([[1.0, 0.5]]).half(), model.weight.half()).float().sum()
         scaler.scale(loss).backward(guard.seed(loss))
-        kept, good = guard.step(step, loss.detach()[None])
+        norm, failed = guard.step()
         optimizer.zero_grad()
-        moved.append(bool(good))
-    assert moved == [False, False, True, True] and guard.read() == (0, 0)
-    assert kept[-1].item() == pytest.approx(3 * math.sqrt(1.25), rel=1e-5)
+        moved.append(math.isfinite(norm))
+        assert not failed
+    assert moved == [False, False, True, True]
+    assert norm.item() == pytest.approx(3 * math.sqrt(1.25), rel=1e-5)
     assert model.weight.isfinite().all() and not torch.equal(model.weight, start)
 
 
 def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
     model = nn.Linear(2, 1)
     optimizer, scaler = optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", init_scale=4.0)
-    guard = Guarding(model, optimizer, scaler, ["loss"], CPU.device, kept=4)
-    for step in range(5):
+    guard = Guarding(model, optimizer, scaler, CPU.device)
+    failed = []
+    for _ in range(5):
         loss = model(torch.tensor([[1.0, math.nan]])).sum()
         scaler.scale(loss).backward(guard.seed(loss))
-        guard.step(step, loss.detach()[None])
+        failed.append(guard.step()[1].item())
         optimizer.zero_grad()
-    assert guard.read() == (3, 3) and all(each.isfinite().all() for each in model.parameters())  # at 1, ½ and ¼
+    assert failed == [0, 0, 1, 1, 1] and all(each.isfinite().all() for each in model.parameters())  # at 1, ½ and ¼
 
 
 # ---- two ranks

@@ -769,7 +769,7 @@ def test_any_meta_value_is_read_or_refused(whole, network, alone, monkeypatch):
     valid = json.loads((whole / "meta.json").read_text())
     monkeypatch.setattr(Classifier, "of", lambda recipe, classes: network)  # built once, for speed
     sgd = optim.sgd(network, RECIPE.optim)
-    meter = Meter(["loss"], torch.device("cpu"))
+    meter = Meter(["loss"], torch.device("cpu"), 1)
     keys = [key for key in valid if key not in ("format", "sha256", "versions", "checksum")]
     deeper = st.tuples(st.just("recipe"), st.dictionaries(st.sampled_from([*valid["recipe"], "x"]), anything)).map(
         lambda pair: (pair[0], valid["recipe"] | pair[1])
@@ -779,8 +779,8 @@ def test_any_meta_value_is_read_or_refused(whole, network, alone, monkeypatch):
         saved = checkpoint.load(whole)
         resuming.accepted(saved, META, ["classes", "data", "seed"])
         checkpoint.restore(saved, checkpoint.State(network, sgd, SCALER))
-        meter.restore(saved.meta["meters"], alone)
-        assert resuming.step_of(saved.meta, 2) >= 0 and all(map(math.isfinite, meter.sums.flatten().tolist()))
+        meter.restore(saved.meta["meters"], saved.meta["streak"], alone)
+        assert resuming.step_of(saved.meta, 2) >= 0 and all(map(math.isfinite, meter.sums + meter.shares))
 
     def check(changes: list[tuple[str, Any]]) -> None:
         (whole / "meta.json").write_text(json.dumps(valid))

@@ -1,6 +1,7 @@
 """Nothing holds the loop up: no garbage collection inside of epochs, and batches that are there before they are due."""
 
 import gc
+import itertools
 import time
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from test_train import part_of, run, tiny
 
 from fasttrain import train as training
 from fasttrain.config import Checkpoints, Machine
+from fasttrain.guard import Guard
 from fasttrain.pipelines import train as pipeline
 
 
@@ -60,15 +62,17 @@ def test_garbage_is_collected_between_epochs_only(index, tmp_path, monkeypatch):
         if phase == "start":
             collections.append((where[0], info["generation"]))
 
-    honest = training.Guard.step
+    honest = Guard.step
 
-    def step(guard, number, values):
-        where[0] = f"step {number}"
+    numbers = itertools.count()
+
+    def step(guard):
+        where[0] = f"step {next(numbers)}"
         assert not gc.isenabled()
         [[] for _ in range(5000)]  # enough to set a collection off, were it on
-        return honest(guard, number, values)
+        return honest(guard)
 
-    monkeypatch.setattr(training.Guard, "step", step)
+    monkeypatch.setattr(Guard, "step", step)
     gc.callbacks.append(note)
     try:
         run(tiny(epochs=3), tmp_path / "run", index)
@@ -83,7 +87,7 @@ def test_the_collector_is_on_again_after_a_failure(index, tmp_path, monkeypatch)
     def fail(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(training.Guard, "step", fail)
+    monkeypatch.setattr(Guard, "step", fail)
     with pytest.raises(ZeroDivisionError):
         run(tiny(epochs=1), tmp_path / "run", index)
     assert gc.isenabled()
@@ -111,5 +115,5 @@ def test_the_loop_asks_the_device_for_nothing_between_log_points(index, tmp_path
             index,
         )
         counts.append(len(reads))
-    # A log point reads the meter's sums and the guard's streak; what a save and the end read is in both.
+    # A log point reads the meter's table, and the sums over all ranks; what a save and the end read is in both.
     assert counts[0] - counts[1] == 4 * 2

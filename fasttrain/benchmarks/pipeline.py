@@ -30,7 +30,8 @@ from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Source, batches, build
 from fasttrain.present import to_device
-from fasttrain.train import DTYPES, settle
+from fasttrain.step import DTYPES
+from fasttrain.train import settle
 
 WARM_UP = 6  # batches, which fill the loaders' queues
 LEAST_STEPS = 50  # in an epoch

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,23 +19,20 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fasttrain import optim, recipes
+from fasttrain import recipes
 from fasttrain.batch import Output
 from fasttrain.benchmarks.common import OWN, Row, race, row, seconds, settle
 from fasttrain.benchmarks.pipeline import require_even
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
 from fasttrain.dataset import Index
-from fasttrain.ema import Ema as Averages
+from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
-from fasttrain.guard import Guard
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
-from fasttrain.meter import Meter
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Images
-from fasttrain.present import Present
-from fasttrain.train import DTYPES, compiled_by, names_of, seed_generators, values_of
+from fasttrain.step import DTYPES, Step
 from fasttrain.train import settle as settled
 
 EAGER = "fasttrain, eager"
@@ -102,7 +98,7 @@ def step(
     return rows
 
 
-def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, Callable[[], "Step | Timm"]]:
+def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, Callable[[], "Ours | Timm"]]:
     """What makes each contender; compiled ones where the recipe is compiled."""
     index = synthetic(recipe, classes)
     plan = Plan.of(recipe, index)
@@ -112,11 +108,11 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
     planes = pixels[: recipe.batch_size].permute(0, 3, 1, 2).contiguous()  # the layout that timm's loader gives
     labels = torch.from_numpy(index.labels)[numbers].to(device)
 
-    def ours(each: Recipe) -> Step:
+    def ours(each: Recipe) -> Ours:
         torch.manual_seed(each.seed)
         plan = Plan.of(each, index)
         batch = Images(pixels[: each.batch_size * plan.rows_an_image], numbers)
-        return Step(each, Classifier.of(each, classes), plan, index, device, forever(batch))
+        return Ours(each, Classifier.of(each, classes), plan, index, device, forever(batch))
 
     def timms(**how: bool) -> Timm:
         torch.manual_seed(recipe.seed)
@@ -124,7 +120,7 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
         return Timm(recipe, model, classes, device, prefetched(planes, labels), **how)
 
     compiled = recipe.machine.compile != "off"
-    made: dict[str, Callable[[], Step | Timm]] = {OWN: partial(ours, recipe)}
+    made: dict[str, Callable[[], Ours | Timm]] = {OWN: partial(ours, recipe)}
     if rows > recipe.batch_size:
         plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=Ema())
         made["fasttrain, CE on one view"] = partial(ours, plain)
@@ -167,57 +163,23 @@ def synthetic(recipe: Recipe, classes: int) -> Index:
     return Index(("",) * count, ("",) * count, labels, sizes, tuple(f"{label:08}" for label in range(classes)))
 
 
-class Step:
-    """The project's step, as its loop takes it on one device. `feed` gives the micro-batches, one after another; the
-    model comes from the CPU. Calling it trains one step and gives the loss, a scalar on the device, of its last one."""
+class Ours:
+    """The project's step on one device, again and again. `feed` gives the micro-batches, one after another; the model
+    comes from the CPU. Calling it trains one step and gives its loss, a scalar on the device."""
 
-    cudnn_benchmark = True
+    cudnn_benchmark = True  # as the loop sets it
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, plan: Plan, index: Index, device: torch.device, feed: Iterator[Images]
     ) -> None:
-        self.recipe, self.plan, self.device, self.feed = recipe, plan, device, feed
-        dtype = DTYPES[recipe.precision]
-        model.to(device).to(memory_format=torch.channels_last)
-        self.optimizer = optim.sgd(model, recipe.optim)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
-        self.meter = Meter(names, device)
-        self.guard = Guard(model, self.optimizer, self.scaler, names, device, recipe.guard.patience)
-        self.network: Callable[[Tensor], Output] = model.train()
-        self.ema = Averages(model, recipe.ema.decay) if recipe.ema.decay else None
-        answering: Callable[[Tensor], Output] | None = self.ema.model if self.ema and plan.aside else None
-        if recipe.machine.compile != "off":
-            self.network, answering = compiled_by(recipe, self.network), answering and compiled_by(recipe, answering)
-        self.present = Present(plan, torch.from_numpy(index.labels), device, dtype, averaged=answering)
-        self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
-        self.step = 0
+        alone = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=device)
+        self.train = Step(recipe, plan, model, torch.from_numpy(index.labels), alone)
+        self.feed, self.done = feed, 0
 
     def __call__(self) -> Tensor:
-        recipe, plan, step, device = self.recipe, self.plan, self.step, self.device
-        if recipe.machine.compile == "graphs":
-            torch.compiler.cudagraph_mark_step_begin()
-        lr = self.lr_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        seed_generators((recipe.seed << 32) + step + plan.shift & 0x7FFF_FFFF_FFFF_FFFF, device)
-        losses, weight = [], 1 / plan.micro_batches
-        for micro in range(plan.micro_batches):
-            pixels, numbers = next(self.feed)
-            images, batch = self.present(step, micro, pixels, numbers)
-            with self.present.autocast():
-                output = self.network(images)
-            terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
-            loss = reduce(add, (term.loss for term in terms.values()))
-            self.scaler.scale(loss).backward(self.guard.seed(loss, weight))
-            self.meter.add(values_of(loss, terms), weight)
-            losses.append(loss.detach())
-        self.meter.commit(*self.guard.step(step, self.meter.values))
-        optim.clear(self.optimizer)
-        self.step += 1
-        if self.ema:
-            self.ema.update(self.step)
-        return losses[-1]
+        loss = self.train(self.done, self.feed)
+        self.done += 1
+        return loss
 
 
 class Timm:
@@ -321,7 +283,7 @@ def cudnn_benchmark(wanted: bool) -> Iterator[None]:
 class Turns:
     """A contender's turns, of so many steps each, and what they took."""
 
-    def __init__(self, make: Callable[[], "Step | Timm"], device: torch.device, steps: int, warm_up: int) -> None:
+    def __init__(self, make: Callable[[], "Ours | Timm"], device: torch.device, steps: int, warm_up: int) -> None:
         self.device, self.steps = device, steps
         before = self._allocated()
         self.step = make()
@@ -399,8 +361,8 @@ def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: i
     def timms(**how: bool) -> Timm:
         return Timm(recipe, OneParameter(), FEATURES, device, prefetched(planes, labels), **how)
 
-    made: dict[str, Step | Timm] = {
-        OWN: Step(recipe, OneParameterOutput(), plan, index, device, forever(Images(pixels, numbers))),
+    made: dict[str, Ours | Timm] = {
+        OWN: Ours(recipe, OneParameterOutput(), plan, index, device, forever(Images(pixels, numbers))),
         TIMM: timms(),
         f"{TIMM}, no .item()": timms(item=False),
         f"{TIMM}, no .item(), fused SGD": timms(item=False, fused=True),

@@ -25,7 +25,8 @@ from fasttrain.benchmarks.step import Timm, Turns, contenders, cudnn_benchmark
 from fasttrain.config import Recipe
 from fasttrain.dataset import Index
 from fasttrain.distributed import Ranks
-from fasttrain.train import DTYPES, train
+from fasttrain.step import DTYPES
+from fasttrain.train import train
 
 STEP, PIPELINE = "C: its step alone", "D: its pipeline alone"
 TIMM, TIMM_NO_ITEM = "timm's loader and loop", "timm's loader and loop, no .item()"

@@ -1,14 +1,13 @@
 """Cross entropy with the report's label smoothing."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Loss, Output, Term, over_both_labels
+from fasttrain.batch import Batch, Loss, Output, Term, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,31 @@ class CrossEntropy(Loss):
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
 
     def __call__(self, output: Output, batch: Batch) -> Term:
-        known = log_probs(output.logits)
-        return Term(self.weight * over_both_labels(partial(smoothed, known, self.smoothing), batch).mean())
+        return Term(self.weight * against_soft(output.logits, batch, self.smoothing))
+
+
+def against_soft(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Mean cross entropy of logits [B, K] against a batch's smoothed and mixed labels, a scalar.
+
+    What is linear in the labels is so in one row of probabilities a row of the batch, which takes a third of the
+    operations of a cross entropy for each of two labels.
+    """
+    logits = at_least_float32(logits)
+    return F.cross_entropy(logits, soft_labels(batch, logits.shape[1], smoothing, logits.dtype))
+
+
+def soft_labels(batch: Batch, classes: int, smoothing: float, dtype: torch.dtype) -> Tensor:
+    """[B, classes]: λ of the own label smoothed, and 1−λ of the smoothed label that was mixed in."""
+    others = smoothing / (classes - 1) if smoothing else 0.0
+    labels = batch.labels[:, None]
+    found = torch.full((len(labels), classes), others, dtype=dtype, device=labels.device)
+    if not batch.mixed:
+        return found.scatter_(1, labels, 1 - smoothing)
+    own = batch.lam.to(dtype)[:, None] * (1 - smoothing - others)
+    found.scatter_add_(1, labels, own)
+    return found.scatter_add_(1, batch.labels_mixed[:, None], (1 - smoothing - others) - own)
 
 
 def log_probs(logits: Tensor) -> Tensor:
     """The logarithms [B, K] of the probabilities, in float32, or float64 where logits [B, K] are."""
-    return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def smoothed(log_probs: Tensor, smoothing: float, labels: Tensor) -> Tensor:
-    """Cross entropy [B] of `log_probs` [B, K] against labels int64 [B], smoothed as `CrossEntropy` says."""
-    own = -log_probs.gather(1, labels[:, None])[:, 0]
-    if not smoothing:
-        return own
-    others = -log_probs.sum(1) - own
-    return (1 - smoothing) * own + smoothing / (log_probs.shape[1] - 1) * others
+    return F.log_softmax(at_least_float32(logits), dim=1)

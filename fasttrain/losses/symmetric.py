@@ -1,13 +1,10 @@
 """Symmetric cross entropy: cross entropy, and the same with labels and predictions in each other's place."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
-from torch import Tensor
-
-from fasttrain.batch import Batch, Loss, Output, Term, over_both_labels
-from fasttrain.losses.cross_entropy import log_probs, smoothed
+from fasttrain.batch import Batch, Loss, Output, Term, at_least_float32, over_both_labels
+from fasttrain.losses.cross_entropy import against_soft
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,7 @@ class SymmetricCrossEntropy(Loss):
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
 
     def __call__(self, output: Output, batch: Batch) -> Term:
-        known = log_probs(output.logits)
-        return Term(self.weight * over_both_labels(partial(self._against, known), batch).mean())
-
-    def _against(self, log_probs: Tensor, labels: Tensor) -> Tensor:
-        reverse = -self.floor * (1 - log_probs.gather(1, labels[:, None])[:, 0].exp())
-        return self.alpha * smoothed(log_probs, self.smoothing, labels) + self.beta * reverse
+        known = at_least_float32(output.logits).softmax(1)
+        right = over_both_labels(lambda labels: known.gather(1, labels[:, None])[:, 0], batch).mean()
+        forward = against_soft(output.logits, batch, self.smoothing)
+        return Term(self.weight * (self.alpha * forward - self.beta * self.floor * (1 - right)))

@@ -1,0 +1,139 @@
+"""One training step, from the pipeline's pixels to new weights: what the loop runs, and what the benchmarks time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fasttrain import checkpoint, optim
+from fasttrain.batch import Loss, Output, Term
+from fasttrain.config import Recipe
+from fasttrain.distributed import Ranks
+from fasttrain.ema import Ema
+from fasttrain.errors import UserError
+from fasttrain.guard import Guard
+from fasttrain.meter import Meter
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.train import Images
+from fasttrain.present import Network, Present
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Step:
+    """What a step needs around a network, made for a settled recipe; calling it trains a step.
+
+    model: a network, which goes to the ranks' device. labels: int64 [N] on the CPU, of all training images. teacher:
+    what recipes that distil take theirs from. Raises UserError where the optimizer does not fit the device or the
+    precision.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        model: nn.Module,
+        labels: Tensor,
+        ranks: Ranks,
+        teacher: Network | None = None,
+    ) -> None:
+        self.recipe, self.plan, self.ranks = recipe, plan, ranks
+        device, dtype = ranks.device, DTYPES[recipe.precision]
+        self.dtype = dtype
+        self.model = model.to(device).to(memory_format=torch.channels_last).train()
+        self.ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
+        self.optimizer = optim.sgd(model, recipe.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if self.scaler.is_enabled() and recipe.optim.impl == "apex":
+            raise UserError("optim.impl=apex waits for the device in every step with float16; leave it at torch")
+        self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
+        names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
+        self.meter = Meter(names, device, kept=recipe.machine.log_steps)
+        self.guard = Guard(model, self.optimizer, self.scaler, device)
+
+        self.network: Network = model
+        self.without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
+        compiled = recipe.machine.compile != "off"
+        if ranks.world > 1:
+            exchanging = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                # With accumulation torch aborts; compiled, it is what cuts the graph at the buckets that has to know.
+                static_graph=plan.micro_batches == 1 and not compiled,
+            )
+            self.network, self.without_exchange = exchanging, exchanging.no_sync
+        averaged: Network | None = self.ema.model if self.ema and plan.aside else None
+        if compiled:
+            self.network, averaged = compiled_by(recipe, self.network), averaged and compiled_by(recipe, averaged)
+        self.present = Present(plan, labels, device, dtype, teacher, averaged)
+
+    @property
+    def state(self) -> checkpoint.State:
+        """What a checkpoint keeps of it."""
+        return checkpoint.State(self.model, self.optimizer, self.scaler, self.ema)
+
+    def __call__(self, step: int, feed: Iterator[Images]) -> Tensor:
+        """Train the step-th step of the run, from 0, on the next micro-batches of `feed`; nothing waits for the device.
+
+        Gives its loss, a float32 scalar on the device.
+        """
+        recipe, plan, present, scaler = self.recipe, self.plan, self.present, self.scaler
+        if recipe.machine.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # what graphs gave in the step before is no longer needed
+        lr = self.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Dropout and the like draw from a generator that knows the step, so no state has to be saved.
+        draw = (step + plan.shift) * self.ranks.world + self.ranks.rank
+        seed_generators((recipe.seed << 32) + draw & 0x7FFF_FFFF_FFFF_FFFF, self.ranks.device)
+
+        weight = 1 / plan.micro_batches  # of each one's loss in that of its step
+        for micro in range(plan.micro_batches):
+            images, batch = present(step, micro, *next(feed))
+            last = micro == plan.micro_batches - 1
+            with nullcontext() if last else self.without_exchange():
+                with present.autocast():
+                    output = self.network(images)
+                terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
+                loss = reduce(add, (term.loss for term in terms.values()))
+                scaler.scale(loss).backward(self.guard.seed(loss, weight))
+            self.meter.add(values_of(loss, terms), weight)
+        of_step = self.meter.values[0]
+        self.meter.commit(step, *self.guard.step())
+        optim.clear(self.optimizer)
+        if self.ema:
+            self.ema.update(step + 1)
+            if plan.aside:  # it answers in the next step: the same on all ranks
+                self.ranks.share_buffers(self.ema.model)
+        return of_step
+
+
+def compiled_by(recipe: Recipe, network: Callable[[Tensor], Output]) -> Callable[[Tensor], Output]:
+    """A network compiled as a recipe says; nothing is compiled before it is called."""
+    return torch.compile(network, mode="reduce-overhead" if recipe.machine.compile == "graphs" else None)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """What torch.manual_seed does, for the CPU and this device alone: all it does besides takes a fifth of a
+    millisecond a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
+def names_of(loss: Loss) -> list[str]:
+    """Names under which a loss and its stats are metered."""
+    return [loss.name, *(f"{loss.name}/{stat}" for stat in loss.stats)]
+
+
+def values_of(loss: Tensor, terms: dict[str, Term]) -> dict[str, Tensor]:
+    """Everything that a step's terms tell, by the names of `names_of`, and the whole loss."""
+    values = {"loss": loss}
+    for name, term in terms.items():
+        values |= {name: term.loss, **{f"{name}/{stat}": each for stat, each in term.stats.items()}}
+    return values
