@@ -55,10 +55,10 @@ class Snapshot:
 
     def take(self, state: State) -> "Snapshot":
         """Copy everything; on a GPU the copies are only asked for, in order with what comes before and after them."""
+        self.scaler = state.scaler.state_dict()  # reads its scale, so it comes before all that would be waited for
         averaged = cut(dict(state.ema.model.named_parameters()), state.ema.model) if state.ema else {}
         self._copy(_MODEL, state.model.state_dict())
         self._copy(_TRAIN, _momentum(state) | {f"ema.{name}": each for name, each in averaged.items()})
-        self.scaler = state.scaler.state_dict()
         if next(state.model.parameters()).is_cuda:
             self.copied = torch.cuda.Event()
             self.copied.record()

@@ -760,11 +760,13 @@ def _chosen_networks(
 @click.option("--recipe", "named", multiple=True, metavar="R", help="Recipe, or its TOML file; repeatable.")
 @click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
+@click.option("--peers/--no-peers", default=True, help="Beside timm's, or the project's step alone.  [default: peers]")
 @click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
 @_measured(rounds=5)
 def bench_step(
     classes: int,
     steps: int,
+    peers: bool,
     host: bool,
     device: str,
     rounds: int,
@@ -781,7 +783,7 @@ def bench_step(
             _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
             return
         chosen = _chosen_networks(here.device, **options)
-        rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps)
+        rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, peers=peers)
         losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
         asked = {"losses": losses, "classes": classes, "steps": steps, "rounds": rounds}
         _tell(rows, here.device, json_path, plot, **asked)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fasttrain.dataset import Index
 from fasttrain.pipelines.faults import decode_error
-from fasttrain.pipelines.train import PREFETCH
+from fasttrain.pipelines.train import PREFETCH, output_stream
 from fasttrain.pipelines.views import Views, region
 
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -101,7 +101,7 @@ class Evaluation:
     ) -> None:
         numbers = np.array_split(np.arange(len(index)), world)[rank]
         self.source = Source(numbers, index, max(1, min(batch_size, len(numbers))), views)
-        on_gpu = device.type == "cuda"
+        self.device, on_gpu = device, device.type == "cuda"
         self.pipe = graph(
             self.source,
             on_gpu,
@@ -125,9 +125,9 @@ class Evaluation:
         self.fresh = False
         for count in range(len(self)):
             try:
-                *pixels, numbers = self.pipe.run()
+                *pixels, numbers = self.pipe.run(output_stream(self.device))
             except RuntimeError as error:
                 paths = [self.source.index.paths[each] for each in self.source.chunk(count)]
                 raise decode_error(error, paths) from None
             tensors = tuple(torch.from_dlpack(each.as_tensor()) for each in pixels)
-            yield Crops(tensors, torch.from_dlpack(numbers.as_tensor()))
+            yield Crops(tensors, torch.from_numpy(np.array(numbers.as_array())))

@@ -172,6 +172,11 @@ def build(source: Source, device: torch.device, threads: int) -> Pipeline:
     )
 
 
+def output_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """On what a pipeline is to hand its results over: without it, DALI waits on the host until they are there."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def batches(
     plan: Plan,
     index: Index,
@@ -208,7 +213,7 @@ def batches(
         pipe.build()
         while done < total:
             try:
-                *views, numbers = pipe.run()
+                *views, numbers = pipe.run(output_stream(device))
             except RuntimeError as error:
                 suspects = source.numbers(done - source.first)
                 if on_skip is not None and replace(suspects):
@@ -217,4 +222,4 @@ def batches(
             done += 1
             pixels = [torch.from_dlpack(each.as_tensor()) for each in views]
             joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-            yield Images(joined, torch.from_dlpack(numbers.as_tensor()))
+            yield Images(joined, torch.from_numpy(np.array(numbers.as_array())))

@@ -215,6 +215,12 @@ def test_step(tmp_path):
     assert [each["contender"] for each in told] == [common.OWN, *names]
 
 
+def test_a_step_alone():
+    assert [each.contender for each in step.step([tiny()], CPU, rounds=1, steps=1, warm_up=1, peers=False)] == [
+        common.OWN
+    ]
+
+
 def test_a_step_of_several_views_is_told_beside_one_of_one_view():
     second = recipes.calibrating(recipes.attracting(tiny()))
     recipe = replace(tiny(), losses=second.losses, ema=second.ema)

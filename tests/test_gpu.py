@@ -101,15 +101,16 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
     assert result.steps == 10
 
 
+@pytest.mark.parametrize("micro_batch", [0, 10])
 @pytest.mark.parametrize("how", ["on", "graphs"])
-def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, how):
+def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, how, micro_batch):
     """Also with two views, and an averaged network that answers."""
     losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
     told = []
     for compiled in ("off", how):
-        recipe = replace(
-            tiny(losses=losses, ema=Ema(0.9)), precision="fp32", machine=Machine(compile=compiled, log_steps=1)
-        )
+        machine = Machine(compile=compiled, log_steps=1)
+        recipe = tiny(losses=losses, ema=Ema(0.9), micro_batch=micro_batch)
+        recipe = replace(recipe, precision="fp32", machine=machine)
         start = rundir.open_run(tmp_path / compiled, "never", recipes.to_toml(recipe))
         training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
         lines = map(json.loads, (tmp_path / compiled / "log.jsonl").read_text().splitlines())

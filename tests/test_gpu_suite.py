@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -107,6 +108,12 @@ def test_a_signal_to_the_script_ends_what_it_runs(demo_set, tmp_path):
     assert running.wait(60) == 130 and (tmp_path / "out" / "gpu.json").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_its_tests_are_all_that_need_a_gpu():
+    marked = {each.name for each in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in each.read_text()}
+    (named,) = re.findall(r"tests=\((.*)\) marks=\(-m gpu\)", SCRIPT.read_text())
+    assert {*named.split()} == marked - {Path(__file__).name}
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from fasttrain.dataset import Index
 from fasttrain.errors import UserError
 from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import Source, batches, build
+from fasttrain.pipelines.train import Source, batches, build, output_stream
 from fasttrain.present import to_device
 from fasttrain.step import DTYPES
 from fasttrain.train import settle
@@ -347,7 +347,7 @@ def stock(work: Work) -> Stream:
     pipe.build()
     mixing = _timm_mixup(work)
     while True:
-        pixels, told = pipe.run()
+        pixels, told = pipe.run(output_stream(work.device))
         images = torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2).to(work.dtype)
         labels = to_device(torch.from_dlpack(told.as_tensor())[:, 0].long(), work.device)
         mixed, targets = mixing(images, labels) if mixing else (images, labels)
@@ -368,7 +368,7 @@ def cut(work: Work, operator: str) -> Stream:
         end_with(pipe, operator)
     pipe.build()
     while True:
-        yield pipe.run()
+        yield pipe.run(output_stream(work.device))
 
 
 def end_with(pipe: Pipeline, operator: str) -> None:

@@ -78,18 +78,20 @@ def step(
     rounds: int = 5,
     steps: int = 10,
     warm_up: int = 5,
+    peers: bool = True,
 ) -> list[Row]:
     """Seconds a step of each settled recipe, over `steps` steps in each round, after `warm_up` steps that compile and
-    tune. timm's loop is trained by cross entropy whatever the recipe's losses are.
+    tune. timm's loop is trained by cross entropy whatever the recipe's losses are. Without `peers` it is the
+    project's step alone.
 
     On a GPU also `host_ms`, the median time until the call of one step returns, and `peak_gib`, the memory that
-    the contender's tensors take at most.
+    the contender's tensors take at most; that of CUDA graphs is their own and not known.
     """
     rows = []
     for recipe in chosen:
         torch.compiler.reset()  # so that shapes of another case do not count as dynamic ones
         makers = contenders(recipe, device, classes)
-        turns = {name: Turns(make, device, steps, warm_up) for name, make in makers.items()}
+        turns = {name: Turns(makers[name], device, steps, warm_up) for name in makers if peers or name == OWN}
         case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
         timed = race(case, turns, rounds)
         rows += [row("step", case, name, timed[name], recipe.batch_size, **turns[name].told()) for name in turns]
@@ -175,6 +177,7 @@ class Ours:
         alone = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=device)
         self.train = Step(recipe, plan, model, torch.from_numpy(index.labels), alone)
         self.feed, self.done = feed, 0
+        self.allocates = recipe.machine.compile != "graphs"
 
     def __call__(self) -> Tensor:
         loss = self.train(self.done, self.feed)
@@ -191,6 +194,7 @@ class Timm:
     """
 
     cudnn_benchmark = True  # as the script sets it
+    allocates = True
 
     def __init__(
         self,
@@ -311,7 +315,8 @@ class Turns:
         """What is known besides the time; nothing on a CPU."""
         if self.device.type != "cuda":
             return {}
-        return {"host_ms": statistics.median(self.host) * 1e3, "peak_gib": (self.state + self.most) / 2**30}
+        peak = {"peak_gib": (self.state + self.most) / 2**30} if self.step.allocates else {}
+        return {"host_ms": statistics.median(self.host) * 1e3, **peak}
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
