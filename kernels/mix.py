@@ -24,7 +24,8 @@ that are a permutation every input byte is read once (twice in the few bytes bes
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -231,28 +232,41 @@ def on_cpu(
         parts, lead = [(at, int(row[PARTNER]), row[MODE:]) for at, row in enumerate(table)], torch.Size()
     modes = {row[MODE] for row in table}
     scratch = functools.partial(torch.empty, (*lead, height, width * channels))  # what all parts use, one after another
-    pasted = scratch(dtype=torch.uint8).view(*lead, height, width, channels) if CUTMIX in modes else images
-    own = scratch(dtype=torch.float32) if dtype != torch.float32 else result
-    other = scratch(dtype=torch.float32) if MIXUP in modes else result
+    pasted = scratch(dtype=torch.uint8).view(*lead, height, width, channels) if CUTMIX in modes else None
+    own = scratch(dtype=torch.float32) if dtype != torch.float32 else None
+    other = scratch(dtype=torch.float32) if MIXUP in modes else None
 
-    for at, partner, (mode, top, bottom, left, right, lam) in parts:
-        some = images[at]
-        if mode == CUTMIX:
-            rows, columns = slice(int(top), int(bottom)), slice(int(left), int(right))
-            pasted.copy_(some)
-            pasted[..., rows, columns, :] = images[partner, rows, columns]
-            some = pasted
-            shares[at] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
-        target = result[at] if dtype == torch.float32 else own
-        target.copy_(some.view(target.shape)).sub_(shift).mul_(scale)
-        if mode == MIXUP:
-            other.copy_(images[partner].view(target.shape)).sub_(shift).mul_(scale)
-            target.mul_(lam).add_(other.mul_(1 - lam))
-            shares[at] = lam
-        if target is own:
-            result[at].copy_(own)
+    with _one_thread() if len(parts) > 1 else nullcontext():
+        for at, partner, (mode, top, bottom, left, right, lam) in parts:
+            some = images[at]
+            if pasted is not None and mode == CUTMIX:
+                rows, columns = slice(int(top), int(bottom)), slice(int(left), int(right))
+                pasted.copy_(some)
+                pasted[..., rows, columns, :] = images[partner, rows, columns]
+                some = pasted
+                shares[at] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
+            target = result[at] if own is None else own
+            target.copy_(some.view(target.shape)).sub_(shift).mul_(scale)
+            if other is not None and mode == MIXUP:
+                other.copy_(images[partner].view(target.shape)).sub_(shift).mul_(scale)
+                target.mul_(lam).add_(other.mul_(1 - lam))
+                shares[at] = lam
+            if own is not None:
+                result[at].copy_(own)
     pixels = result.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return pixels, partners, shares
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch's work is this thread's alone meanwhile. Its threads meet after every operation on an image, and where a
+    pipeline keeps the cores busy they wait for one another longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _CACHED = 1 << 17  # values that stay in the cache together
