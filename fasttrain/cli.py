@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fasttrain import __version__, signals
-from fasttrain.errors import Stopped, UserError
+from fasttrain.errors import Ended, Stopped, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except Ended as error:
             if str(error):
                 _complain(str(error))
             sys.exit(error.exit_status)

@@ -46,7 +46,8 @@ def initialise(model: Classifier, init: Init, arch: str, classes: Sequence[str])
             fits[name] = found.tensors[name]
         elif not (name.startswith(TRAINING_HEADS) or (of_classes and not found.same_classes)):
             raise UserError(f"--init {shown(path)}: {shown(name)} is {shapes[0]} in it and {shapes[1]} in this network")
-    model.load_state_dict(fits, strict=False)
+    if not next(model.parameters()).is_meta:  # one without values is only to be tried
+        model.load_state_dict(fits, strict=False)
     return (
         f"init: {len(fits)} of {len(own)} tensors, {found.told}; "
         f"starting random: {', '.join(sorted(own.keys() - fits)) or 'none'}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fasttrain import checkpoint
 from fasttrain.dataset import shown
-from fasttrain.errors import RunError, UserError
+from fasttrain.errors import UserError
 from fasttrain.files import replacing
 
 RECIPE = "recipe.toml"
@@ -22,19 +22,13 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
     resume: `auto` (OUT/last where there is one), `never` (a run that is there is moved aside) or a path. UserError
     where the folder holds something else than a run.
     """
-    used = out.is_dir() and any(out.iterdir())
-    if used and not (out / RECIPE).is_file():
-        raise UserError(f"{shown(out)} is not empty and holds no run; name another --out")
-    if used and resume == "never":
+    if require_own(out) and resume == "never":
         aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
         try:
             out.rename(aside)
         except OSError as error:
             raise UserError(f"cannot move {shown(out)} aside: {error.strerror}; name another --out") from None
         print(f"the run that was in {shown(out)} is now {shown(aside)}", file=sys.stderr)
-    for name in (RECIPE, "log.jsonl"):
-        if (out / name).is_symlink():
-            raise UserError(f"{shown(out / name)} is a link, and a run writes there; remove it or name another --out")
     start = None
     if resume == "auto":
         start = newest(out)
@@ -49,6 +43,18 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
     if not (start and (out / RECIPE).exists()):
         write_recipe(out, recipe_toml)
     return start
+
+
+def require_own(out: Path) -> bool:
+    """Whether a folder holds a run. UserError where it holds something else, or a link in place of what a run
+    writes."""
+    used = out.is_dir() and any(out.iterdir())
+    if used and not (out / RECIPE).is_file():
+        raise UserError(f"{shown(out)} is not empty and holds no run; name another --out")
+    for name in (RECIPE, "log.jsonl"):
+        if (out / name).is_symlink():
+            raise UserError(f"{shown(out / name)} is a link, and a run writes there; remove it or name another --out")
+    return used
 
 
 def leave_after(out: Path, start: Path) -> None:
@@ -70,12 +76,9 @@ def leave_after(out: Path, start: Path) -> None:
 
 
 def write_recipe(out: Path, recipe_toml: str) -> None:
-    """Keep a run's recipe in its folder. UserError where the disk does not take it."""
-    try:
-        with replacing(out / RECIPE) as aside:
-            aside.write_text(recipe_toml, encoding="utf-8")
-    except RunError as error:
-        raise UserError(str(error)) from None
+    """Keep a run's recipe in its folder. RunError where the disk does not take it."""
+    with replacing(out / RECIPE) as aside:
+        aside.write_text(recipe_toml, encoding="utf-8")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,7 +25,7 @@ from fasttrain.guard import REPORT, Diverged
 from fasttrain.initial import initialise
 from fasttrain.losses.distillation import Distillation
 from fasttrain.meter import Log
-from fasttrain.models import Classifier
+from fasttrain.models import Classifier, outlined
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Images, batches
@@ -89,6 +90,7 @@ def course(
     """The loop: what `train` does, up to the end or to where a guard has to go back, which it raises as Diverged."""
     device = ranks.device
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
+    outlined(recipe, len(train_index.classes), plan.micro_batch * plan.views)
     teacher = load_teacher(recipe, train_index.classes, device)
     torch.manual_seed(recipe.seed)
     model = Classifier.of(recipe, len(train_index.classes))
@@ -108,7 +110,7 @@ def course(
         if recipe.init.weights:
             notes.append(initialise(model, recipe.init, recipe.arch, train_index.classes))
         elif recipe.aside:
-            notes.append("the averaged network that teaches starts from random weights; --init RUN starts from others")
+            notes.append("the mean teacher starts from random weights; --init RUN starts it from trained ones")
 
     torch.backends.cudnn.benchmark = True  # of the algorithms for a shape the fastest; shapes stay the same
     train_step = Step(recipe, plan, model, torch.from_numpy(train_index.labels), ranks, teacher)
@@ -143,6 +145,7 @@ def course(
         **({"changed": changed} if changed else {}),
         **({"rewinds": rewinds, "shift": plan.shift} if rewinds else {}),
     )
+    log.say(about_device(recipe, ranks))
     for line in filter(None, (*notes, about_groups(plan), about_views(plan, recipe))):
         log.event("note", text=line)
         log.say(line)
@@ -307,6 +310,16 @@ def load_teacher(recipe: Recipe, classes: Sequence[str], device: torch.device) -
     return None
 
 
+def about_device(recipe: Recipe, ranks: Ranks) -> str:
+    """What a run says of where it trains at its start."""
+    where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "the CPU"
+    line = f"{recipe.arch} on {where}, {recipe.precision}, compile {recipe.machine.compile}"
+    line += f", {ranks.world} ranks" if ranks.world > 1 else ""
+    if ranks.device.type == "cpu" and recipe.machine.device == "auto" and shutil.which("nvidia-smi"):
+        line += "; there may be a GPU here that torch cannot use: `fasttrain doctor` says more"
+    return line
+
+
 def about_groups(plan: Plan) -> str:
     """What a run with P x K batches says of itself at its start."""
     if not plan.groups:
@@ -364,12 +377,15 @@ def out_of_memory(plan: Plan) -> RunError:
 
 
 def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks, out: Path) -> str:
-    """What `train` would do, as text, found without running anything. Raises UserError like `train`."""
+    """What `train` would do from the start, as text, found without running anything. Raises UserError as it does."""
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
-    with torch.device("meta"):
-        model = Classifier.of(recipe, len(train_index.classes))
-        shape = [plan.micro_batch * plan.views, 3, recipe.image_size, recipe.image_size]
-        output = model.eval()(torch.empty(shape))
+    rows = plan.micro_batch * plan.views
+    model, output = outlined(recipe, len(train_index.classes), rows)
+    require_init(recipe)
+    if recipe.init.weights:
+        initialise(model, recipe.init, recipe.arch, train_index.classes)
+    load_teacher(recipe, train_index.classes, torch.device("cpu"))
+    rundir.require_own(out)
     weights = sum(each.numel() for each in model.parameters())
     weighing = sum(each.nbytes for each in model.state_dict().values())
     state = weighing * (2 if recipe.ema.decay else 1) + sum(each.nbytes for each in model.parameters())
@@ -378,7 +394,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     facts = {
         "data": f"{len(train_index)} images of {len(train_index.classes)} classes; validation: {val}",
         "network": f"{recipe.arch}, {weights / 1e6:.2f} M parameters, {recipe.precision}",
-        "input": f"{shape} a rank and micro-batch",
+        "input": f"{[rows, 3, recipe.image_size, recipe.image_size]} a rank and micro-batch",
         "output": f"logits {list(output.logits.shape)}, features {list(output.features.shape)}",
         "batch": f"{plan.batch_size} = {ranks.world} ranks x {plan.micro_batches} micro-batches x {plan.micro_batch}",
         "steps": f"{plan.steps} = {plan.epochs} epochs x {plan.steps_per_epoch}",

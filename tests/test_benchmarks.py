@@ -13,16 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain import dataset, recipes, rundir
-from fasttrain import train as training
+from fasttrain import dataset, recipes
 from fasttrain.benchmarks import common, kernels, pipeline, step, train
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Init, Machine
+from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
 from fasttrain.evaluate import normalised
-from fasttrain.models import Classifier
-from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import batches
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -245,29 +241,6 @@ def test_compiled_contenders_are_those_of_a_compiled_recipe(monkeypatch):
         make()
         assert len(compiled) == ("compiled" in name or name == common.OWN), name
     assert sum("compiled" in name for name in made) == 3
-
-
-@pytest.mark.parametrize("loss", ["ce", "ce+triplet", "ce+arcface", "attract_repulse"])
-def test_our_step_computes_the_losses_of_the_real_loop(colours, tmp_path, loss):
-    index = pipeline.relabelled(pipeline.repeated(colours, 48), 4)
-    machine = Machine(device="cpu", compile="off", log_steps=1, workers=1)
-    changes: dict[str, Any] = {"images_per_class": 2 if "triplet" in loss else 0, "machine": machine}
-    if loss == "attract_repulse":
-        second = recipes.calibrating(recipes.attracting(tiny()))
-        changes |= {"losses": second.losses, "ema": second.ema}
-    recipe = replace(
-        tiny(loss if "ce" in loss.split("+") else "ce"), epochs=1, init=Init(force_scratch=True), **changes
-    )
-    rundir.open_run(tmp_path / "run", "never", recipes.to_toml(recipe))
-    training.train(recipe, tmp_path / "run", index, None, ALONE)
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    expected = [each["loss"] for each in log if each["event"] == "train"]
-
-    plan = Plan.of(recipe, index)
-    torch.manual_seed(recipe.seed)
-    model = Classifier.of(recipe, len(index.classes))
-    own = step.Ours(recipe, model, plan, index, CPU, batches(plan, index, CPU, 1))
-    assert [own().item() for _ in range(plan.steps)] == expected and len(expected) == 6
 
 
 def test_timms_variants_take_the_same_steps():

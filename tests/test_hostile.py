@@ -50,7 +50,7 @@ from fasttrain import resume as resuming
 from fasttrain import train as training
 from fasttrain.config import Data, Init, Machine, Mix, Optim, Recipe
 from fasttrain.distributed import Ranks, ranks
-from fasttrain.errors import UserError
+from fasttrain.errors import Ended, UserError
 from fasttrain.initial import initialise
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.meter import Meter
@@ -99,7 +99,7 @@ def outcome(read: Callable[[], T], name: str, **limited: Any) -> tuple[bool, T |
     try:
         with limits(**limited):
             return True, read()
-    except UserError as error:
+    except Ended as error:
         assert str(error).isprintable() and str(error), f"not one printable line: {str(error)!r}"
         assert name in str(error), f"does not name {name!r}: {error}"
         return False, None
@@ -546,6 +546,7 @@ def resume(whole, images, alone, network, monkeypatch) -> Callable[[], object]:
     settled = training.settle(RECIPE, torch.device("cpu"))
     forge(whole, recipe=recipes.to_dict(settled), data=images.fingerprint(), sizes=images.fingerprint_of_sizes())
     monkeypatch.setattr(Classifier, "of", lambda recipe, classes: network)  # built once, for speed
+    monkeypatch.setattr(training, "outlined", lambda *_: None)
     return lambda: training.train(settled, whole.parent.parent, images, None, alone, whole)
 
 

@@ -13,7 +13,7 @@ from fasttrain import checkpoint, dataset, present, recipes, rundir
 from fasttrain import train as training
 from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix, Optim
 from fasttrain.distributed import Ranks
-from fasttrain.errors import UserError
+from fasttrain.errors import RunError, UserError
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -277,14 +277,37 @@ def test_the_counter_of_waits_counts():
     assert sum(syncs.seen.values()) == 2
 
 
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"arch": "vit_tiny_patch16_224"}, "one with|cannot be trained on 20 images of 32 x 32 pixels at once"),
+        ({"arch": "tresnet_m", "image_size": 30}, "tresnet_m cannot be trained on 20 images of 30 x 30"),
+        ({"arch": "resnest14d", "micro_batch": 1}, "resnest14d cannot be trained on one image .*micro_batch"),
+        ({"losses": (CrossEntropy(), ArcFace())}, "arcface does not converge from random weights"),
+        ({"init": Init(weights="nowhere")}, "nowhere is no checkpoint"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_by_the_run_and_by_its_summary(index, tmp_path, changes, says):
+    recipe = tiny(**changes)
+    with pytest.raises(UserError, match=says):
+        training.summary(recipe, index, None, CPU, tmp_path / "run")
+    with pytest.raises(UserError, match=says):
+        run(recipe, tmp_path / "run", index)
+
+
+def test_a_folder_of_somebody_elses_is_refused_by_a_summary(index, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no run"):
+        training.summary(tiny(), index, None, CPU, tmp_path)
+
+
 def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(present, "mix", full)
-    with pytest.raises(UserError, match=r"micro_batch=20 at 32 pixels; try --set micro_batch=10") as caught:
+    with pytest.raises(RunError, match=r"micro_batch=20 at 32 pixels; try --set micro_batch=10"):
         run(tiny(), tmp_path / "run", index)
-    assert caught.value.exit_status == 1
     plan = Plan.of(tiny(micro_batch=1), index)
     assert "smaller --image-size" in str(training.out_of_memory(plan))
     assert "micro_batch=3" in str(training.out_of_memory(replace(plan, micro_batch=9)))

@@ -1,6 +1,7 @@
 """Networks: timm's, from random weights only, with the features in front of the classifier made visible."""
 
 import difflib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,23 @@ class Classifier(nn.Module):
         return Output(logits, features, cosine, embedding)
 
 
+def outlined(recipe: Recipe, classes: int, rows: int) -> tuple[Classifier, Output]:
+    """The network that a recipe trains and what it gives in training for `rows` images, all without values: it costs
+    no memory. UserError where the network does not take so many images of that size."""
+    size = recipe.image_size
+    try:
+        with torch.device("meta"):
+            model = Classifier.of(recipe, classes).train()
+            return model, model(torch.empty(rows, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        gist = shown(" ".join(str(error).split())[:200])
+        images = "one image" if rows == 1 else f"{rows} images"
+        raise UserError(
+            f"{recipe.arch} cannot be trained on {images} of {size} x {size} pixels at once ({gist}); choose another "
+            "--image-size, --batch-size or micro_batch"
+        ) from None
+
+
 # How the names of the tensors of heads begin that only training needs.
 TRAINING_HEADS = ("cosine.", "projection.")
 
@@ -118,7 +136,7 @@ class CosineHead(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
+        with _no_autocast(features):
             directions = F.normalize(at_least_float32(features), eps=1e-6)
             return F.linear(directions, F.normalize(self.weight, eps=1e-6)).clamp(-1, 1)
 
@@ -134,8 +152,13 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         projected = self.out(F.relu(self.hidden(features)))
-        with torch.autocast(features.device.type, enabled=False):
+        with _no_autocast(features):
             return F.normalize(at_least_float32(projected), eps=1e-6)
+
+
+def _no_autocast(values: Tensor) -> AbstractContextManager[object]:
+    """The meta device has no autocast to switch off."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
 
 
 class _Tied(torch.autograd.Function):
