@@ -97,6 +97,16 @@ def ablation(rows: Rows) -> str:
     return grid(["recipe", "top-1, %", "gain, points", "compared with"], lines)
 
 
+def traffic(rows: Rows) -> str:
+    """A line a network: what its step moves for an image, and how much of that each kind of operation does."""
+    kinds = list(rows[0]["shares"])
+    lines = []
+    for row in rows:
+        amounts = [f"{row['mib_an_image']:.0f} MiB", f"{row['gmac_an_image']:.0f} GMAC"]
+        lines.append([f"`{row['arch']}`", *amounts, *(f"{row['shares'][kind]:.0%}" for kind in kinds)])
+    return grid(["an image, forward and backward", "moved", "computed", *kinds], lines)
+
+
 TABLES = {
     "kernels": kernels,
     "pipeline": pipeline,
@@ -106,6 +116,7 @@ TABLES = {
     "ablation": ablation,
     "noise": ablation,
     "save": save,
+    "traffic": traffic,
 }
 
 
