@@ -37,27 +37,8 @@ _KIND_OF = {
     **dict.fromkeys(("mm", "addmm", "bmm"), "convolution"),
 }
 # Only these make a tensor without moving its values.
-_FREE = [
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "t",
-    "expand",
-    "permute",
-    "transpose",
-    "detach",
-    "alias",
-    "as_strided",
-    "unsqueeze",
-    "squeeze",
-    "slice",
-    "select",
-    "split",
-    "split_with_sizes",
-    "empty",
-    "empty_like",
-    "new_empty",
-]
+_FREE = {"view", "_unsafe_view", "reshape", "t", "expand", "permute", "transpose", "detach", "alias", "as_strided"}
+_FREE |= {"unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "empty", "empty_like", "new_empty"}
 
 
 class Traffic(TorchDispatchMode):
