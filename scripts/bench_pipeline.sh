@@ -11,5 +11,5 @@ if nvidia-smi --list-gpus >/dev/null 2>&1; then device=gpu batches=(--batch-size
 fi
 results=$(dirname "$0")/results/pipeline-${2:-$device}
 # shellcheck disable=SC2086  # OPTIONS are several words
-"${FASTTRAIN:-fasttrain}" bench pipeline --data "$1" "${batches[@]}" --profile --rounds 7 \
+"${FASTTRAIN:-fasttrain}" bench pipeline --data "$1" "${batches[@]}" --profile --rounds 3 \
     --json "$results.json" --plot "$results.png" ${OPTIONS:-}

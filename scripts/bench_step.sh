@@ -14,6 +14,6 @@ else
 fi
 results=$(dirname "$0")/results name=${1:-$device}
 # shellcheck disable=SC2086  # OPTIONS are several words
-"$fasttrain" bench step "${networks[@]}" --rounds 7 \
+"$fasttrain" bench step "${networks[@]}" --rounds 5 \
     --json "$results/step-$name.json" --plot "$results/step-$name.png" ${OPTIONS:-}
 "$fasttrain" bench step --host --rounds 15 --json "$results/host-$name.json"
