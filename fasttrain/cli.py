@@ -1,6 +1,5 @@
 """The command line. torch, timm and DALI are imported inside the commands, so that help comes at once."""
 
-import json
 import math
 import os
 import shutil
@@ -144,7 +143,7 @@ def run(
         ("machine.workers", workers),
         ("machine.device", device),
         ("data.on_bad", on_bad),
-        ("init.weights", init and json.dumps(os.path.abspath(init))),
+        ("init.weights", init and os.path.abspath(init)),
     ]
     if compiled is not None:
         changes.append(("machine.compile", "on" if compiled else "off"))
@@ -153,8 +152,9 @@ def run(
     for key, value in changes:
         if value is not None:
             by = "--init" if init and key == "init.weights" else "--" + key.split(".")[-1].replace("_", "-")
-            recipe = recipes.override(recipe, f"{key}={value}", by=by)
+            recipe = recipes.override(recipe, (key, value), by=by)
     recipe = recipes.override(recipe, *settings)
+    recipes.to_toml(recipe)  # refuses what the run's folder could not keep, before anything is read
     folder = Path(out or Path("runs", recipe.name))
 
     with ranks(recipe.machine.device, recipe.machine.hang_timeout) as here:

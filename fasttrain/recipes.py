@@ -6,6 +6,7 @@ import math
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,9 +214,25 @@ def _plain(value: Any) -> Any:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Text that `from_toml` turns back into an equal recipe, and that is safe to print."""
-    text = tomli_w.dumps(to_dict(recipe))
+    """Text that `from_toml` turns back into an equal recipe, and that is safe to print. UserError where the recipe
+    names a file or folder in bytes that are no UTF-8: TOML has no way to write those."""
+    table = to_dict(recipe)
+    for text in _texts(table):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(
+                f"{shown(text)} is not UTF-8, and a recipe could not name it; rename it, or name a link to it"
+            )
+    text = tomli_w.dumps(table)
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08X}" for c in text)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 def from_toml(text: str, where: str = "recipe") -> Recipe:
@@ -248,26 +265,30 @@ def from_dict(table: dict[str, Any], where: str) -> Recipe:
     return _build(Recipe, table, where, "")
 
 
-def override(recipe: Recipe, *settings: str, by: str = "--set") -> Recipe:
-    """`recipe` with settings changed by text, such as `optim.weight_decay=5e-5` or `epochs=10`, all at once.
+def override(recipe: Recipe, *settings: str | tuple[str, object], by: str = "--set") -> Recipe:
+    """`recipe` with settings changed, all at once: by text such as `optim.weight_decay=5e-5` or `epochs=10`, whose
+    value is read as TOML and, where it is not TOML, as plain text; or by a key and its value.
 
-    A value is read as TOML and, where it is not TOML, as plain text. `by` is the option to name in errors.
+    `by` is the option to name in errors.
     """
     table = to_dict(recipe)
     for setting in settings:
-        _set(table, setting, by)
+        _set(table, *(_read(setting, by) if isinstance(setting, str) else setting), by)
     return _build(Recipe, table, by, "")
 
 
-def _set(table: dict[str, Any], setting: str, by: str) -> None:
+def _read(setting: str, by: str) -> tuple[str, object]:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(f"{by} {shown(setting)}: expected key=value or part.key=value")
     try:
-        value = _parsed(f"value = {text}")["value"]
+        return key, _parsed(f"value = {text}")["value"]
     except ValueError:
-        value = text
+        return key, text
+
+
+def _set(table: dict[str, Any], key: str, value: object, by: str) -> None:
     at = table
     *parts, last = key.split(".")
     for depth, part in enumerate(parts):

@@ -88,6 +88,24 @@ def test_options_reach_the_recipe(demo_set, tmp_path):
     assert recipe.machine.compile == "on" and recipe.optim.momentum == 0.5 and recipe.data.val == str(demo_set / "val")
 
 
+def test_paths_reach_the_recipe_as_they_are(demo_set, tmp_path):
+    odd = tmp_path / "\N{ROCKET} it's \"x\\"
+    odd.symlink_to(demo_set)
+    args = ["run", *TINY, "--data", odd, "--val", odd / "val", "--init", odd / "w.pth", "--out", odd / "o", "--dry-run"]
+    recipe = recipes.from_toml(call(*args).stdout.split("\n\n" + "data ")[0])
+    assert recipe.init.weights == str(odd / "w.pth")
+    assert (recipe.data.train, recipe.data.val) == ((str(odd),), str(odd / "val"))
+
+
+@pytest.mark.parametrize("option", ["--data", "--init"])
+def test_a_path_that_no_recipe_could_hold_is_refused_at_the_start(option, demo_set, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.symlink_to(demo_set)
+    result = call("run", *TINY, "--data", demo_set, option, odd, "--out", tmp_path / "o", status=2)
+    said = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(said) == 1 and "caf\\xe9 is not UTF-8" in said[0] and not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
