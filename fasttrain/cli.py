@@ -222,7 +222,7 @@ def _demo(recipe: "Recipe") -> "Recipe":
         parameters = sum(each.numel() for each in Classifier(recipe.arch, len(demo.CLASSES)).parameters())
     folder = dataset.cache_dir() / "demo-1"
     demo.make(folder)
-    return recipes.demo(recipe, folder, parameters)
+    return recipes.demo(recipe, folder, parameters, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def _sizes(text: str) -> tuple[int, ...]:
