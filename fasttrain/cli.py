@@ -70,11 +70,12 @@ _file = click.Path(dir_okay=False, path_type=Path)
 @click.option("--data", multiple=True, type=_folder, metavar="DIR", help="Training images; repeatable. None: demo set.")
 @click.option("--val", type=_folder, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
 @click.option("--out", type=_folder, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all ranks.")
-@click.option("--image-size", type=click.IntRange(8), help="Side of the square training images, in pixels.")
-@click.option("--lr", type=float, help="Peak learning rate, in place of the recipe's rule.")
-@click.option("--seed", type=click.IntRange(0), help="Seed of weights and of every random draw.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all ranks. Default: the recipe's.")
+@click.option("--image-size", type=click.IntRange(8),
+              help="Side of the square training images, in pixels. Default: the recipe's.")  # fmt: skip
+@click.option("--lr", type=float, help="Peak learning rate. Default: by the recipe's rule.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of weights and of every random draw. Default: the recipe's.")
 @click.option("--workers", type=click.IntRange(0), help="DALI threads a rank. 0: this rank's share of the cores.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: auto, a GPU where there is one.")
 @click.option(
@@ -296,7 +297,8 @@ def _writes() -> bool:
 
 @main.command("eval")
 @_of_a_network
-@click.option("--data", required=True, type=_folder, metavar="DIR", help="Labelled images; DIR/val where DIR has it.")
+@click.option("--data", required=True, type=_folder, metavar="DIR",
+              help="Labelled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
 @click.option("--out", type=_file, metavar="FILE.npz", help="Write the probabilities.")
 @click.option("--confusion", "confusion_path", type=_file, metavar="FILE.png", help="Draw the confusion matrix.")
 def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path: Path | None, **options: Any) -> None:
@@ -437,9 +439,10 @@ def _weights(text: str, count: int) -> list[float]:
 
 @main.command()
 @click.argument("submission_path", metavar="SUBMISSION.csv", type=_file)
-@click.option("--labels", required=True, type=_file, metavar="FILE.csv", help="Right classes: a header, then id,class.")
+@click.option("--labels", required=True, type=_file, metavar="FILE.csv",
+              help="Right classes: the line Image IDs,Labels, then id,class.")  # fmt: skip
 def score(submission_path: Path, labels: Path) -> None:
-    """Top-1 of a submission, which must name each image once, and no class that is not there."""
+    """Top-1 of a submission, which must name each image of the labels once, and no other."""
     from fasttrain import submission
 
     top1, images = submission.score(submission_path, labels)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -29,10 +30,27 @@ def test_help_needs_neither_torch_nor_dali_nor_timm():
     assert done.stdout.splitlines()[-1] == "[]" and "--batch-size" in done.stdout
 
 
+def commands(group=main, words=()):
+    """Every command and group, as the words that call it."""
+    for name, command in group.commands.items():
+        yield (*words, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*words, name))
+
+
 def test_every_command_has_help():
-    for name in ("run", "eval", "predict", "ensemble", "score", "data", "recipes", "show", "doctor"):
-        assert name in call("--help").output
-        assert "Usage" in call(name, "--help").output
+    named = list(commands())
+    assert {("run",), ("bench",), ("bench", "step"), ("data", "check")} <= set(named)
+    for *parents, name in named:
+        assert f"\n  {name} " in call(*parents, "--help").output
+        said = call(*parents, name, "--help").output
+        assert said.startswith(f"Usage: main {' '.join((*parents, name))} ") and "\n\n  " in said
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--image-size", "--lr", "--seed"])
+def test_help_says_where_a_default_is_from(option):
+    params = {each.opts[0]: each for each in main.commands["run"].params if isinstance(each, click.Option)}
+    assert "Default:" in (params[option].help or "") and "the recipe's" in (params[option].help or "")
 
 
 def test_run_trains_evaluates_and_goes_on(demo_set, tmp_path):
