@@ -641,6 +641,17 @@ def _measured(rounds: int) -> Callable[[_Command], _Command]:
     return add
 
 
+def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
+    """UserError, before anything is measured, where `_tell` could not write the figures."""
+    from fasttrain.benchmarks import common
+
+    if json_path and _writes():
+        common.require_own(json_path)
+    if plot and _writes():
+        _require_png(plot, "--plot")
+        common.require_matplotlib()
+
+
 def _tell(
     rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, **settings: Any
 ) -> None:
@@ -651,7 +662,7 @@ def _tell(
     if json_path:
         common.write_json(json_path, device, rows, settings)
     if plot:
-        common.write_plot(plot, rows)
+        common.write_plot(plot, rows, _PNG_SOFTWARE)
 
 
 @bench.command("kernels")
@@ -661,6 +672,7 @@ def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path |
     from fasttrain.benchmarks.kernels import kernels
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         _tell(kernels(here.device, rounds), here.device, json_path, plot, rounds=rounds)
 
@@ -702,6 +714,7 @@ def bench_pipeline(
     from fasttrain.config import Data
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         index, _ = dataset.open_data(Data(train=(data,)))
         asked: dict[str, Any] = {
@@ -781,6 +794,7 @@ def bench_step(
     from fasttrain.benchmarks import step
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         if host:
             _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
@@ -816,6 +830,7 @@ def bench_train(
     from fasttrain.config import Data
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         index, _ = dataset.open_data(Data(train=(data,)))
         threads = here.threads(workers)
