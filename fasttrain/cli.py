@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -179,9 +180,17 @@ def run(
             if result.best is not None:
                 last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
                 click.echo(f"{last}best top-1 {result.best:.2%}")
-            click.echo(f"run folder: {shown}  ({result.steps} steps; best and last checkpoint: {shown}/best, /last)")
+            whole = f"best checkpoint: {shown}/best, last: {shown}/last"
+            click.echo(f"run folder: {shown}  ({result.steps} steps; {whole})")
             held_out = recipe.data.val or (os.path.commonpath(val_index.paths) if val_index else "DIR")
-            click.echo(f"next: {_program()} eval {shown} --data {dataset.shown(held_out)}")
+            click.echo(f"next: {_program()} eval {_word(folder)} --data {_word(held_out)}")
+
+
+def _word(path: str | Path) -> str:
+    """A path as a word of a line that the user can repeat in a shell."""
+    from fasttrain.dataset import shown
+
+    return shlex.quote(shown(path))
 
 
 def _program() -> str:
@@ -191,7 +200,7 @@ def _program() -> str:
         return "python -m fasttrain"
     on_path = shutil.which("fasttrain")
     elsewhere = not on_path or os.path.abspath(called) != os.path.abspath(on_path)
-    return called if elsewhere and Path(called).name == "fasttrain" else "fasttrain"
+    return _word(called) if elsewhere and Path(called).name == "fasttrain" else "fasttrain"
 
 
 def _chosen(arch: str | None, recipe_name: str | None, loss: str | None = None) -> "Recipe":
@@ -490,7 +499,7 @@ def data_check(folder: str, aside: str | None, out: Path | None, workers: int) -
         click.echo(f"wrote {dataset.shown(out)}")
     if aside:
         moved = quarantine.quarantine(folder, [each.path for each in report.bad], aside)
-        back = f"{_program()} data restore {dataset.shown(aside)} {dataset.shown(folder)}"
+        back = f"{_program()} data restore {_word(aside)} {_word(folder)}"
         click.echo(f"moved {moved} files to {dataset.shown(aside)}; back: {back}")
     if report.bad:
         sys.exit(1)

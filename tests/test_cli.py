@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -54,16 +55,18 @@ def test_help_says_where_a_default_is_from(option):
 
 
 def test_run_trains_evaluates_and_goes_on(demo_set, tmp_path):
-    out = tmp_path / "out"
-    first = call("run", *TINY, "--data", demo_set, "--epochs", 1, "--out", out)
-    assert "best top-1" in first.stdout and str(out) in first.stdout and "fasttrain eval" in first.stdout
+    out, images = tmp_path / "my run", tmp_path / "my images"
+    images.symlink_to(demo_set)
+    first = call("run", *TINY, "--data", images, "--epochs", 1, "--out", out)
+    assert "best top-1" in first.stdout and f"best checkpoint: {out}/best, last: {out}/last)" in first.stdout
     assert "test_resnet has no report recipe" in first.stderr
     assert (out / "best" / "model.safetensors").is_file()
     recipe = recipes.by_name(str(out / "recipe.toml"))
-    assert recipe.data.train == (str(demo_set),) and recipe.precision == "fp32" and recipe.epochs == 1
-    again = call("run", *TINY, "--data", demo_set, "--epochs", 1, "--out", out)
+    assert recipe.data.train == (str(images),) and recipe.precision == "fp32" and recipe.epochs == 1
+    again = call("run", *TINY, "--data", images, "--epochs", 1, "--out", out)
     assert f"{500 // 50} steps" in again.stdout
-    scores = call("eval", out, "--data", demo_set, "--device", "cpu").stdout
+    _, _, following = first.stdout.splitlines()[-1].partition("fasttrain ")
+    scores = call(*shlex.split(following), "--device", "cpu").stdout
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     top1 = next(each["top1"] for each in logged if each["event"] == "eval")
     assert f"top-1 {top1:.2%}" in scores and "of 250 images" in scores
@@ -317,12 +320,12 @@ def test_data_check_names_bad_files_and_moves_them_aside_and_back(demo_set, tmp_
     victim = tmp_path / "set" / "disc-stripes-red" / "055.jpg"
     victim.write_bytes(victim.read_bytes()[:-2])
     args = ["data", "check", tmp_path / "set", "--workers", 1, "--out", tmp_path / "r.json"]
-    found = call(*args, "--quarantine", tmp_path / "aside", status=1)
+    found = call(*args, "--quarantine", tmp_path / "set aside", status=1)
     assert "BAD   disc-stripes-red/055.jpg: truncated: no end-of-image marker" in found.stdout
     assert "moved 1 files to" in found.stdout and not victim.exists()
     report = json.loads((tmp_path / "r.json").read_text())
     assert [(each["path"], each["kind"]) for each in report["findings"]] == [("disc-stripes-red/055.jpg", "truncated")]
-    back = call("data", "restore", tmp_path / "aside", tmp_path / "set")
+    back = call(*shlex.split(found.stdout.splitlines()[-1].partition("fasttrain ")[2]))
     assert "moved 1 files back" in back.stdout and victim.exists()
 
 
