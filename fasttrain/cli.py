@@ -39,6 +39,14 @@ class _Group(click.Group):
         except ImportError as error:
             _complain(f"{error} (Python {sys.executable}); `fasttrain doctor` says what is missing")
             sys.exit(1)
+        except RuntimeError as error:
+            # Not imported here: whoever raised torch's error has done so.
+            if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+                raise
+            training = ctx.invoked_subcommand == "run"
+            smaller = "--set micro_batch=N or --image-size" if training else "--batch-size"
+            _complain(f"CUDA is out of memory; end what else uses the GPU, or try a smaller {smaller}")
+            sys.exit(1)
         except KeyboardInterrupt:
             goes_on = "; the same command goes on from the last checkpoint" if ctx.invoked_subcommand == "run" else ""
             _complain(f"interrupted{goes_on}")

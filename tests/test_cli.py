@@ -367,6 +367,29 @@ def test_a_missing_package_is_one_line(module, tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (["eval", "RUN", "--data", "SET"], "a smaller --batch-size"),
+        (["predict", "RUN", "--images", "SET", "--out", "p.npz"], "a smaller --batch-size"),
+        (["bench", "step", "--arch", "test_resnet"], "a smaller --batch-size"),
+        (["run", *TINY, "--data", "SET", "--epochs", "1"], "a smaller --set micro_batch=N"),
+    ],
+)
+def test_the_end_of_a_gpus_memory_is_one_line(trained, demo_set, tmp_path, monkeypatch, command, advice):
+    import torch
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    names = {"RUN": str(trained), "SET": str(demo_set)}
+    result = call(*[names.get(each, each) for each in command], "--device", "cpu", status=1)
+    said = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(said) == 1 and "out of memory" in said[0] and advice in said[0] and "Traceback" not in result.output
+
+
 def test_python_m_fasttrain_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "fasttrain", "--version"], capture_output=True, text=True, check=True)
     assert __version__ in done.stdout
