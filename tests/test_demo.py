@@ -54,6 +54,9 @@ def test_nothing_is_overwritten(tmp_path, demo_set):
     with pytest.raises(UserError, match="seed 5"):
         demo.make(demo_set, seed=5)
     assert not list(demo_set.parent.glob("*.partial"))
+    (tmp_path / "mine").rename(tmp_path / "mine\n")
+    with pytest.raises(UserError, match=r"mine\\n is not empty"):
+        demo.make(tmp_path / "mine\n")
 
 
 @pytest.mark.parametrize(
