@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from nvidia import dali
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -113,7 +115,12 @@ def save(
             "archived": archived,
             **meta,
             "scaler": snapshot.scaler,
-            "versions": {"fasttrain": __version__, "torch": torch.__version__},
+            "versions": {
+                "fasttrain": __version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "nvidia-dali": dali.__version__,
+            },
             "sha256": {name: _sha256(aside / name) for name in (_MODEL, _TRAIN)},
         }
         _put_in_place(aside, final, content)

@@ -1,8 +1,8 @@
 """The command line. torch, timm and DALI are imported inside the commands, so that help comes at once."""
 
-import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +39,14 @@ class _Group(click.Group):
         except ImportError as error:
             _complain(f"{error} (Python {sys.executable}); `fasttrain doctor` says what is missing")
             sys.exit(1)
+        except RuntimeError as error:
+            # Not imported here: whoever raised torch's error has done so.
+            if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+                raise
+            training = ctx.invoked_subcommand == "run"
+            smaller = "--set micro_batch=N or --image-size" if training else "--batch-size"
+            _complain(f"CUDA is out of memory; end what else uses the GPU, or try a smaller {smaller}")
+            sys.exit(1)
         except KeyboardInterrupt:
             goes_on = "; the same command goes on from the last checkpoint" if ctx.invoked_subcommand == "run" else ""
             _complain(f"interrupted{goes_on}")
@@ -71,11 +79,12 @@ _file = click.Path(dir_okay=False, path_type=Path)
 @click.option("--data", multiple=True, type=_folder, metavar="DIR", help="Training images; repeatable. None: demo set.")
 @click.option("--val", type=_folder, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
 @click.option("--out", type=_folder, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all ranks.")
-@click.option("--image-size", type=click.IntRange(8), help="Side of the square training images, in pixels.")
-@click.option("--lr", type=float, help="Peak learning rate, in place of the recipe's rule.")
-@click.option("--seed", type=click.IntRange(0), help="Seed of weights and of every random draw.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all ranks. Default: the recipe's.")
+@click.option("--image-size", type=click.IntRange(8),
+              help="Side of the square training images, in pixels. Default: the recipe's.")  # fmt: skip
+@click.option("--lr", type=float, help="Peak learning rate. Default: by the recipe's rule.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of weights and of every random draw. Default: the recipe's.")
 @click.option("--workers", type=click.IntRange(0), help="DALI threads a rank. 0: this rank's share of the cores.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: auto, a GPU where there is one.")
 @click.option(
@@ -144,7 +153,7 @@ def run(
         ("machine.workers", workers),
         ("machine.device", device),
         ("data.on_bad", on_bad),
-        ("init.weights", init and json.dumps(os.path.abspath(init))),
+        ("init.weights", init and os.path.abspath(init)),
     ]
     if compiled is not None:
         changes.append(("machine.compile", "on" if compiled else "off"))
@@ -153,8 +162,9 @@ def run(
     for key, value in changes:
         if value is not None:
             by = "--init" if init and key == "init.weights" else "--" + key.split(".")[-1].replace("_", "-")
-            recipe = recipes.override(recipe, f"{key}={value}", by=by)
+            recipe = recipes.override(recipe, (key, value), by=by)
     recipe = recipes.override(recipe, *settings)
+    recipes.to_toml(recipe)  # refuses what the run's folder could not keep, before anything is read
     folder = Path(out or Path("runs", recipe.name))
 
     with ranks(recipe.machine.device, recipe.machine.hang_timeout) as here:
@@ -178,9 +188,17 @@ def run(
             if result.best is not None:
                 last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
                 click.echo(f"{last}best top-1 {result.best:.2%}")
-            click.echo(f"run folder: {shown}  ({result.steps} steps; best and last checkpoint: {shown}/best, /last)")
+            whole = f"best checkpoint: {shown}/best, last: {shown}/last"
+            click.echo(f"run folder: {shown}  ({result.steps} steps; {whole})")
             held_out = recipe.data.val or (os.path.commonpath(val_index.paths) if val_index else "DIR")
-            click.echo(f"next: {_program()} eval {shown} --data {dataset.shown(held_out)}")
+            click.echo(f"next: {_program()} eval {_word(folder)} --data {_word(held_out)}")
+
+
+def _word(path: str | Path) -> str:
+    """A path as a word of a line that the user can repeat in a shell."""
+    from fasttrain.dataset import shown
+
+    return shlex.quote(shown(path))
 
 
 def _program() -> str:
@@ -190,7 +208,7 @@ def _program() -> str:
         return "python -m fasttrain"
     on_path = shutil.which("fasttrain")
     elsewhere = not on_path or os.path.abspath(called) != os.path.abspath(on_path)
-    return called if elsewhere and Path(called).name == "fasttrain" else "fasttrain"
+    return _word(called) if elsewhere and Path(called).name == "fasttrain" else "fasttrain"
 
 
 def _chosen(arch: str | None, recipe_name: str | None, loss: str | None = None) -> "Recipe":
@@ -222,7 +240,7 @@ def _demo(recipe: "Recipe") -> "Recipe":
         parameters = sum(each.numel() for each in Classifier(recipe.arch, len(demo.CLASSES)).parameters())
     folder = dataset.cache_dir() / "demo-1"
     demo.make(folder)
-    return recipes.demo(recipe, folder, parameters)
+    return recipes.demo(recipe, folder, parameters, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -296,7 +314,8 @@ def _writes() -> bool:
 
 @main.command("eval")
 @_of_a_network
-@click.option("--data", required=True, type=_folder, metavar="DIR", help="Labelled images; DIR/val where DIR has it.")
+@click.option("--data", required=True, type=_folder, metavar="DIR",
+              help="Labelled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
 @click.option("--out", type=_file, metavar="FILE.npz", help="Write the probabilities.")
 @click.option("--confusion", "confusion_path", type=_file, metavar="FILE.png", help="Draw the confusion matrix.")
 def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path: Path | None, **options: Any) -> None:
@@ -437,9 +456,10 @@ def _weights(text: str, count: int) -> list[float]:
 
 @main.command()
 @click.argument("submission_path", metavar="SUBMISSION.csv", type=_file)
-@click.option("--labels", required=True, type=_file, metavar="FILE.csv", help="Right classes: a header, then id,class.")
+@click.option("--labels", required=True, type=_file, metavar="FILE.csv",
+              help="Right classes: the line Image IDs,Labels, then id,class.")  # fmt: skip
 def score(submission_path: Path, labels: Path) -> None:
-    """Top-1 of a submission, which must name each image once, and no class that is not there."""
+    """Top-1 of a submission, which must name each image of the labels once, and no other."""
     from fasttrain import submission
 
     top1, images = submission.score(submission_path, labels)
@@ -487,7 +507,7 @@ def data_check(folder: str, aside: str | None, out: Path | None, workers: int) -
         click.echo(f"wrote {dataset.shown(out)}")
     if aside:
         moved = quarantine.quarantine(folder, [each.path for each in report.bad], aside)
-        back = f"{_program()} data restore {dataset.shown(aside)} {dataset.shown(folder)}"
+        back = f"{_program()} data restore {_word(aside)} {_word(folder)}"
         click.echo(f"moved {moved} files to {dataset.shown(aside)}; back: {back}")
     if report.bad:
         sys.exit(1)
@@ -638,6 +658,17 @@ def _measured(rounds: int) -> Callable[[_Command], _Command]:
     return add
 
 
+def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
+    """UserError, before anything is measured, where `_tell` could not write the figures."""
+    from fasttrain.benchmarks import common
+
+    if json_path and _writes():
+        common.require_own(json_path)
+    if plot and _writes():
+        _require_png(plot, "--plot")
+        common.require_matplotlib()
+
+
 def _tell(
     rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, **settings: Any
 ) -> None:
@@ -648,7 +679,7 @@ def _tell(
     if json_path:
         common.write_json(json_path, device, rows, settings)
     if plot:
-        common.write_plot(plot, rows)
+        common.write_plot(plot, rows, _PNG_SOFTWARE)
 
 
 @bench.command("kernels")
@@ -658,6 +689,7 @@ def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path |
     from fasttrain.benchmarks.kernels import kernels
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         _tell(kernels(here.device, rounds), here.device, json_path, plot, rounds=rounds)
 
@@ -699,6 +731,7 @@ def bench_pipeline(
     from fasttrain.config import Data
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         index, _ = dataset.open_data(Data(train=(data,)))
         asked: dict[str, Any] = {
@@ -778,6 +811,7 @@ def bench_step(
     from fasttrain.benchmarks import step
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         if host:
             _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
@@ -813,6 +847,7 @@ def bench_train(
     from fasttrain.config import Data
     from fasttrain.distributed import ranks
 
+    _require_outputs(json_path, plot)
     with ranks(device) as here:
         index, _ = dataset.open_data(Data(train=(data,)))
         threads = here.threads(workers)

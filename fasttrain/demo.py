@@ -41,7 +41,7 @@ def make(folder: Path, seed: int = 0) -> bool:
     if folder.is_dir() and any(folder.iterdir()):
         if _read_mark(folder / _MARK) == stamp:
             return False
-        raise UserError(f"{folder} is not empty and holds no demo set of seed {seed}; name another folder")
+        raise UserError(f"{shown(folder)} is not empty and holds no demo set of seed {seed}; name another folder")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)

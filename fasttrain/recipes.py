@@ -6,6 +6,7 @@ import math
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,17 +157,19 @@ def for_arch(arch: str, combination: str = "ce") -> Recipe:
     return first if combination == "ce" else second_stage(first, combination)
 
 
-def demo(recipe: Recipe, folder: Path, parameters: int) -> Recipe:
+def demo(recipe: Recipe, folder: Path, parameters: int, ranks: int = 1) -> Recipe:
     """`recipe` on the demo set in `folder`, in minutes on a CPU: small images and batches and few epochs, the fewer
     (at a lower learning rate) for a network of more than 30 million parameters. Crops keep at least half of an
-    image, since of 64 pixels less shows little."""
+    image, since of 64 pixels less shows little. The batch is of some 25 images that divide among the ranks."""
     large = parameters > 30_000_000
+    per_class = min(recipe.images_per_class, 4)
+    least = ranks * max(1, per_class)
     return replace(
         recipe,
         name=f"demo-{recipe.name.rsplit('/', 1)[-1].removesuffix('-ce')}",
         image_size=64,
-        batch_size=20 if recipe.images_per_class else 25,  # of ten classes; a multiple of images_per_class
-        images_per_class=min(recipe.images_per_class, 4),
+        batch_size=max(25 // least, 1) * least,
+        images_per_class=per_class,
         epochs=4 if large else 32,
         optim=replace(recipe.optim, lr=0.01 if large else 0.05, lr_batch=0),
         augment=replace(recipe.augment, crop_area=(0.5, 1.0)),
@@ -213,9 +216,25 @@ def _plain(value: Any) -> Any:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Text that `from_toml` turns back into an equal recipe, and that is safe to print."""
-    text = tomli_w.dumps(to_dict(recipe))
+    """Text that `from_toml` turns back into an equal recipe, and that is safe to print. UserError where the recipe
+    names a file or folder in bytes that are no UTF-8: TOML has no way to write those."""
+    table = to_dict(recipe)
+    for text in _texts(table):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(
+                f"{shown(text)} is not UTF-8, and a recipe could not name it; rename it, or name a link to it"
+            )
+    text = tomli_w.dumps(table)
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08X}" for c in text)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 def from_toml(text: str, where: str = "recipe") -> Recipe:
@@ -248,26 +267,30 @@ def from_dict(table: dict[str, Any], where: str) -> Recipe:
     return _build(Recipe, table, where, "")
 
 
-def override(recipe: Recipe, *settings: str, by: str = "--set") -> Recipe:
-    """`recipe` with settings changed by text, such as `optim.weight_decay=5e-5` or `epochs=10`, all at once.
+def override(recipe: Recipe, *settings: str | tuple[str, object], by: str = "--set") -> Recipe:
+    """`recipe` with settings changed, all at once: by text such as `optim.weight_decay=5e-5` or `epochs=10`, whose
+    value is read as TOML and, where it is not TOML, as plain text; or by a key and its value.
 
-    A value is read as TOML and, where it is not TOML, as plain text. `by` is the option to name in errors.
+    `by` is the option to name in errors.
     """
     table = to_dict(recipe)
     for setting in settings:
-        _set(table, setting, by)
+        _set(table, *(_read(setting, by) if isinstance(setting, str) else setting), by)
     return _build(Recipe, table, by, "")
 
 
-def _set(table: dict[str, Any], setting: str, by: str) -> None:
+def _read(setting: str, by: str) -> tuple[str, object]:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(f"{by} {shown(setting)}: expected key=value or part.key=value")
     try:
-        value = _parsed(f"value = {text}")["value"]
+        return key, _parsed(f"value = {text}")["value"]
     except ValueError:
-        value = text
+        return key, text
+
+
+def _set(table: dict[str, Any], key: str, value: object, by: str) -> None:
     at = table
     *parts, last = key.split(".")
     for depth, part in enumerate(parts):

@@ -136,6 +136,7 @@ def caption(told: dict[str, Any]) -> str:
         f"label noise {told['label_noise']:.0%}" if told.get("label_noise") is not None else "",
         f"medians of {min(rounds)} rounds" if rounds else "",
         told.get("date", ""),
+        f"commit {told['commit']}" if told.get("commit") else "",
     ]
     return f"*{', '.join(filter(None, facts))}*\n\n"
 

@@ -148,7 +148,7 @@ def test_the_tweaks_are_timms_networks(arch):
 
 
 def test_smoothing_and_mixup_are_settings_of_the_loop(index, tmp_path):  # noqa: F811
-    """The same run but for one setting: the first loss, at a rate of 0, changes in the right direction."""
+    """The same run but for one setting: each reaches the loop, where the first loss is another."""
     base = tiny(epochs=1, mix=Mix(cutmix=0), losses=(CrossEntropy(0.0),))
     losses: dict[str, float] = {}
     variants: dict[str, dict] = {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from fasttrain import dataset, recipes
 from fasttrain.benchmarks import common, kernels, pipeline, step, train
+from fasttrain.cli import main
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
@@ -57,7 +60,7 @@ def read(path: Path, rows: list[common.Row], tmp_path: Path) -> list[dict]:
     """The rows as written, once everything else that belongs to them is seen to be there."""
     common.write_json(path, CPU, rows, {"rounds": 2})
     told = json.loads(path.read_text())
-    assert {"date", "device", "clocks_mhz", "cores", "threads", "versions", "settings", "rows"} == told.keys()
+    assert {"date", "commit", "device", "clocks_mhz", "cores", "threads", "versions", "settings", "rows"} == told.keys()
     assert torch.__version__.startswith(told["versions"]["torch"]) and told["settings"] == {"rounds": 2}
     table = common.table(rows)
     for each in told["rows"]:
@@ -67,7 +70,7 @@ def read(path: Path, rows: list[common.Row], tmp_path: Path) -> list[dict]:
         if each["images"]:
             assert each["images_per_s"] == pytest.approx(each["images"] / each["seconds"])
     plot = tmp_path / "plot.png"
-    common.write_plot(plot, rows)
+    common.write_plot(plot, rows, "fasttrain")
     assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     return told["rows"]
 
@@ -309,6 +312,59 @@ def test_odd_batches_are_refused(colours):
         tiny(batch_size=7)
     with pytest.raises(UserError, match="even"):
         pipeline.pipeline(colours, CPU, torch.float32, batch_sizes=(4, 7))
+
+
+BENCHES = {
+    "kernels": (),
+    "step": ("--arch", "test_resnet"),
+    "pipeline": ("--data", "DATA"),
+    "train": ("--data", "DATA", "--arch", "test_resnet"),
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize(
+    ("option", "path", "content", "says"),
+    [
+        ("--json", "there.json", "{}", "there.json is there and holds no figures of a benchmark"),
+        ("--json", "there.json", "[" * 9999, "there.json is there and holds no figures of a benchmark"),
+        ("--json", "nowhere/a.json", None, "there is no folder nowhere"),
+        ("--plot", "nowhere/a.png", None, "--plot nowhere/a.png: a PNG in a folder that is there"),
+        ("--plot", "a.jpg", None, "end the name in .png"),
+        ("--plot", "a.png", "mine", "--plot a.png is there and is no picture of fasttrain's"),
+        ("--plot", "b.png", None, "--plot needs matplotlib: pip install matplotlib"),
+    ],
+)
+def test_what_bench_cannot_write_is_said_before_it_measures(
+    monkeypatch, tmp_path, demo_set, name, option, path, content, says
+):
+    def measured(*_, **__):
+        raise AssertionError("it has measured")
+
+    for module, function in ((kernels, "kernels"), (step, "step"), (pipeline, "pipeline"), (train, "end_to_end")):
+        monkeypatch.setattr(module, function, measured)
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(path).write_text(content)
+    if "matplotlib" in says:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    args = [str(demo_set) if each == "DATA" else each for each in BENCHES[name]]
+    result = CliRunner().invoke(main, ["bench", name, *args, "--device", "cpu", option, path])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert result.exit_code == 2 and len(lines) == 1 and says in lines[0], (result.output, result.exception)
+    assert content is None or Path(path).read_text() == content
+
+
+def test_bench_writes_over_its_own_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "kernels", lambda *_: [common.row("mix", "case", common.OWN, [1.0, 2.0])])
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        result = CliRunner().invoke(
+            main, ["bench", "kernels", "--device", "cpu", "--json", "a.json", "--plot", "a.png"]
+        )
+        assert result.exit_code == 0, (result.output, result.exception)
+    assert json.loads(Path("a.json").read_text())["rows"][0]["seconds"] == 1.5
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.json", "a.png"]
 
 
 def test_readme_tables_name_device_and_date(tmp_path):

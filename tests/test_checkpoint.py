@@ -1,11 +1,12 @@
 """Checkpoints: whole or refused, linked, pruned, and verified when read."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
 
-from fasttrain import checkpoint, optim
+from fasttrain import __version__, checkpoint, optim
 from fasttrain.config import Optim
 from fasttrain.errors import RunError, UserError
 from fasttrain.models import Classifier
@@ -122,6 +123,12 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
         save(tmp_path, 2)
     assert checkpoint.load(tmp_path / "last").meta["step"] == 1
     assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_meta_names_the_versions_that_pixels_and_weights_depend_on(tmp_path):
+    versions = json.loads((save(tmp_path) / "meta.json").read_text())["versions"]
+    assert versions == {"fasttrain": __version__, "torch": torch.__version__, "timm": version("timm"),
+                        "nvidia-dali": version("nvidia-dali-cuda130")}  # fmt: skip
 
 
 def test_meta_is_plain_json_with_hashes(tmp_path):

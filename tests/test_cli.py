@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -29,23 +31,42 @@ def test_help_needs_neither_torch_nor_dali_nor_timm():
     assert done.stdout.splitlines()[-1] == "[]" and "--batch-size" in done.stdout
 
 
+def commands(group=main, words=()):
+    """Every command and group, as the words that call it."""
+    for name, command in group.commands.items():
+        yield (*words, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*words, name))
+
+
 def test_every_command_has_help():
-    for name in ("run", "eval", "predict", "ensemble", "score", "data", "recipes", "show", "doctor"):
-        assert name in call("--help").output
-        assert "Usage" in call(name, "--help").output
+    named = list(commands())
+    assert {("run",), ("bench",), ("bench", "step"), ("data", "check")} <= set(named)
+    for *parents, name in named:
+        assert f"\n  {name} " in call(*parents, "--help").output
+        said = call(*parents, name, "--help").output
+        assert said.startswith(f"Usage: main {' '.join((*parents, name))} ") and "\n\n  " in said
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--image-size", "--lr", "--seed"])
+def test_help_says_where_a_default_is_from(option):
+    params = {each.opts[0]: each for each in main.commands["run"].params if isinstance(each, click.Option)}
+    assert "Default:" in (params[option].help or "") and "the recipe's" in (params[option].help or "")
 
 
 def test_run_trains_evaluates_and_goes_on(demo_set, tmp_path):
-    out = tmp_path / "out"
-    first = call("run", *TINY, "--data", demo_set, "--epochs", 1, "--out", out)
-    assert "best top-1" in first.stdout and str(out) in first.stdout and "fasttrain eval" in first.stdout
+    out, images = tmp_path / "my run", tmp_path / "my images"
+    images.symlink_to(demo_set)
+    first = call("run", *TINY, "--data", images, "--epochs", 1, "--out", out)
+    assert "best top-1" in first.stdout and f"best checkpoint: {out}/best, last: {out}/last)" in first.stdout
     assert "test_resnet has no report recipe" in first.stderr
     assert (out / "best" / "model.safetensors").is_file()
     recipe = recipes.by_name(str(out / "recipe.toml"))
-    assert recipe.data.train == (str(demo_set),) and recipe.precision == "fp32" and recipe.epochs == 1
-    again = call("run", *TINY, "--data", demo_set, "--epochs", 1, "--out", out)
+    assert recipe.data.train == (str(images),) and recipe.precision == "fp32" and recipe.epochs == 1
+    again = call("run", *TINY, "--data", images, "--epochs", 1, "--out", out)
     assert f"{500 // 50} steps" in again.stdout
-    scores = call("eval", out, "--data", demo_set, "--device", "cpu").stdout
+    _, _, following = first.stdout.splitlines()[-1].partition("fasttrain ")
+    scores = call(*shlex.split(following), "--device", "cpu").stdout
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     top1 = next(each["top1"] for each in logged if each["event"] == "eval")
     assert f"top-1 {top1:.2%}" in scores and "of 250 images" in scores
@@ -86,6 +107,24 @@ def test_options_reach_the_recipe(demo_set, tmp_path):
     recipe = recipes.from_toml(text.split("\n\n" + "data ")[0])
     assert recipe.peak_lr == 0.3 and recipe.seed == 9 and recipe.machine.workers == 3
     assert recipe.machine.compile == "on" and recipe.optim.momentum == 0.5 and recipe.data.val == str(demo_set / "val")
+
+
+def test_paths_reach_the_recipe_as_they_are(demo_set, tmp_path):
+    odd = tmp_path / "\N{ROCKET} it's \"x\\"
+    odd.symlink_to(demo_set)
+    args = ["run", *TINY, "--data", odd, "--val", odd / "val", "--init", odd / "w.pth", "--out", odd / "o", "--dry-run"]
+    recipe = recipes.from_toml(call(*args).stdout.split("\n\n" + "data ")[0])
+    assert recipe.init.weights == str(odd / "w.pth")
+    assert (recipe.data.train, recipe.data.val) == ((str(odd),), str(odd / "val"))
+
+
+@pytest.mark.parametrize("option", ["--data", "--init"])
+def test_a_path_that_no_recipe_could_hold_is_refused_at_the_start(option, demo_set, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.symlink_to(demo_set)
+    result = call("run", *TINY, "--data", demo_set, option, odd, "--out", tmp_path / "o", status=2)
+    said = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(said) == 1 and "caf\\xe9 is not UTF-8" in said[0] and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
@@ -281,12 +320,12 @@ def test_data_check_names_bad_files_and_moves_them_aside_and_back(demo_set, tmp_
     victim = tmp_path / "set" / "disc-stripes-red" / "055.jpg"
     victim.write_bytes(victim.read_bytes()[:-2])
     args = ["data", "check", tmp_path / "set", "--workers", 1, "--out", tmp_path / "r.json"]
-    found = call(*args, "--quarantine", tmp_path / "aside", status=1)
+    found = call(*args, "--quarantine", tmp_path / "set aside", status=1)
     assert "BAD   disc-stripes-red/055.jpg: truncated: no end-of-image marker" in found.stdout
     assert "moved 1 files to" in found.stdout and not victim.exists()
     report = json.loads((tmp_path / "r.json").read_text())
     assert [(each["path"], each["kind"]) for each in report["findings"]] == [("disc-stripes-red/055.jpg", "truncated")]
-    back = call("data", "restore", tmp_path / "aside", tmp_path / "set")
+    back = call(*shlex.split(found.stdout.splitlines()[-1].partition("fasttrain ")[2]))
     assert "moved 1 files back" in back.stdout and victim.exists()
 
 
@@ -326,6 +365,29 @@ def test_a_missing_package_is_one_line(module, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("fasttrain: ")]
     assert done.returncode == 1 and len(lines) == 1 and "fasttrain doctor" in lines[0]
     assert "Traceback" not in done.stderr and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (["eval", "RUN", "--data", "SET"], "a smaller --batch-size"),
+        (["predict", "RUN", "--images", "SET", "--out", "p.npz"], "a smaller --batch-size"),
+        (["bench", "step", "--arch", "test_resnet"], "a smaller --batch-size"),
+        (["run", *TINY, "--data", "SET", "--epochs", "1"], "a smaller --set micro_batch=N"),
+    ],
+)
+def test_the_end_of_a_gpus_memory_is_one_line(trained, demo_set, tmp_path, monkeypatch, command, advice):
+    import torch
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    names = {"RUN": str(trained), "SET": str(demo_set)}
+    result = call(*[names.get(each, each) for each in command], "--device", "cpu", status=1)
+    said = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(said) == 1 and "out of memory" in said[0] and advice in said[0] and "Traceback" not in result.output
 
 
 def test_python_m_fasttrain_is_the_same_command():

@@ -1,11 +1,12 @@
 import hashlib
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fasttrain import dataset, demo
+from fasttrain import dataset, demo, recipes
 from fasttrain.errors import UserError
 
 
@@ -53,3 +54,22 @@ def test_nothing_is_overwritten(tmp_path, demo_set):
     with pytest.raises(UserError, match="seed 5"):
         demo.make(demo_set, seed=5)
     assert not list(demo_set.parent.glob("*.partial"))
+    (tmp_path / "mine").rename(tmp_path / "mine\n")
+    with pytest.raises(UserError, match=r"mine\\n is not empty"):
+        demo.make(tmp_path / "mine\n")
+
+
+@pytest.mark.parametrize(
+    ("combination", "ranks", "batch"),
+    [("ce", 1, 25), ("ce", 2, 24), ("ce", 7, 21), ("ce", 26, 26), ("ce+triplet", 1, 24), ("ce+triplet", 4, 16)],
+)
+def test_the_demos_batch_divides_among_the_ranks(tmp_path, combination, ranks, batch):
+    recipe = recipes.demo(recipes.for_arch("resnet18", combination), tmp_path, 1, ranks)
+    assert recipe.batch_size == batch
+
+
+def test_the_demos_groups_are_the_recipes_own(tmp_path):
+    """Of three images a class too, in batches that they divide."""
+    recipe = replace(recipes.for_arch("resnet18", "ce+triplet"), images_per_class=3)
+    made = recipes.demo(recipe, tmp_path, 1, 2)
+    assert (made.images_per_class, made.batch_size) == (3, 24)

@@ -272,7 +272,6 @@ def test_a_submission_begins_with_its_header(tmp_path, first):
     [
         ("a,0\nb,1\na,1\n", "line 4: 'a' is named a second time"),
         ("a,0\nb,1\nc,1\n", "has the foreign image 'c'"),
-        ("a,0\nb,2\n", "'b' has class 2; classes are 0 … 1"),
         ("a,0\nb,-1\n", "'-1' is no class"),
         ("a,0\nb,1.0\n", "no class"),
         ("a,0\nb\n", "line 3: a row is an id and a class, not 1 values"),
@@ -285,6 +284,13 @@ def test_submissions_that_are_wrong_are_refused(tmp_path, rows, says):
     (tmp_path / "labels.csv").write_text("Image IDs,Labels\na,0\nb,1\n")
     with pytest.raises(UserError, match=says):
         submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
+
+
+def test_a_class_above_those_of_the_labels_is_wrong_and_no_more(tmp_path):
+    """Labels of a part of the images need not have the highest class."""
+    (tmp_path / "s.csv").write_text("Image IDs,Predictions\na,0\nb,2\n")
+    (tmp_path / "labels.csv").write_text("Image IDs,Labels\na,0\nb,1\n")
+    assert submission.score(tmp_path / "s.csv", tmp_path / "labels.csv") == (0.5, 2)
 
 
 def test_ids_that_end_alike_are_refused(tmp_path):

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fasttrain.dataset import shown
 from fasttrain.errors import UserError
+from fasttrain.files import read_json, replacing
 
 OWN = "fasttrain"  # the contender that the others are compared with
 PACKAGES = ("torch", "triton", "timm", "torchvision", "nvidia-dali-cuda130", "pytorch-metric-learning", "pillow")
@@ -123,7 +125,7 @@ def _told(value: Any) -> str:
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """What figures need beside them: date, device, its clocks, threads and versions."""
+    """What figures need beside them: date, commit (of a checkout), device, its clocks, threads and versions."""
     versions = {}
     for each in PACKAGES:
         try:
@@ -132,12 +134,30 @@ def about(device: torch.device) -> dict[str, Any]:
             continue
     return {
         "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "clocks_mhz": clocks(device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | versions,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in, with a + where the code has changed since. None elsewhere."""
+    here = Path(__file__).resolve().parents[2]
+    code = ["--untracked-files=no", "--", "fasttrain", "pipelines", "kernels"]
+    try:
+        told, changed = (
+            subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=20, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "--short", "--show-toplevel", "HEAD"], ["status", "--porcelain", *code])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    top, commit = told.splitlines()
+    return commit + "+" * bool(changed) if Path(top) == here else None
 
 
 def clocks(device: torch.device) -> dict[str, float] | None:
@@ -174,19 +194,43 @@ def _cpuinfo(key: str) -> list[str]:
     return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
-def write_json(path: Path, device: torch.device, rows: list[Row], settings: Mapping[str, Any]) -> None:
-    """All figures, and `about`. settings: what the benchmark was asked to do, plain values by name."""
-    content = {**about(device), "settings": dict(settings), "rows": [row.plain() for row in rows]}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def require_own(path: Path) -> None:
+    """UserError unless `write_json` can write to `path` without losing what is no benchmark's."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {shown(path)}: there is no folder {shown(path.parent)}")
+    if os.path.lexists(path) and not _is_result(path):
+        raise UserError(f"{shown(path)} is there and holds no figures of a benchmark; name another file")
 
 
-def write_plot(path: Path, rows: list[Row]) -> None:
-    """Bars, a panel a case: images a second, or milliseconds where a row is not about images. Raises UserError where
-    matplotlib is not installed."""
+def _is_result(path: Path) -> bool:
     try:
-        from matplotlib.figure import Figure
+        told = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and {"date", "device", "versions", "settings", "rows"} <= told.keys()
+
+
+def write_json(path: Path, device: torch.device, rows: list[Row], settings: Mapping[str, Any]) -> None:
+    """All figures, and `about`. settings: what the benchmark was asked to do, plain values by name. RunError where
+    the disk does not take it."""
+    content = {**about(device), "settings": dict(settings), "rows": [row.plain() for row in rows]}
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def require_matplotlib() -> None:
+    """UserError where `write_plot` would miss it."""
+    try:
+        import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+
+
+def write_plot(path: Path, rows: list[Row], software: str) -> None:
+    """Bars, a panel a case: images a second, or milliseconds where a row is not about images; software: who made it,
+    as the PNG says. RunError where the disk does not take it."""
+    from matplotlib.figure import Figure
+
     cases: dict[tuple[str, str], list[Row]] = {}
     for each in rows:
         cases.setdefault((each.work, each.case), []).insert(0, each)
@@ -204,4 +248,5 @@ def write_plot(path: Path, rows: list[Row]) -> None:
         axes.set_title(f"{work} {case}", loc="left", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.xaxis.set_visible(False)
-    figure.savefig(path, format="png")
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", metadata={"Software": software})
