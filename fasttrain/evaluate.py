@@ -21,7 +21,7 @@ TOP = 5
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ranks, precision: torch.dtype) -> Scores:
     """Scores of a network (in eval mode meanwhile) over all ranks' batches of one crop. With fewer than five classes
-    top-5 is 1.
+    top-5 is 1. An answer that is not finite is wrong, and counted as such.
 
     precision: bfloat16 or float16 for autocast, float32 for none.
     """
@@ -30,17 +30,19 @@ def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ra
     model.eval()
     labels = torch.from_numpy(index.labels)
     top = min(TOP, len(index.classes))
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    counts = torch.zeros(4, dtype=torch.int64, device=device)
     for (pixels,), numbers in batches:
         target = labels[numbers].to(device, non_blocking=True)
         logits = _logits(model, normalised(pixels, precision), precision)
-        hits = logits.topk(top, dim=1).indices == target[:, None]
+        finite = logits.isfinite().all(1)  # topk ranks nan first
+        hits = (logits.topk(top, dim=1).indices == target[:, None]) & finite[:, None]
         counts[0] += hits[:, 0].sum()
         counts[1] += hits.sum()
         counts[2] += len(target)
+        counts[3] += (~finite).sum()
     model.train(training)
-    first, five, images_seen = ranks.sum(counts).tolist()
-    return Scores(first / images_seen, five / images_seen, images_seen)
+    first, five, images_seen, bad = ranks.sum(counts).tolist()
+    return Scores(first / images_seen, five / images_seen, images_seen, bad)
 
 
 @torch.no_grad()

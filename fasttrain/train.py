@@ -224,7 +224,7 @@ def course(
                         "rewinds": rewinds,
                         "streak": meter.streak,
                         "best": best,
-                        "scores": scores._asdict() if scores else None,
+                        "scores": scores.told() if scores else None,
                         "meters": meters,
                         "logged": {name: list(each) for name, each in logged.items()},  # a thread writes it later
                     }
