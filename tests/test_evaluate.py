@@ -8,10 +8,11 @@ import torch
 from test_train import CPU
 from torch import nn
 
+from fasttrain import evaluate as evaluation
 from fasttrain import meter
 from fasttrain.batch import Output
 from fasttrain.dataset import Index
-from fasttrain.evaluate import evaluate
+from fasttrain.evaluate import evaluate, normalised
 from fasttrain.pipelines.eval import Crops
 from fasttrain.predictions import Scores
 
@@ -63,3 +64,25 @@ def test_the_log_says_where_answers_were_not_finite(tmp_path, capsys):
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert "not_finite" not in first and "not_finite" not in first["ema"]
     assert second["not_finite"] == 3 and second["ema"]["not_finite"] == 20
+
+
+def test_batches_bring_only_their_labels_to_the_device_and_do_not_wait(monkeypatch):
+    """From pinned memory; the table that mixes nothing goes there once for each size of batch."""
+    brought = []
+
+    def to_device(values, device):
+        brought.append(list(values.shape))
+        return values.to(device)
+
+    monkeypatch.setattr(evaluation, "to_device", to_device)
+    evaluation._plain.cache_clear()
+    for _ in range(2):
+        evaluate(Says(torch.zeros(20, 10)), crops(6), INDEX, CPU, torch.float32)
+    tables = [each for each in brought if len(each) == 2]
+    assert brought.count([6]) == 6 and brought.count([2]) == 2 and [each[0] for each in tables] == [6, 2]
+
+
+def test_pixels_of_any_batch_size_are_normalised_alike():
+    pixels = torch.randint(0, 256, (5, 4, 4, 3), dtype=torch.uint8)
+    whole = normalised(pixels, torch.float32)
+    assert torch.equal(torch.cat([normalised(each, torch.float32) for each in pixels.split(2)]), whole)
