@@ -188,14 +188,14 @@ def course(
                     log.failed(done, failed)
                 if streak >= recipe.guard.patience:
                     raise Diverged(done, plan, rewinds, best, unbroken, guard.worst())
-            improved = val_index is None
+            scores, improved = None, val_index is None  # of the weights after this step
             if epoch_ends:
                 for each in recipe.losses:
                     if each.collapsed(logged[each.name]):
                         log.event("collapsed", epoch=epoch, step=done, loss=each.name, values=logged[each.name])
                         log.say(f"epoch {epoch}: {each.name} has collapsed: {COLLAPSED}")
                     logged[each.name].clear()
-                if evaluation is not None:
+                if evaluation is not None and evaluates_after(recipe, epoch):
                     assert val_index is not None
                     crops = partial(watch.each, step, EVALUATING, evaluation)
                     ranks.share_buffers(model)
@@ -278,6 +278,11 @@ def hashes(pixels: Tensor, ids: Sequence[str]) -> list[str]:
 def saves_at(settings: Checkpoints, step: int, steps_per_epoch: int) -> bool:
     """Whether a run saves after so many steps."""
     return is_multiple(step, settings.every_steps) or is_multiple(step, settings.every_epochs * steps_per_epoch)
+
+
+def evaluates_after(recipe: Recipe, epoch: int) -> bool:
+    """Whether a run with validation images evaluates at the end of an epoch, from 0."""
+    return epoch + 1 == recipe.epochs or is_multiple(epoch + 1, recipe.evaluation.every_epochs)
 
 
 def is_multiple(number: int, of: int) -> bool:
