@@ -188,7 +188,7 @@ def course(
                     log.failed(done, failed)
                 if streak >= recipe.guard.patience:
                     raise Diverged(done, plan, rewinds, best, unbroken, guard.worst())
-            scores, improved = None, val_index is None  # of the weights after this step
+            scores = None  # of the weights after this step
             if epoch_ends:
                 for each in recipe.losses:
                     if each.collapsed(logged[each.name]):
@@ -206,14 +206,16 @@ def course(
                         averaged = evaluate(ema.model, crops(), val_index, ranks, train_step.dtype)
                     log.evaluation(epoch, done, raw, averaged)
                     scores = averaged or raw
-                    if saver.lost:  # what was best then is on no disk
-                        best, saver.lost = best_before, False
-                    improved = best is None or scores.top1 > best
             stopping = signals.agreed(ranks)
             if stopping or done == plan.steps or saves_at(recipe.checkpoint, done, plan.steps_per_epoch):
                 watch.at(step, SAVING)
+                saver.finish()
+                if saver.lost:  # if it was the best, that is on no disk
+                    best, saver.lost = best_before, False
+                improved = val_index is None or bool(scores and (best is None or scores.top1 > best))
+                best_before = best
                 if scores and improved:
-                    best_before, best = best, scores.top1
+                    best = scores.top1
                 meters = ranks.gather(meter.state())
                 if ranks.first:
                     meta = {
