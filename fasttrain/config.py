@@ -180,6 +180,17 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
+class Evaluations:
+    """Scores over the validation images every `every_epochs` epochs and at the end. `best` is the best of the
+    checkpoints whose weights were evaluated: one of another epoch, or from within one, has no scores."""
+
+    every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
+
+
+@dataclass(frozen=True)
 class Guard:
     """A step whose loss or gradient is not finite changes nothing. After `patience` such steps in a row the run goes
     back to its last checkpoint from before them and on with the images that come after, at most `rewinds` times; then
@@ -260,6 +271,7 @@ class Recipe:
     mix: Mix = field(default_factory=Mix)
     ema: Ema = field(default_factory=Ema)
     guard: Guard = field(default_factory=Guard)
+    evaluation: Evaluations = field(default_factory=Evaluations)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     resume: Resume = field(default_factory=Resume)
     data: Data = field(default_factory=Data)

@@ -1,6 +1,7 @@
 """What a network says of images: scores over one view while training, probabilities over any views afterwards."""
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from fasttrain.errors import RunError
 from fasttrain.kernels import mix
 from fasttrain.pipelines.eval import Crops, Evaluation
 from fasttrain.predictions import Scores
+from fasttrain.present import to_device
 
 TOP = 5
 
@@ -21,7 +23,7 @@ TOP = 5
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ranks, precision: torch.dtype) -> Scores:
     """Scores of a network (in eval mode meanwhile) over all ranks' batches of one crop. With fewer than five classes
-    top-5 is 1.
+    top-5 is 1. An answer that is not finite is wrong, and counted as such.
 
     precision: bfloat16 or float16 for autocast, float32 for none.
     """
@@ -30,17 +32,19 @@ def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ra
     model.eval()
     labels = torch.from_numpy(index.labels)
     top = min(TOP, len(index.classes))
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    counts = torch.zeros(4, dtype=torch.int64, device=device)
     for (pixels,), numbers in batches:
-        target = labels[numbers].to(device, non_blocking=True)
+        target = to_device(labels[numbers], device)
         logits = _logits(model, normalised(pixels, precision), precision)
-        hits = logits.topk(top, dim=1).indices == target[:, None]
+        finite = logits.isfinite().all(1)  # topk ranks nan first
+        hits = (logits.topk(top, dim=1).indices == target[:, None]) & finite[:, None]
         counts[0] += hits[:, 0].sum()
         counts[1] += hits.sum()
         counts[2] += len(target)
+        counts[3] += (~finite).sum()
     model.train(training)
-    first, five, images_seen = ranks.sum(counts).tolist()
-    return Scores(first / images_seen, five / images_seen, images_seen)
+    first, five, images_seen, bad = ranks.sum(counts).tolist()
+    return Scores(first / images_seen, five / images_seen, images_seen, bad)
 
 
 @torch.no_grad()
@@ -90,5 +94,9 @@ def _logits(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
 
 def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """A pipeline's uint8 [B, H, W, 3] as a network's input [B, 3, H, W], channels_last, without any mixing."""
-    params = torch.from_numpy(mix.plain_params(len(pixels))).to(pixels.device, non_blocking=True)
-    return mix.mix(pixels, params, IMAGENET_MEAN, IMAGENET_STD, dtype).images
+    return mix.mix(pixels, _plain(len(pixels), pixels.device), IMAGENET_MEAN, IMAGENET_STD, dtype).images
+
+
+@lru_cache(maxsize=4)  # a pass has batches of two sizes, on one device
+def _plain(batch: int, device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(mix.plain_params(batch)), device)

@@ -211,10 +211,15 @@ class Log:
         """Scores of the weights and, where the run averages them, of the averaged ones."""
         if not self.open:
             return
-        ema = {"ema": averaged._asdict()} if averaged else {}
-        self.event("eval", epoch=epoch, step=step, **scores._asdict(), **ema)
+        ema = {"ema": averaged.told()} if averaged else {}
+        self.event("eval", epoch=epoch, step=step, **scores.told(), **ema)
         of_ema = f"; averaged weights: {averaged.top1:.2%}, {averaged.top5:.2%}" if averaged else ""
         self.say(f"epoch {epoch}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images{of_ema}")
+        bad = [scores.not_finite, averaged.not_finite if averaged else 0]
+        if any(bad):
+            of_ema = f" (averaged weights: {bad[1]})" if averaged else ""
+            line = f"the answers to {bad[0]} of {scores.images} images{of_ema} are not finite and count as wrong"
+            self.say(f"epoch {epoch}: {line}; the network has diverged or overflows in its precision")
         self._scalars(step, {"top1": scores.top1, "top5": scores.top5})
         if averaged:
             self._scalars(step, {"ema/top1": averaged.top1, "ema/top5": averaged.top5})

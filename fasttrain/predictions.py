@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,11 +45,16 @@ class Predictions:
 
 
 class Scores(NamedTuple):
-    """Shares in 0 … 1 over `images` images."""
+    """Shares in 0 … 1 over `images` images. not_finite: how many of them got an answer that is not; those are wrong."""
 
     top1: float
     top5: float
     images: int
+    not_finite: int = 0
+
+    def told(self) -> dict[str, Any]:
+        """As the log and checkpoints have it: not_finite only where there is something to say."""
+        return {name: each for name, each in self._asdict().items() if each or name != "not_finite"}
 
 
 def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
@@ -58,7 +63,8 @@ def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
     # Among equals the first class counts as the higher, as in argmax; what is not a number is never right.
     lower = (probs < own) | ((probs == own) & (np.arange(probs.shape[1]) > labels[:, None]))
     rank = probs.shape[1] - 1 - lower.sum(1)
-    return Scores(float((rank == 0).mean()), float((rank < 5).mean()), len(labels))
+    bad = int((~np.isfinite(probs)).any(1).sum())
+    return Scores(float((rank == 0).mean()), float((rank < 5).mean()), len(labels), bad)
 
 
 def save(predictions: Predictions, path: Path) -> None:

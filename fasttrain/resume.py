@@ -11,7 +11,7 @@ from fasttrain.dataset import Index, shown
 from fasttrain.errors import UserError
 
 # A run may go on with other values of these: none changes which images a step takes or what is done to them.
-_FREE = ("name", "micro_batch", "init", "guard", "checkpoint", "resume", "data", "machine")
+_FREE = ("name", "micro_batch", "init", "guard", "evaluation", "checkpoint", "resume", "data", "machine")
 
 
 def identity(recipe: Recipe, index: Index) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Saver:
         self.out, self.settings, self.log, self.alive = out, settings, log, alive
         self.done = threading.Event()  # not the thread's end: a join that Ctrl-C interrupts marks that, too early
         self.lost = False
+        self.waited = 0.0  # seconds for the disk, since the last save
         self.snapshot = checkpoint.Snapshot()
         self.thread: threading.Thread | None = None
         self.written: dict[str, Any] = {}
@@ -31,10 +32,11 @@ class Saver:
 
     def save(self, step: int, state: checkpoint.State, epoch: int, **how: Any) -> None:
         """Begin to save the state after `step` steps; how: the rest of `checkpoint.save`'s arguments."""
-        began = time.perf_counter()
         self.finish()
+        began = time.perf_counter()
         self.snapshot.take(state)
-        self.written = {"held_s": round(time.perf_counter() - began, 4)}
+        self.written = {"held_s": round(self.waited + time.perf_counter() - began, 4)}
+        self.waited = 0.0
         self.done.clear()
         # Not a daemon's: an interpreter that ends waits for it, so that what was begun is whole.
         self.thread = threading.Thread(target=self._write, args=(step, epoch, how), name="saver")
@@ -60,7 +62,9 @@ class Saver:
         """Wait until what was begun is written. last: no checkpoint comes after it, so an error is raised."""
         if self.thread is None:
             return
+        began = time.perf_counter()
         self._wait()
+        self.waited += time.perf_counter() - began
         self.thread = None
         if self.error is None:
             self.log.event("checkpoint", **self.written)

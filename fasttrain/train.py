@@ -191,14 +191,14 @@ def course(
                     log.failed(done, failed)
                 if streak >= recipe.guard.patience:
                     raise Diverged(done, plan, rewinds, best, unbroken, guard.worst())
-            improved = val_index is None
+            scores = None  # of the weights after this step
             if epoch_ends:
                 for each in recipe.losses:
                     if each.collapsed(logged[each.name]):
                         log.event("collapsed", epoch=epoch, step=done, loss=each.name, values=logged[each.name])
                         log.say(f"epoch {epoch}: {each.name} has collapsed: {COLLAPSED}")
                     logged[each.name].clear()
-                if evaluation is not None:
+                if evaluation is not None and evaluates_after(recipe, epoch):
                     assert val_index is not None
                     crops = partial(watch.each, step, EVALUATING, evaluation)
                     ranks.share_buffers(model)
@@ -209,14 +209,16 @@ def course(
                         averaged = evaluate(ema.model, crops(), val_index, ranks, train_step.dtype)
                     log.evaluation(epoch, done, raw, averaged)
                     scores = averaged or raw
-                    if saver.lost:  # what was best then is on no disk
-                        best, saver.lost = best_before, False
-                    improved = best is None or scores.top1 > best
             stopping = signals.agreed(ranks)
             if stopping or done == plan.steps or saves_at(recipe.checkpoint, done, plan.steps_per_epoch):
                 watch.at(step, SAVING)
+                saver.finish()
+                if saver.lost:  # if it was the best, that is on no disk
+                    best, saver.lost = best_before, False
+                improved = val_index is None or bool(scores and (best is None or scores.top1 > best))
+                best_before = best
                 if scores and improved:
-                    best_before, best = best, scores.top1
+                    best = scores.top1
                 meters = ranks.gather(meter.state())
                 if ranks.first:
                     meta = {
@@ -227,7 +229,7 @@ def course(
                         "rewinds": rewinds,
                         "streak": meter.streak,
                         "best": best,
-                        "scores": scores._asdict() if scores else None,
+                        "scores": scores.told() if scores else None,
                         "meters": meters,
                         "logged": {name: list(each) for name, each in logged.items()},  # a thread writes it later
                     }
@@ -281,6 +283,11 @@ def hashes(pixels: Tensor, ids: Sequence[str]) -> list[str]:
 def saves_at(settings: Checkpoints, step: int, steps_per_epoch: int) -> bool:
     """Whether a run saves after so many steps."""
     return is_multiple(step, settings.every_steps) or is_multiple(step, settings.every_epochs * steps_per_epoch)
+
+
+def evaluates_after(recipe: Recipe, epoch: int) -> bool:
+    """Whether a run with validation images evaluates at the end of an epoch, from 0."""
+    return epoch + 1 == recipe.epochs or is_multiple(epoch + 1, recipe.evaluation.every_epochs)
 
 
 def is_multiple(number: int, of: int) -> bool:

@@ -16,6 +16,7 @@ CENTRE, RANDOM = "centre", "random"
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 # The report's sizes for a network trained at 224 pixels.
 _REPORT_SIZES, _REPORT_BASE = (224, 320, 380, 448), 224
+_MULTIPLE = 4  # TResNet takes no other sizes than multiples of it
 # Its random crop: a share of the image's area, and an aspect ratio (log-uniform).
 _AREA, _RATIO = (0.8, 1.0), (3 / 4, 4 / 3)
 _SEED = 0
@@ -47,8 +48,9 @@ class Views:
 def named(name: str, image_size: int, sizes: tuple[int, ...] = ()) -> Views:
     """The views of a name, for a network trained at image_size, or at other sizes (`sizes`, in pixels).
 
-    center: one central crop. report: at four sizes (224, 320, 380 and 448 for 224, and as many times image_size
-    otherwise) a central and a random crop, each with its mirror image: 16 views (DeepBlueAI report, section II-D).
+    center: one central crop. report: at four sizes (224, 320, 380 and 448 for 224, and otherwise as many times
+    image_size, to the nearest multiple of 4) a central and a random crop, each with its mirror image: 16 views
+    (DeepBlueAI report, section II-D).
     tencrop: centre and corners, each with its mirror image.
     """
     if not all(IMAGE_SIZES[0] <= each <= IMAGE_SIZES[1] for each in sizes) or len(set(sizes)) < len(sizes):
@@ -57,7 +59,8 @@ def named(name: str, image_size: int, sizes: tuple[int, ...] = ()) -> Views:
         case "center":
             return Views(tuple(Crop(size, CENTRE) for size in sizes or (image_size,)))
         case "report":
-            sizes = sizes or tuple(round(each * image_size / _REPORT_BASE) for each in _REPORT_SIZES)
+            scaled = (_MULTIPLE * round(each * image_size / _REPORT_BASE / _MULTIPLE) for each in _REPORT_SIZES)
+            sizes = sizes or tuple(dict.fromkeys(scaled))  # of a few pixels two are the same
             return Views(tuple(Crop(size, where) for size in sizes for where in (CENTRE, RANDOM)), flip=True)
         case "tencrop":
             places = (CENTRE, *CORNERS)

@@ -130,22 +130,33 @@ log.event("four", text="x" * 50)
     assert done.stdout.startswith("stopped: cannot write") == (not tolerant)
 
 
-def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch):
-    """The best checkpoint could not be written: the next best one is the best."""
-    tops = iter([0.1, 0.9, 0.5, 0.4])
-    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(tops), 1.0, 60))
+@pytest.mark.parametrize("seen", ["at once", "at the next save"])
+@pytest.mark.parametrize(
+    ("tops", "fails", "best"),
+    [
+        ([0.1, 0.9, 0.5, 0.4], 2, 0.5),
+        ([0.1, 0.9, 0.5, 0.6], 3, 0.9),  # one that was not the best
+        ([0.1, 0.5, 0.9, 0.6], 2, 0.9),
+    ],
+)
+def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch, seen, tops, fails, best):
+    """A checkpoint could not be written: the best one is the best of the others."""
+    left = iter(tops)
+    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(left), 1.0, 60))
     honest, files = checkpoint.save_file, [0]
 
     def save_file(tensors, path):
         files[0] += 1
-        if files[0] == 3:
+        if files[0] == 2 * fails - 1:
+            files[0] += 1  # the other file of this checkpoint
             raise OSError(28, "No space left on device")
         honest(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    monkeypatch.setattr(saver.Saver, "look", saver.Saver.finish)  # as if it had been written at once
+    monkeypatch.setattr(saver.Saver, "look", saver.Saver.finish if seen == "at once" else lambda self: None)
     result = run(tiny(epochs=4, checkpoint=Checkpoints(on_error="go_on", keep=9)), tmp_path / "run", index, index)
-    assert result.best == 0.5 and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == 0.5
+    assert result.best == best and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == best
+    assert checkpoint.load(tmp_path / "run" / "last").meta["best"] == best
 
 
 def test_a_disk_without_links(index, tmp_path, monkeypatch):

@@ -43,9 +43,9 @@ def test_scores_are_scikit_learns():
     ours = predictions.scores(found.probs, found.labels)
     assert ours.top1 == pytest.approx(accuracy_score(found.labels, found.probs.argmax(1)))
     assert ours.top5 == pytest.approx(top_k_accuracy_score(found.labels, found.probs, k=5))
-    assert predictions.scores(np.full((3, 6), np.nan, np.float32), np.array([0, 2, 5])) == (0.0, 0.0, 3)
+    assert predictions.scores(np.full((3, 6), np.nan, np.float32), np.array([0, 2, 5])) == (0.0, 0.0, 3, 3)
     equal = np.full((4, 6), 1 / 6, np.float32)
-    assert predictions.scores(equal, np.array([0, 1, 4, 5])) == (0.25, 0.75, 4)
+    assert predictions.scores(equal, np.array([0, 1, 4, 5])) == (0.25, 0.75, 4, 0)
 
 
 def archive(**arrays) -> bytes:

@@ -168,6 +168,7 @@ def test_settings_change_one_value(setting, check):
         ("mix.mixup=0.6", "mix.mixup must be at most 0.5: cutmix has the rest, not 0.6"),
         ("optim.schedule=linear", "optim.schedule must be cosine or step"),
         ("ema.decay=1", "ema.decay must be in [0, 1)"),
+        ("evaluation.every_epochs=0", "evaluation.every_epochs must be 1 or more, not 0"),
         ("losses.arcfaze.margin=2", "no part 'losses.arcfaze'"),
         ("optim=3", "'optim' is a part; set one of its keys: optim.lr"),
         ("epochs", "expected key=value"),

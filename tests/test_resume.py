@@ -15,7 +15,7 @@ from test_train import events, part_of, run, tiny, weights
 
 from fasttrain import checkpoint, rundir
 from fasttrain import train as training
-from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix
+from fasttrain.config import Augment, Checkpoints, Ema, Evaluations, Init, Machine, Mix
 from fasttrain.errors import Stopped, UserError
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
@@ -124,6 +124,47 @@ def test_checkpoints_every_so_many_steps_change_nothing_else(index, tmp_path):
     same(tmp_path / "often", tmp_path / "plain")
     names = sorted(each.name for each in (tmp_path / "often" / "checkpoints").iterdir())
     assert names == [f"step-{step:08}" for step in (2, 3, 4, 6)]
+
+
+def evaluated(out: Path) -> list[int]:
+    """Epochs, each time that one was evaluated."""
+    return [each["epoch"] for each in events(out) if each["event"] == "eval"]
+
+
+def test_evaluating_seldom_changes_nothing_else(index, tmp_path, monkeypatch):
+    """Also where a stopped run goes on with another interval."""
+    recipe = tiny(epochs=5)
+    seldom = replace(recipe, evaluation=Evaluations(every_epochs=3))
+    run(recipe, tmp_path / "often", index, index)
+    run(seldom, tmp_path / "seldom", index, index)
+    assert evaluated(tmp_path / "often") == [0, 1, 2, 3, 4] and evaluated(tmp_path / "seldom") == [2, 4]
+    often, few = logged(tmp_path / "often"), logged(tmp_path / "seldom")
+    assert few == {key: often[key] for key in often if key[0] != "eval" or key in few}
+    for first, then, epochs in ((seldom, seldom, [2, 4]), (recipe, seldom, [0, 1, 2, 4]), (seldom, recipe, [2, 3, 4])):
+        out = tmp_path / f"{epochs}"
+        with monkeypatch.context() as patch:
+            stop_at(patch, 9)
+            with pytest.raises(Stopped):
+                run(first, out, index, index)
+        run(then, out, index, index)
+        assert evaluated(out) == epochs
+        ours, theirs = weights(out), weights(tmp_path / "often")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_checkpoints_have_the_scores_of_their_own_weights(index, tmp_path, monkeypatch):
+    """Those that were not evaluated have none, and are never the best."""
+    tops = iter([0.5, 0.7, 0.6])
+    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(tops), 1.0, 60))
+    settings = Checkpoints(every_steps=2, keep=20)
+    recipe = tiny(epochs=5, checkpoint=settings, evaluation=Evaluations(every_epochs=2))
+    result = run(recipe, tmp_path / "run", index, index)
+    metas = [checkpoint.load(each).meta for each in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    told = {meta["step"]: meta["scores"] and meta["scores"]["top1"] for meta in metas}
+    assert told == {2: None, 3: None, 4: None, 6: 0.5, 8: None, 9: None, 10: None, 12: 0.7, 14: None, 15: 0.6}
+    assert [meta["best"] for meta in metas] == [None] * 3 + [0.5] * 4 + [0.7] * 3
+    assert checkpoint.load(tmp_path / "run" / "best").meta["step"] == 12
+    assert result.best == 0.7 and result.scores == training.Scores(0.6, 1.0, 60)
 
 
 def test_what_is_kept(index, tmp_path):

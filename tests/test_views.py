@@ -39,6 +39,23 @@ def test_the_reports_views_are_sixteen_at_its_sizes():
     assert len(named("tencrop", 224)) == 10 and len(named("center", 224)) == 1
 
 
+def test_the_reports_sizes_are_such_as_every_network_takes():
+    """TResNet takes multiples of 4 alone; they stay within 2 pixels of the report's ratios, and each is there once."""
+    for size in range(8, 4097, 4):
+        sizes, exact = named("report", size).sizes, [each * size / 224 for each in (224, 320, 380, 448)]
+        assert sizes[0] == size and sizes[-1] == 2 * size and not any(each % 4 for each in sizes)
+        assert max(min(abs(each - one) for one in sizes) for each in exact) <= 2
+        assert len(named("report", size).crops) == 2 * len(sizes) and (len(sizes) == 4 or size < 20)
+
+
+def test_tresnet_answers_in_the_reports_views_of_a_small_training_size(index):
+    few = Index(index.paths[:2], index.ids[:2], index.labels[:2], index.sizes[:2], index.classes)
+    views = named("report", 64)
+    model = Classifier("tresnet_m", 3).eval()
+    found = probabilities(model, 3, Evaluation(few, views, 2, torch.device("cpu"), 1), CPU, torch.float32)
+    assert list(found) == [64, 92, 108, 128]
+
+
 @pytest.mark.parametrize("sizes", [(4,), (64, 64), (64, 5000)])
 def test_sizes_are_checked(sizes):
     with pytest.raises(UserError, match="--sizes"):
