@@ -9,6 +9,8 @@ import sys
 import click
 import numpy as np
 import pytest
+import timm
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -111,7 +113,10 @@ def test_options_reach_the_recipe(demo_set, tmp_path):
 
 def test_paths_reach_the_recipe_as_they_are(demo_set, tmp_path):
     odd = tmp_path / "\N{ROCKET} it's \"x\\"
-    odd.symlink_to(demo_set)
+    odd.mkdir()
+    for split in ("train", "val"):
+        (odd / split).symlink_to(demo_set / split)
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), odd / "w.pth")
     args = ["run", *TINY, "--data", odd, "--val", odd / "val", "--init", odd / "w.pth", "--out", odd / "o", "--dry-run"]
     recipe = recipes.from_toml(call(*args).stdout.split("\n\n" + "data ")[0])
     assert recipe.init.weights == str(odd / "w.pth")

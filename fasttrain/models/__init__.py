@@ -106,9 +106,12 @@ class Classifier(nn.Module):
         return Output(logits, features, cosine, embedding)
 
 
-def outlined(recipe: Recipe, classes: int, rows: int) -> tuple[Classifier, Output]:
+_SMALLER = "choose another --image-size, --batch-size or micro_batch"
+
+
+def outlined(recipe: Recipe, classes: int, rows: int, advice: str = _SMALLER) -> tuple[Classifier, Output]:
     """The network that a recipe trains and what it gives in training for `rows` images, all without values: it costs
-    no memory. UserError where the network does not take so many images of that size."""
+    no memory. UserError, with that advice, where the network does not take so many images of that size."""
     size = recipe.image_size
     try:
         with torch.device("meta"):
@@ -118,8 +121,7 @@ def outlined(recipe: Recipe, classes: int, rows: int) -> tuple[Classifier, Outpu
         gist = shown(" ".join(str(error).split())[:200])
         images = "one image" if rows == 1 else f"{rows} images"
         raise UserError(
-            f"{recipe.arch} cannot be trained on {images} of {size} x {size} pixels at once ({gist}); choose another "
-            "--image-size, --batch-size or micro_batch"
+            f"{recipe.arch} does not take {images} of {size} x {size} pixels at once ({gist}); {advice}"
         ) from None
 
 
