@@ -92,8 +92,8 @@ def pipeline(
 
     images_per_class: of the batches of P classes x K images (0: leave that contender out), for which the images are
     taken to be of other classes. profile: also the project's pipeline cut after each of its stages, as rows of the
-    work `stages` that have `us_per_image`, the microseconds an image that the stage adds to those before it. Raises
-    UserError where batches to be mixed are odd, which timm's Mixup does not take.
+    work `stages` that have `us_per_image`, the microseconds an image that the stage adds to those before it, in the
+    fastest rounds. Raises UserError where batches to be mixed are odd, which timm's Mixup does not take.
     """
     rows = []
     if cutmix:
@@ -131,12 +131,13 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 
 
 def of_stages(case: str, timed: dict[str, list[float]], batch: int) -> list[Row]:
-    """Rows of a pipeline cut after each of its stages, from the times of all up to each, in order."""
+    """Rows of a pipeline cut after each of its stages, from the times of all up to each, in order. What a stage adds
+    is told by the fastest rounds: a difference of medians would carry what disturbed either."""
     rows: list[Row] = []
     for name, times in timed.items():
-        before = rows[-1].seconds if rows else 0.0
+        before = rows[-1].least if rows else 0.0
         whole = row("stages", case, f"{'+ ' if rows else ''}{name}", times, batch)
-        rows.append(replace(whole, details={"us_per_image": (whole.seconds - before) / batch * 1e6}))
+        rows.append(replace(whole, details={"us_per_image": (whole.least - before) / batch * 1e6}))
     return rows
 
 
