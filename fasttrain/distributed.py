@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttrain import signals
-from fasttrain.errors import RunError, Stopped, UserError
+from fasttrain.errors import Ended, RunError, Stopped, UserError
 from fasttrain.flat import by_dtype, joined, spread
 
 T = TypeVar("T")
@@ -223,11 +223,11 @@ def _first_failure(error: Exception, rank: int) -> Exception:
     """The error to end with: this rank's own, told to the others, or PeerFailure when another was first."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        if not isinstance(error, UserError):  # broken collectives are what another rank's end looks like from here
+        if not isinstance(error, Ended):  # broken collectives are what another rank's end looks like from here
             store.wait([_FAILED], timedelta(seconds=3))
         if int(store.add(_FAILED + "/count", 1)) > 1:
             return PeerFailure()
         store.set(_FAILED, str(rank))
     except (RuntimeError, ValueError):  # nobody else failed (the wait timed out), or the store is gone
         return error
-    return type(error)(f"rank {rank}: {error}") if isinstance(error, UserError) else error
+    return type(error)(f"rank {rank}: {error}") if isinstance(error, Ended) else error

@@ -6,7 +6,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from fasttrain import confusion
-from fasttrain.errors import UserError
+from fasttrain.errors import RunError
 
 
 def test_the_matrix_is_scikit_learns():
@@ -34,7 +34,7 @@ def test_a_picture_is_drawn_of_any_names(tmp_path):
     confusion.draw(np.eye(4, dtype=np.int64) * 5, names, tmp_path / "c.png", "fasttrain")
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.info["Software"] == "fasttrain" and picture.width > 300
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(RunError, match="cannot write"):
         confusion.draw(np.eye(4, dtype=np.int64), names, tmp_path / "no" / "c.png", "fasttrain")
 
 

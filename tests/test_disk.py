@@ -289,7 +289,7 @@ def test_no_thread_is_left(index, tmp_path, monkeypatch):
 # ---- data that goes away
 
 
-@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+@pytest.mark.parametrize("on_bad", ["stop", pytest.param("skip", marks=pytest.mark.slow)])
 def test_images_that_have_gone_end_the_run_in_a_line(demo_set, tmp_path, on_bad):
     """The folder is renamed while the run is under way, and back; the same command goes on."""
     shutil.copytree(demo_set / "train", tmp_path / "data")

@@ -1,5 +1,6 @@
 """Bytes that operations move, beside counts by hand."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from torch import nn
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-@pytest.fixture
-def traffic(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import traffic
-
-    return traffic
+@pytest.fixture(scope="module")
+def traffic():
+    spec = importlib.util.spec_from_file_location("traffic", SCRIPTS / "traffic.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_each_kind_of_operation_moves_what_it_reads_and_writes(traffic):
