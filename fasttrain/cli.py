@@ -280,7 +280,7 @@ def _predict(
     from fasttrain import checkpoint
     from fasttrain.distributed import ranks
     from fasttrain.evaluate import probabilities
-    from fasttrain.models import outlined
+    from fasttrain.models import outlined, tried
     from fasttrain.pipelines.eval import Evaluation
     from fasttrain.pipelines.views import named
     from fasttrain.predictions import Predictions
@@ -291,8 +291,9 @@ def _predict(
     with ranks(options["device"]) as here:
         model, recipe, classes = checkpoint.network(checkpoint_path, averaged=False if options["raw"] else None)
         views = named(options["views"], recipe.image_size, sizes)
+        outline = outlined(recipe, len(classes))
         for size in views.sizes:
-            outlined(replace(recipe, image_size=size), len(classes), rows=2, advice="name other --sizes or --views")
+            tried(outline, recipe.arch, 2, size, "name other --sizes or --views")
         index = here.in_turn(lambda: open_index(recipe, classes))
         model.to(here.device).to(memory_format=torch.channels_last)
         precision = DTYPES[settle(replace(recipe, precision="auto"), here.device).precision]

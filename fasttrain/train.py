@@ -25,7 +25,7 @@ from fasttrain.guard import REPORT, Diverged
 from fasttrain.initial import initialise
 from fasttrain.losses.distillation import Distillation
 from fasttrain.meter import Log
-from fasttrain.models import Classifier, outlined
+from fasttrain.models import Classifier, outlined, tried
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Images, batches
@@ -90,7 +90,7 @@ def course(
     """The loop: what `train` does, up to the end or to where a guard has to go back, which it raises as Diverged."""
     device = ranks.device
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
-    outlined(recipe, len(train_index.classes), plan.micro_batch * plan.views)
+    tried(outlined(recipe, len(train_index.classes)), recipe.arch, plan.micro_batch * plan.views, recipe.image_size)
     teacher = load_teacher(recipe, train_index.classes, device)
     torch.manual_seed(recipe.seed)
     model = Classifier.of(recipe, len(train_index.classes))
@@ -387,7 +387,8 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     """What `train` would do from the start, as text, found without running anything. Raises UserError as it does."""
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
     rows = plan.micro_batch * plan.views
-    model, output = outlined(recipe, len(train_index.classes), rows)
+    model = outlined(recipe, len(train_index.classes))
+    output = tried(model, recipe.arch, rows, recipe.image_size)
     require_init(recipe)
     if recipe.init.weights:
         initialise(model, recipe.init, recipe.arch, train_index.classes)

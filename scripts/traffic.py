@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fasttrain.benchmarks.common import require_own
 from fasttrain.files import replacing
 from fasttrain.models import ARCHS, Classifier
 
@@ -47,7 +48,6 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.moved: Counter[str] = Counter()
-        self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -56,9 +56,7 @@ class Traffic(TorchDispatchMode):
             read, written = (set(_tensors(each)) for each in ((args, kwargs), result))
             # What is changed in place is read and written.
             count = sum(each.nbytes for each in read) + sum(each.nbytes for each in written)
-            kind = self._kind(name, args)
-            self.moved[kind] += count
-            self.seen[f"{kind}: {name}"] += count
+            self.moved[self._kind(name, args)] += count
         return result
 
     @staticmethod
@@ -91,6 +89,8 @@ def count(model: nn.Module, batch: int, size: int) -> tuple[Traffic, int]:
 @click.option("--image-size", type=click.IntRange(32), default=224, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures.")
 def main(archs: tuple[str, ...], batch_size: int, image_size: int, json_path: Path | None) -> None:
+    if json_path:
+        require_own(json_path)
     rows = []
     for arch in archs:
         with torch.device("meta"):

@@ -546,7 +546,7 @@ def resume(whole, images, alone, network, monkeypatch) -> Callable[[], object]:
     settled = training.settle(RECIPE, torch.device("cpu"))
     forge(whole, recipe=recipes.to_dict(settled), data=images.fingerprint(), sizes=images.fingerprint_of_sizes())
     monkeypatch.setattr(Classifier, "of", lambda recipe, classes: network)  # built once, for speed
-    monkeypatch.setattr(training, "outlined", lambda *_: None)
+    monkeypatch.setattr(training, "tried", lambda *_: None)
     return lambda: training.train(settled, whole.parent.parent, images, None, alone, whole)
 
 

@@ -32,9 +32,8 @@ def mixed_by_hand(pixels, labels, params, classes, smoothing):
         other, share = images[int(partner)], 1.0
         image = own.copy()
         if mode == 1:
-            image[int(top) : int(bottom), int(left) : int(right)] = other[
-                int(top) : int(bottom), int(left) : int(right)
-            ]
+            box = slice(int(top), int(bottom)), slice(int(left), int(right))
+            image[box] = other[box]
             share = 1 - (bottom - top) * (right - left) / size**2
         elif mode == 2:
             image, share = lam * own + (1 - lam) * other, lam

@@ -35,8 +35,8 @@ class CrossEntropy(Loss):
 def against_soft(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     """Mean cross entropy of logits [B, K] against a batch's smoothed and mixed labels, a scalar.
 
-    What is linear in the labels is so in one row of probabilities a row of the batch, which takes a third of the
-    operations of a cross entropy for each of two labels.
+    It is linear in its target, so both labels of a row go into one row of probabilities: fewer operations than a cross
+    entropy for each of them.
     """
     logits = at_least_float32(logits)
     return F.cross_entropy(logits, soft_labels(batch, logits.shape[1], smoothing, logits.dtype))

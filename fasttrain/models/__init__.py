@@ -109,20 +109,21 @@ class Classifier(nn.Module):
 _SMALLER = "choose another --image-size, --batch-size or micro_batch"
 
 
-def outlined(recipe: Recipe, classes: int, rows: int, advice: str = _SMALLER) -> tuple[Classifier, Output]:
-    """The network that a recipe trains and what it gives in training for `rows` images, all without values: it costs
-    no memory. UserError, with that advice, where the network does not take so many images of that size."""
-    size = recipe.image_size
+def outlined(recipe: Recipe, classes: int) -> Classifier:
+    """The network that a recipe trains, without values: it costs no memory."""
+    with torch.device("meta"):
+        return Classifier.of(recipe, classes)
+
+
+def tried(model: Classifier, arch: str, rows: int, size: int, advice: str = _SMALLER) -> Output:
+    """What an `outlined` network gives in training for `rows` images of size x size. UserError, with that advice, where
+    it does not take them."""
     try:
-        with torch.device("meta"):
-            model = Classifier.of(recipe, classes).train()
-            return model, model(torch.empty(rows, 3, size, size))
+        return model.train()(torch.empty(rows, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         gist = shown(" ".join(str(error).split())[:200])
         images = "one image" if rows == 1 else f"{rows} images"
-        raise UserError(
-            f"{recipe.arch} does not take {images} of {size} x {size} pixels at once ({gist}); {advice}"
-        ) from None
+        raise UserError(f"{arch} does not take {images} of {size} x {size} pixels at once ({gist}); {advice}") from None
 
 
 # How the names of the tensors of heads begin that only training needs.
