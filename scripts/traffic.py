@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.benchmarks.common import require_own
+from fasttrain.errors import UserError
 from fasttrain.files import replacing
 from fasttrain.models import ARCHS, Classifier
 
@@ -89,8 +90,11 @@ def count(model: nn.Module, batch: int, size: int) -> tuple[Traffic, int]:
 @click.option("--image-size", type=click.IntRange(32), default=224, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures.")
 def main(archs: tuple[str, ...], batch_size: int, image_size: int, json_path: Path | None) -> None:
-    if json_path:
-        require_own(json_path)
+    try:
+        if json_path:
+            require_own(json_path)
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
     rows = []
     for arch in archs:
         with torch.device("meta"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -50,3 +51,10 @@ def test_the_script_writes_shares_of_a_whole(tmp_path):
     (row,) = json.loads((tmp_path / "told.json").read_text())["rows"]
     assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["rest"] < 0.1
     assert row["gmac_an_image"] == pytest.approx(3 * 0.149, rel=0.1)  # timm's figure for one forward pass
+
+
+def test_the_script_does_not_write_over_what_is_no_figures(traffic, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = CliRunner().invoke(traffic.main, ["--json", str(tmp_path / "thesis.txt")])
+    assert done.exit_code == 1 and "holds no figures of a benchmark" in done.output
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
