@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     averaged_probs: float32 [B, K], what the averaged network says of another view of each row's image, mixed as the
     rows are, where a loss asks for it.
     epoch: epochs done before this step, with fractions. progress: the share of the run's steps done before it, in
-    [0, 1). Both are numbers of the host.
+    [0, 1). Both are numbers of the host, or float32 scalars on the device.
     """
 
     labels: Tensor
@@ -30,8 +30,8 @@ class Batch(NamedTuple):
     teacher_logits: Tensor | None = None
     views: int = 1
     averaged_probs: Tensor | None = None
-    epoch: float = 0.0
-    progress: float = 0.0
+    epoch: float | Tensor = 0.0
+    progress: float | Tensor = 0.0
 
 
 class Output(NamedTuple):

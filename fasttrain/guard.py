@@ -39,8 +39,7 @@ class Guard:
         self.optimizer, self.scaler = optimizer, scaler
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.one, self.failing = torch.ones(2, device=device)  # the second: whether the step under way fails, 0 or 1
-        self.named: list[str] = []  # parameters that had a gradient in the last step, and its norms
-        self.norms: tuple[Tensor, ...] = ()
+        self.norms: dict[str, Tensor] = {}  # of the last step's gradients, by parameter, where it had one
         self.buffers = [_Buffers(each) for each in by_dtype(map(_flat, model.buffers()))]
 
     def seed(self, loss: Tensor, share: float = 1.0) -> Tensor:
@@ -50,14 +49,15 @@ class Guard:
         return (value - value).add_(share)  # nan − nan and ∞ − ∞ are nan, all else is 0
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, Tensor]:
-        """The optimizer's step with the gradients that are there, or nothing.
+    def step(self, lr: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The optimizer's step with the gradients that are there, or nothing. lr: as `optim.step` has it.
 
         Gives the gradient's norm and whether the step failed, 1 or 0: float32 scalars on the device.
         """
         graded = {name: each.grad for name, each in self.parameters.items() if each.grad is not None}
-        self.named, self.norms = list(graded), torch._foreach_norm(list(graded.values()))
-        norm = torch.linalg.vector_norm(torch.stack(self.norms))
+        norms = torch._foreach_norm(list(graded.values()))
+        self.norms = dict(zip(graded, norms, strict=True))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         good = norm < math.inf  # nan is not either
         failed = torch.logical_not(good, out=self.failing)
         if self.scaler.is_enabled():
@@ -66,7 +66,7 @@ class Guard:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            optim.step(self.optimizer, failed)
+            optim.step(self.optimizer, failed, lr)
         for buffers in self.buffers:
             buffers.keep(good)
         return norm, failed
@@ -78,8 +78,8 @@ class Guard:
 
     def worst(self) -> dict[str, Any]:
         """Gradient norms of the last step, by parameter: those that are not finite."""
-        norms = torch.stack(self.norms).tolist()
-        return {name: plain(norm) for name, norm in zip(self.named, norms, strict=True) if not math.isfinite(norm)}
+        norms = torch.stack(list(self.norms.values())).tolist()
+        return {name: plain(norm) for name, norm in zip(self.norms, norms, strict=True) if not math.isfinite(norm)}
 
 
 class _Buffers:

@@ -33,6 +33,14 @@ class Reading(NamedTuple):
     unbroken: dict[int, dict[str, Any]]
 
 
+class Row(NamedTuple):
+    """What a step tells, before it is in the table: float32 scalars on the device, one a column, and how much of the
+    step each value is of."""
+
+    values: list[Tensor]
+    shares: list[float]
+
+
 class Meter:
     """What steps tell: their loss, its terms and what those tell, and the gradient's norm. A step writes a row of a
     table on the device and waits for nothing; reading brings the rows over. kept: how many rows there are, at least as
@@ -68,13 +76,18 @@ class Meter:
         self.values = list(torch._foreach_add(self.values, values)) if self.values else values
         self._shares = [had + share * (name in terms) for had, name in zip(self._shares, names, strict=True)]
 
-    def commit(self, step: int, norm: Tensor, failed: Tensor) -> None:
-        """The step (from 0) is done; norm and failed: what the guard gave. Its values do not count in any mean unless
-        the norm is finite."""
-        torch.stack([*self.values, norm, failed], out=self._rows[self._written % len(self._rows)])
-        self._unread.append((step, [*self._shares, 1.0]))
-        self._written += 1
+    def row(self, norm: Tensor, failed: Tensor) -> Row:
+        """What was added since the last one, and what the guard gave. Its values do not count in any mean unless the
+        norm is finite."""
+        made = Row([*self.values, norm, failed], [*self._shares, 1.0])
         self._begin()
+        return made
+
+    def commit(self, step: int, row: Row) -> None:
+        """The step (from 0) is done: one launch."""
+        torch.stack(row.values, out=self._rows[self._written % len(self._rows)])
+        self._unread.append((step, row.shares))
+        self._written += 1
 
     def _bring(self) -> None:
         """Take up all rows that were not brought over yet; waits for the device."""

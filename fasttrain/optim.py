@@ -52,9 +52,10 @@ def _apex_sgd(parameters: Sequence[nn.Parameter]) -> Callable[..., torch.optim.O
 
 
 @torch.no_grad()
-def step(optimizer: torch.optim.Optimizer, held: Tensor) -> None:
+def step(optimizer: torch.optim.Optimizer, held: Tensor, lr: Tensor | None = None) -> None:
     """Take the step of an optimizer of `sgd`; or leave weights and momentum as they are where `held`, a float32 scalar
-    on the device, is 1 and not 0: decided there.
+    on the device, is 1 and not 0: decided there. lr: the learning rate, such a scalar too, instead of the groups' (not
+    for apex's).
 
     Of torch's SGD this calls the kernel alone: `SGD.step` looks at each parameter in turn before it comes to that.
     """
@@ -71,7 +72,7 @@ def step(optimizer: torch.optim.Optimizer, held: Tensor) -> None:
                 [optimizer.state[each]["momentum_buffer"] for each in parameters] if group["momentum"] else [],
                 weight_decay=group["weight_decay"],
                 momentum=group["momentum"],
-                lr=group["lr"],
+                lr=group["lr"] if lr is None else lr,
                 dampening=0.0,
                 nesterov=group["nesterov"],
                 maximize=False,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,29 @@ from fasttrain.losses.mean_teacher import mixed_targets
 from fasttrain.pipelines.plan import Plan
 
 Network = Callable[[Tensor], Output]
+
+
+class Staged(NamedTuple):
+    """A micro-batch before its work begins: pixels uint8 [rows, H, W, 3], labels int64 [B] of the rows that are
+    trained on and mix's params float32 [rows, 7]; and whether the step mixes at all."""
+
+    pixels: Tensor
+    labels: Tensor
+    params: Tensor
+    mixed: bool
+
+    def on(self, device: torch.device) -> "Staged":
+        """All of it on the device; the pixels are there already."""
+        return self._replace(labels=to_device(self.labels, device), params=to_device(self.params, device))
+
+
+class Now(NamedTuple):
+    """What changes from step to step besides the images: `Batch.epoch` and `Batch.progress`, and the learning rate.
+    They are the host's numbers; or where the step is replayed, scalars on the device, the rate among them."""
+
+    epoch: float | Tensor
+    progress: float | Tensor
+    lr: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,12 +61,17 @@ class Present:
         """What networks compute under: nothing in float32."""
         return nullcontext if self.dtype == torch.float32 else partial(torch.autocast, self.device.type, self.dtype)
 
-    def __call__(self, step: int, micro: int, pixels: Tensor, numbers: Tensor) -> tuple[Tensor, Batch]:
-        """Images [rows, 3, H, W] in channels_last and their Batch, for `Images` of micro-batch `micro` of `step`."""
+    def stage(self, step: int, micro: int, pixels: Tensor, numbers: Tensor) -> Staged:
+        """What the host has to say of `Images` of micro-batch `micro` of `step`: labels and params are on the CPU."""
         plan, labels = self.plan, self.labels[numbers]
-        params, mixing = plan.mix_params(step, micro)
-        own = to_device(labels.repeat(plan.views) if plan.views > 1 else labels, self.device)
-        mixed = mix(pixels, to_device(torch.from_numpy(params), self.device), IMAGENET_MEAN, IMAGENET_STD, self.dtype)
+        params, mixed = plan.mix_params(step, micro)
+        rows = labels.repeat(plan.views) if plan.views > 1 else labels
+        return Staged(pixels, rows, torch.from_numpy(params), mixed)
+
+    def __call__(self, staged: Staged, now: Now) -> tuple[Tensor, Batch]:
+        """Images [rows, 3, H, W] in channels_last and their Batch, of what is on the device."""
+        plan, own = self.plan, staged.labels
+        mixed = mix(staged.pixels, staged.params, IMAGENET_MEAN, IMAGENET_STD, self.dtype)
         rows = len(own)
         images, partner, lam = [each[:rows] for each in mixed] if plan.aside else mixed
         told = probs = None
@@ -54,8 +83,7 @@ class Present:
                 with self.autocast():
                     aside = self.averaged(mixed.images[rows:]).logits
                 probs = mixed_targets(at_least_float32(aside).softmax(1), partner, lam, plan.views)
-        epoch, progress = step / plan.steps_per_epoch, step / plan.steps
-        return images, Batch(own, own[partner], lam, mixing, told, plan.views, probs, epoch, progress)
+        return images, Batch(own, own[partner], lam, staged.mixed, told, plan.views, probs, now.epoch, now.progress)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

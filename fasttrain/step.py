@@ -1,27 +1,36 @@
 """One training step, from the pipeline's pixels to new weights: what the loop runs, and what the benchmarks time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import add
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain import checkpoint, optim
-from fasttrain.batch import Loss, Output, Term
+from fasttrain.batch import Loss, Term
 from fasttrain.config import Recipe
 from fasttrain.distributed import Ranks
 from fasttrain.ema import Ema
 from fasttrain.errors import UserError
+from fasttrain.graphs import Graphs
 from fasttrain.guard import Guard
-from fasttrain.meter import Meter
+from fasttrain.meter import Meter, Row
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Images
-from fasttrain.present import Network, Present
+from fasttrain.present import Network, Now, Present, Staged
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Told(NamedTuple):
+    """What the device's work of a step gives, on the device: the meter's row, and `Guard.norms`."""
+
+    row: Row
+    norms: dict[str, Tensor]
 
 
 class Step:
@@ -29,7 +38,7 @@ class Step:
 
     model: a network, which goes to the ranks' device. labels: int64 [N] on the CPU, of all training images. teacher:
     what recipes that distil take theirs from. Raises UserError where the optimizer does not fit the device or the
-    precision.
+    precision, or what is asked for cannot be replayed.
     """
 
     def __init__(
@@ -50,6 +59,10 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if self.scaler.is_enabled() and recipe.optim.impl == "apex":
             raise UserError("optim.impl=apex waits for the device in every step with float16; leave it at torch")
+        self.graphs = None
+        if recipe.machine.compile == "graphs":
+            require_replayable(recipe, ranks)
+            self.graphs = Graphs(self.work, device)
         self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
         names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
         self.meter = Meter(names, device, kept=recipe.machine.log_steps)
@@ -69,7 +82,7 @@ class Step:
             self.network, self.without_exchange = exchanging, exchanging.no_sync
         averaged: Network | None = self.ema.model if self.ema and plan.aside else None
         if compiled:
-            self.network, averaged = compiled_by(recipe, self.network), averaged and compiled_by(recipe, averaged)
+            self.network, averaged = torch.compile(self.network), averaged and torch.compile(averaged)
         self.present = Present(plan, labels, device, dtype, teacher, averaged)
 
     @property
@@ -82,9 +95,7 @@ class Step:
 
         Gives its loss, a float32 scalar on the device.
         """
-        recipe, plan, present, scaler = self.recipe, self.plan, self.present, self.scaler
-        if recipe.machine.compile == "graphs":
-            torch.compiler.cudagraph_mark_step_begin()  # what graphs gave in the step before is no longer needed
+        recipe, plan = self.recipe, self.plan
         lr = self.lr_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -92,9 +103,26 @@ class Step:
         draw = (step + plan.shift) * self.ranks.world + self.ranks.rank
         seed_generators((recipe.seed << 32) + draw & 0x7FFF_FFFF_FFFF_FFFF, self.ranks.device)
 
+        staged = (self.present.stage(step, micro, *next(feed)) for micro in range(plan.micro_batches))
+        now = Now(step / plan.steps_per_epoch, step / plan.steps)
+        if self.graphs is None:
+            told = self.work(now, (each.on(self.ranks.device) for each in staged))
+        else:
+            told = self.graphs(now, lr, staged)
+            self.guard.norms = told.norms
+        self.meter.commit(step, told.row)
+        if self.ema:
+            self.ema.update(step + 1)
+            if plan.aside:  # it answers in the next step: the same on all ranks
+                self.ranks.share_buffers(self.ema.model)
+        return told.row.values[0]
+
+    def work(self, now: Now, staged: Iterable[Staged]) -> Told:
+        """What the device does in a step, given what is on it: weights, momentum and buffers become the next ones."""
+        recipe, plan, present, scaler = self.recipe, self.plan, self.present, self.scaler
         weight = 1 / plan.micro_batches  # of each one's loss in that of its step
-        for micro in range(plan.micro_batches):
-            images, batch = present(step, micro, *next(feed))
+        for micro, each in enumerate(staged):
+            images, batch = present(each, now)
             last = micro == plan.micro_batches - 1
             with nullcontext() if last else self.without_exchange():
                 with present.autocast():
@@ -103,19 +131,20 @@ class Step:
                 loss = reduce(add, (term.loss for term in terms.values()))
                 scaler.scale(loss).backward(self.guard.seed(loss, weight))
             self.meter.add(values_of(loss, terms), weight)
-        of_step = self.meter.values[0]
-        self.meter.commit(step, *self.guard.step())
+        row = self.meter.row(*self.guard.step(now.lr))
         optim.clear(self.optimizer)
-        if self.ema:
-            self.ema.update(step + 1)
-            if plan.aside:  # it answers in the next step: the same on all ranks
-                self.ranks.share_buffers(self.ema.model)
-        return of_step
+        return Told(row, self.guard.norms)
 
 
-def compiled_by(recipe: Recipe, network: Callable[[Tensor], Output]) -> Callable[[Tensor], Output]:
-    """A network compiled as a recipe says; nothing is compiled before it is called."""
-    return torch.compile(network, mode="reduce-overhead" if recipe.machine.compile == "graphs" else None)
+def require_replayable(recipe: Recipe, ranks: Ranks) -> None:
+    """UserError where machine.compile=graphs is asked for and a step needs something of the host."""
+    for needed, met in (
+        ("one rank", ranks.world == 1),
+        ("precision bf16 or fp32", recipe.precision != "fp16"),
+        ("optim.impl=torch", recipe.optim.impl == "torch"),
+    ):
+        if not met:
+            raise UserError(f"machine.compile=graphs replays whole steps and needs {needed}; leave it at auto")
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

@@ -16,10 +16,12 @@ from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
+from fasttrain.models import Classifier
 from fasttrain.pipelines import train as pipeline
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.views import named
+from fasttrain.step import Step
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -104,16 +106,41 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
 @pytest.mark.parametrize("micro_batch", [0, 10])
 @pytest.mark.parametrize("how", ["on", "graphs"])
 def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, how, micro_batch):
-    """Also with two views, and an averaged network that answers."""
+    """Also with two views, and an averaged network that answers; with weights of losses that follow the epoch."""
     losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
     told = []
     for compiled in ("off", how):
         machine = Machine(compile=compiled, log_steps=1)
         recipe = tiny(losses=losses, ema=Ema(0.9), micro_batch=micro_batch)
-        recipe = replace(recipe, precision="fp32", machine=machine)
+        recipe = replace(recipe, precision="fp32", machine=machine, epochs=2)
         start = rundir.open_run(tmp_path / compiled, "never", recipes.to_toml(recipe))
         training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
         lines = map(json.loads, (tmp_path / compiled / "log.jsonl").read_text().splitlines())
         told.append([line["terms"] for line in lines if line["event"] == "train"])
     for plain, compiled in zip(*told, strict=True):
         assert compiled == pytest.approx(plain, rel=0.02)
+
+
+def test_replayed_steps_wait_for_nothing(index):
+    """torch raises at any wait once both kinds of steps are recorded; and the host has said its part long before the
+    device has done its own."""
+    recipe = tiny(mix=Mix(cutmix=0.5))
+    recipe = replace(recipe, epochs=4, machine=replace(recipe.machine, compile="graphs"))
+    plan = Plan.of(recipe, index)
+    model = Classifier.of(recipe, len(index.classes))
+    step = Step(recipe, plan, model, torch.from_numpy(index.labels), Ranks(0, 1, 0, 1, GPU))
+    assert step.graphs is not None
+    replayed = 0
+    for number, images in enumerate(pipeline.batches(plan, index, GPU, 4)):
+        if len(step.graphs.recorded) < 2:
+            step(number, iter([images]))
+            continue
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(number, iter([images]))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        replayed += 1
+    assert replayed >= 20
+    reading = step.meter.read(step.ranks)
+    assert reading.means["loss"] > 0 and not reading.failed

@@ -47,11 +47,11 @@ def explode(monkeypatch, steps):
     """Make one gradient infinite in the given steps, with a loss that is finite."""
     honest, count = Guarding.step, [0]
 
-    def step(guard):
+    def step(guard, lr):
         if count[0] in steps:
             next(iter(guard.parameters.values())).grad[0] = math.inf
         count[0] += 1
-        return honest(guard)
+        return honest(guard, lr)
 
     monkeypatch.setattr(Guarding, "step", step)
 
@@ -116,9 +116,9 @@ def test_the_logged_gradient_norm_is_that_of_the_step(index, tmp_path, monkeypat
     norms = []
     honest = Guarding.step
 
-    def step(guard):
+    def step(guard, lr):
         norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in guard.parameters.values())))
-        return honest(guard)
+        return honest(guard, lr)
 
     monkeypatch.setattr(Guarding, "step", step)
     run(tiny(epochs=1, machine=Machine(device="cpu", compile="off", log_steps=1, workers=2)), tmp_path / "run", index)

@@ -66,11 +66,11 @@ def test_garbage_is_collected_between_epochs_only(index, tmp_path, monkeypatch):
 
     numbers = itertools.count()
 
-    def step(guard):
+    def step(guard, lr):
         where[0] = f"step {next(numbers)}"
         assert not gc.isenabled()
         [[] for _ in range(5000)]  # enough to set a collection off, were it on
-        return honest(guard)
+        return honest(guard, lr)
 
     monkeypatch.setattr(Guard, "step", step)
     gc.callbacks.append(note)

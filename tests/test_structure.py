@@ -11,7 +11,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"train", "show", "doctor", "benchmarks"},
-    {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial", "present", "step"},
+    {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial", "present", "graphs", "step"},
     {"recipes", "pipelines", "checkpoint", "optim", "ema"},
     {"models", "losses"},
     {

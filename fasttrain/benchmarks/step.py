@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import timm
@@ -27,6 +27,7 @@ from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
 from fasttrain.dataset import Index
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
+from fasttrain.graphs import Graphs
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
 from fasttrain.models import Classifier
@@ -36,7 +37,9 @@ from fasttrain.step import DTYPES, Step
 from fasttrain.train import settle as settled
 
 EAGER = "fasttrain, eager"
+REPLAYED = "fasttrain, replayed"
 TIMM = "timm's loop"
+T = TypeVar("T")
 FEATURES = 3  # of the network of one parameter: one a colour, and as many classes
 
 
@@ -178,6 +181,14 @@ class Ours:
         self.train = Step(recipe, plan, model, torch.from_numpy(index.labels), alone)
         self.feed, self.done = feed, 0
         self.allocates = recipe.machine.compile != "graphs"
+        shares = recipe.mix.cutmix + recipe.mix.mixup
+        self.kinds = {each for each, share in ((True, shares), (False, 1 - shares)) if share > 0}
+
+    @property
+    def warm(self) -> bool:
+        """Whether all that is to be replayed has been recorded."""
+        graphs = self.train.graphs
+        return graphs is None or graphs.recorder is None or graphs.recorded.keys() == self.kinds
 
     def __call__(self) -> Tensor:
         loss = self.train(self.done, self.feed)
@@ -194,7 +205,7 @@ class Timm:
     """
 
     cudnn_benchmark = True  # as the script sets it
-    allocates = True
+    allocates = warm = True
 
     def __init__(
         self,
@@ -292,8 +303,7 @@ class Turns:
         before = self._allocated()
         self.step = make()
         with cudnn_benchmark(self.step.cudnn_benchmark):
-            for _ in range(warm_up):
-                self.step()
+            warmed(self.step, warm_up)
         settle(device)
         gc.collect()
         self.state = self._allocated() - before
@@ -322,6 +332,14 @@ class Turns:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
+def warmed(step: "Ours | Timm", steps: int) -> None:
+    """So many steps, and more until the contender is warm."""
+    for _ in range(steps):
+        step()
+    while not step.warm:
+        step()
+
+
 def returned(function: Callable[[], Any], device: torch.device, calls: int) -> float:
     """Seconds until a call returns, the device being idle at first and not waited for."""
     settle(device)
@@ -331,6 +349,16 @@ def returned(function: Callable[[], Any], device: torch.device, calls: int) -> f
     spent = time.perf_counter() - start
     settle(device)
     return spent / calls
+
+
+class HostAlone:
+    """In place of a GPU's recorder: what it replays does nothing, so that only the host's part of a step is left."""
+
+    def run(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], object]]:
+        return work(), lambda: None
 
 
 class OneParameter(nn.Module):
@@ -354,7 +382,8 @@ class OneParameterOutput(OneParameter):
 
 def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: int = 20) -> list[Row]:
     """Seconds until the call of a step returns, with a network of one parameter and eight images of 8 x 8 pixels, so
-    that hardly anything else is measured: what the loops themselves ask of the host."""
+    that hardly anything else is measured: what the loops themselves ask of the host. That of the project's replayed
+    step is of the real one on a GPU. On a CPU, which does a GPU's work too, it is without that work."""
     recipe = recipe_of(recipes.for_arch("resnet18"), device, batch_size=8, image_size=8, compiled="off")
     index = synthetic(recipe, FEATURES)
     plan = Plan.of(recipe, index)
@@ -366,13 +395,21 @@ def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: i
     def timms(**how: bool) -> Timm:
         return Timm(recipe, OneParameter(), FEATURES, device, prefetched(planes, labels), **how)
 
+    def ours(each: Recipe) -> Ours:
+        return Ours(each, OneParameterOutput(), plan, index, device, forever(Images(pixels, numbers)))
+
+    alone = device.type == "cpu"
+    replayed = ours(recipe if alone else replace(recipe, machine=replace(recipe.machine, compile="graphs")))
+    if alone:
+        replayed.train.graphs = Graphs(replayed.train.work, device, HostAlone())
     made: dict[str, Ours | Timm] = {
-        OWN: Ours(recipe, OneParameterOutput(), plan, index, device, forever(Images(pixels, numbers))),
+        OWN: ours(recipe),
+        f"{REPLAYED}, without its work" if alone else REPLAYED: replayed,
         TIMM: timms(),
         f"{TIMM}, no .item()": timms(item=False),
         f"{TIMM}, no .item(), fused SGD": timms(item=False, fused=True),
     }
     for each in made.values():
-        returned(each, device, warm_up)
+        warmed(each, warm_up)
     timed = race("host", {name: partial(returned, each, device, steps) for name, each in made.items()}, rounds)
     return [row("host", "one parameter", name, times) for name, times in timed.items()]

@@ -79,5 +79,7 @@ class Contrastive(Loss):
             stats = {"positive": own_image.mean(), "accuracy": nearest.to(cosines.dtype).mean()}
         return Term(self._weight_at(batch.progress) * loss, stats)
 
-    def _weight_at(self, progress: float) -> float:
-        return self.weight * (0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0)
+    def _weight_at(self, progress: float | Tensor) -> float | Tensor:
+        if self.decay == "none":
+            return self.weight
+        return self.weight * 0.5 * (1 + torch.cos(math.pi * torch.as_tensor(progress, dtype=torch.float32)))

@@ -1,9 +1,9 @@
 """Mean teacher: the network shall say what its own averaged weights say of another view of the same image."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,9 +40,11 @@ class MeanTeacher(Loss):
         target = batch.averaged_probs.detach().to(known.dtype)
         return Term(self._weight_at(batch.epoch) * F.kl_div(known, target, reduction="batchmean"))
 
-    def _weight_at(self, epoch: float) -> float:
-        done = min(1.0, epoch / self.ramp_epochs) if self.ramp_epochs else 1.0
-        return self.weight * math.exp(-5 * (1 - done) ** 2)
+    def _weight_at(self, epoch: float | Tensor) -> float | Tensor:
+        if not self.ramp_epochs:
+            return self.weight
+        left = torch.relu(1 - torch.as_tensor(epoch, dtype=torch.float32) / self.ramp_epochs)
+        return self.weight * torch.exp(-5 * left.square())
 
 
 def mixed_targets(probs: Tensor, partner: Tensor, lam: Tensor, views: int) -> Tensor:

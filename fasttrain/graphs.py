@@ -1,0 +1,108 @@
+"""Training steps that are recorded once and then replayed, as CUDA graphs: the host hands over what is new in a step,
+and says go."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import RunError
+from fasttrain.present import Now, Staged
+
+WARM_UP = 3  # steps of each kind that are done as they are, before one is recorded: they compile and tune
+
+T = TypeVar("T")
+Work = Callable[[Now, Iterable[Staged]], T]
+
+
+class Recorder(Protocol):
+    """What does a device's work by its own means, and what records it: `record` does nothing but give what the work
+    will have given, and what does it."""
+
+    def run(self, work: Callable[[], T]) -> T: ...
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], object]]: ...
+
+
+class Graphs(Generic[T]):
+    """Does the work of a step again and again, by replaying it on a GPU; a CPU has no graphs and does it as it is.
+
+    work: what a device does in a step, without asking the host for anything that changes; what it reads and writes
+    besides its arguments stays where it is. Whether the step mixes is the host's: there is a graph for either kind.
+    What a call gives holds until the next one.
+    """
+
+    def __init__(self, work: Work[T], device: torch.device, recorder: Recorder | None = None) -> None:
+        self.work, self.device = work, device
+        self.recorder = recorder or (CudaGraphs(device) if device.type == "cuda" else None)
+        self.done: Counter[bool] = Counter()  # steps of each kind
+        self.recorded: dict[bool, tuple[T, Callable[[], object]]] = {}
+        self.inputs: list[Staged] = []
+        self.numbers = torch.zeros(3, device=device)
+        self.now = Now(*self.numbers.unbind())
+
+    def __call__(self, now: Now, lr: float, staged: Iterable[Staged]) -> T:
+        """A step; staged: its micro-batches, all of which mix or none."""
+        self._hand_over(torch.tensor([now.epoch, now.progress, lr]), self.numbers)
+        for at, each in enumerate(staged):
+            if at == len(self.inputs):
+                self.inputs.append(each.on(self.device)._replace(pixels=torch.empty_like(each.pixels)))
+            own = self.inputs[at]._replace(mixed=each.mixed)
+            own.pixels.copy_(each.pixels)
+            self._hand_over(each.labels, own.labels)
+            self._hand_over(each.params, own.params)
+            self.inputs[at] = own
+        mixed = own.mixed
+        work = partial(self.work, self.now, list(self.inputs))
+        self.done[mixed] += 1
+        if self.recorder is None:
+            return work()
+        if self.done[mixed] <= WARM_UP:
+            return self.recorder.run(work)
+        if mixed not in self.recorded:
+            self.recorded[mixed] = self.recorder.record(work)
+        told, replay = self.recorded[mixed]
+        replay()
+        return told
+
+    def _hand_over(self, values: Tensor, own: Tensor) -> None:
+        """What is new on the CPU goes to where the work reads it, without waiting for the device."""
+        own.copy_(values.pin_memory() if self.device.type == "cuda" else values, non_blocking=True)
+
+
+class CudaGraphs:
+    """Records on a stream of its own, on which the work has run before, into one pool of memory: graphs that are
+    replayed one at a time can share it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """The work, in its turn with what the current stream does."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            told = work()
+        current.wait_stream(self.stream)
+        return told
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], object]]:
+        """Raises RunError where something in the work cannot be recorded."""
+        torch.cuda.synchronize(self.stream.device)
+        gc.collect()  # takes so long that DALI's thread which frees batches after waiting for the device is at rest
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The pipeline's threads go on meanwhile, with calls that a stricter mode would count as the recording's.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                told = work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"machine.compile=graphs: a step cannot be recorded ({reason}); leave it at auto") from None
+        return told, graph.replay

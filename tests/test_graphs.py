@@ -1,0 +1,208 @@
+"""Replayed steps. A CPU has no CUDA graphs, but here is a tape that keeps what they keep: which operations, on which
+memory, in which order, and no line of Python. What a step takes from the host while it is recorded stays as it was."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_train import part_of, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fasttrain import graphs, recipes
+from fasttrain import step as stepping
+from fasttrain import train as training
+from fasttrain.config import Ema, Machine, Mix, Optim
+from fasttrain.distributed import Ranks
+from fasttrain.errors import UserError
+from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.contrastive import Contrastive
+from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.losses.mean_teacher import MeanTeacher
+from fasttrain.losses.symmetric import SymmetricCrossEntropy
+from fasttrain.losses.triplet import Triplet
+from fasttrain.models import Classifier
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.train import batches
+from fasttrain.step import Step
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
+STEPS = 14
+
+
+class Tape(TorchDispatchMode):
+    """Keeps every operation on tensors; asking for a value, as a CUDA graph cannot, is an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.item), "asks the device"
+        result = func(*args, **kwargs or {})
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for was, now in zip(tensors(result), tensors(again), strict=True):
+                if was.data_ptr() != now.data_ptr():
+                    was.detach().copy_(now)
+
+
+def tensors(result):
+    return [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+
+
+class Taped:
+    """Records on tapes. A tape does what it records at once, so that its first replay does nothing."""
+
+    def __init__(self):
+        self.tapes: list[Tape] = []
+        self.ran = self.replayed = 0
+
+    def run(self, work):
+        self.ran += 1
+        return work()
+
+    def record(self, work):
+        with Tape() as tape:
+            told = work()
+        self.tapes.append(tape)
+        before = self.replayed
+
+        def replay():
+            if self.replayed > before:
+                tape.replay()
+            self.replayed += 1
+
+        return told, replay
+
+
+@pytest.fixture(scope="module")
+def index(demo_set):
+    return part_of(demo_set, 12)
+
+
+def steps_of(recipe, index, recorder, seen):
+    """The Step after STEPS steps, as it is or with its work on tapes. seen: called before each, and after the last."""
+    torch.manual_seed(5)
+    plan = Plan.of(recipe, index)
+    step = Step(recipe, plan, Classifier.of(recipe, len(index.classes)), torch.from_numpy(index.labels), ALONE)
+    if recorder is not None:
+        step.graphs = graphs.Graphs(step.work, CPU, recorder)
+    feed = batches(plan, index, CPU, 1, stop_step=STEPS)
+    for number in range(STEPS):
+        seen(number, step)
+        step(number, feed)
+    seen(STEPS, step)
+    return step
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "CutMix and mixup": {"mix": Mix(cutmix=0.4, mixup=0.3)},
+    "accumulation": {"mix": Mix(cutmix=0.5), "micro_batch": 6},
+    "never mixed": {"mix": Mix(cutmix=0), "losses": (CrossEntropy(), Triplet()), "images_per_class": 4},
+    "triplet and ArcFace": {
+        "mix": Mix(cutmix=0.5),
+        "losses": (CrossEntropy(), Triplet(), ArcFace()),
+        "images_per_class": 4,
+    },
+    "views, mean teacher, weights that follow the epoch": {
+        "mix": Mix(cutmix=0.5),
+        "losses": (SymmetricCrossEntropy(), Contrastive(decay="cosine"), MeanTeacher(ramp_epochs=2)),
+        "ema": Ema(0.8),
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_are_the_steps(index, case):
+    """Weights, momentum, averages, statistics and all that is metered, with learning rates that change."""
+    recipe = tiny(
+        epochs=20,
+        batch_size=12,
+        optim=Optim(warmup_epochs=5, lr=0.2, lr_batch=0),
+        machine=Machine(device="cpu", compile="off", log_steps=STEPS),
+        **CASES[case],
+    )
+    recipe = training.settle(recipe, CPU)
+    taped = Taped()
+    norms: dict[bool, list[float]] = {True: [], False: []}
+
+    def seen(number, step):
+        if number:
+            norms[step.graphs is None].append(float(sum(step.guard.norms.values())))
+
+    plain, replayed = (steps_of(recipe, index, recorder, seen) for recorder in (None, taped))
+    kinds = len(taped.tapes)
+    assert kinds == (1 if case == "never mixed" else 2)
+    assert taped.ran == kinds * graphs.WARM_UP and taped.replayed == STEPS - taped.ran
+    assert norms[False] == pytest.approx(norms[True], rel=1e-4)
+    for found, expected in zip(vars(plain.state).values(), vars(replayed.state).values(), strict=True):
+        compare(found, expected)
+    own = replayed.meter.read(ALONE).means
+    assert own == pytest.approx(plain.meter.read(ALONE).means, rel=1e-4) and own["loss"] > 0
+
+
+def compare(found, expected):
+    """Two networks, averages, optimizers or scalers."""
+    if found is None or isinstance(found, torch.amp.GradScaler):
+        return
+    states = [(each.model if hasattr(each, "model") else each).state_dict() for each in (found, expected)]
+    leaves, others = map(tensors, states)
+    assert len(leaves) > 10
+    for one, other in zip(leaves, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_replayed_step_that_is_not_finite_changes_nothing(index):
+    machine = Machine(device="cpu", compile="off", log_steps=STEPS)
+    recipe = training.settle(tiny(batch_size=12, mix=Mix(cutmix=0), machine=machine, epochs=20), CPU)
+    factor, states = torch.ones(()), []
+
+    def seen(number, step):
+        if number == 0:
+            step.model.register_forward_pre_hook(lambda _, images: (images[0] * factor,))
+        factor.fill_(float("nan") if number == STEPS - 2 else 1.0)
+        states.append(copy.deepcopy(step.model.state_dict()))
+
+    step = steps_of(recipe, index, Taped(), seen)
+    for name, before in states[-3].items():
+        assert torch.equal(states[-2][name], before), name
+    assert not all(torch.equal(states[-1][name], each) for name, each in states[-2].items())
+    assert list(step.meter.read(ALONE).failed) == [STEPS - 2]
+
+
+def test_what_a_recording_takes_from_the_host_stays(index):
+    """The tape shows it: a learning rate of the host's would be that of the recorded step for ever."""
+    weight = torch.zeros(2)
+    rates = iter((1.0, 10.0, 100.0))
+    told, replay = Taped().record(lambda: weight.add_(next(rates)))
+    replay()
+    replay()
+    assert told is weight and weight.tolist() == [2.0, 2.0]
+    with pytest.raises(AssertionError, match="asks the device"):
+        Taped().record(lambda: weight.sum().item())
+
+
+@pytest.mark.parametrize(
+    ("setting", "needs"),
+    [("precision=fp16", "precision bf16 or fp32"), ("optim.impl=apex", "optim.impl=torch")],
+)
+def test_what_cannot_be_replayed_is_refused(index, setting, needs):
+    recipe = recipes.override(tiny(machine=Machine(device="cpu", compile="graphs")), tuple(setting.split("=")))
+    with pytest.raises(UserError, match=f"machine.compile=graphs replays whole steps and needs {needs}"):
+        stepping.require_replayable(training.settle(recipe, CPU), ALONE)
+
+
+def test_several_ranks_are_refused():
+    recipe = training.settle(tiny(machine=Machine(device="cpu", compile="graphs")), CPU)
+    stepping.require_replayable(recipe, ALONE)
+    with pytest.raises(UserError, match="needs one rank"):
+        stepping.require_replayable(recipe, replace(ALONE, world=2))
