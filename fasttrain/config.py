@@ -1,5 +1,6 @@
 """Every setting there is, as frozen dataclasses. `Recipe` is the whole of a run; the others are its parts."""
 
+import math
 from dataclasses import dataclass, field
 
 from fasttrain.batch import Loss
@@ -130,6 +131,12 @@ class Mix:
         _require(
             self.cutmix + self.mixup <= 1, "mixup", f"at most {1 - self.cutmix:g}: cutmix has the rest", self.mixup
         )
+
+    @property
+    def kinds(self) -> set[bool]:
+        """The kinds of batches that there are: mixed ones (True), others (False)."""
+        share = self.cutmix + self.mixup
+        return {True} if math.isclose(share, 1) else {True, False} if share else {False}
 
 
 @dataclass(frozen=True)

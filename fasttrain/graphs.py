@@ -32,18 +32,24 @@ class Graphs(Generic[T]):
     """Does the work of a step again and again, by replaying it on a GPU; a CPU has no graphs and does it as it is.
 
     work: what a device does in a step, without asking the host for anything that changes; what it reads and writes
-    besides its arguments stays where it is. Whether the step mixes is the host's: there is a graph for either kind.
-    What a call gives holds until the next one.
+    besides its arguments stays where it is. kinds: `Mix.kinds`; whether a step mixes is the host's, so there is a
+    graph for each. None is recorded before all kinds have been done as they are: the memory for that would be needed
+    beside a graph's. What a call gives holds until the next one.
     """
 
-    def __init__(self, work: Work[T], device: torch.device, recorder: Recorder | None = None) -> None:
-        self.work, self.device = work, device
+    def __init__(self, work: Work[T], device: torch.device, kinds: set[bool], recorder: Recorder | None = None) -> None:
+        self.work, self.device, self.kinds = work, device, kinds
         self.recorder = recorder or (CudaGraphs(device) if device.type == "cuda" else None)
         self.done: Counter[bool] = Counter()  # steps of each kind
         self.recorded: dict[bool, tuple[T, Callable[[], object]]] = {}
         self.inputs: list[Staged] = []
         self.numbers = torch.zeros(3, device=device)
         self.now = Now(*self.numbers.unbind())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is recorded that ever will be."""
+        return self.recorder is None or self.recorded.keys() == self.kinds
 
     def __call__(self, now: Now, lr: float, staged: Iterable[Staged]) -> T:
         """A step; staged: its micro-batches, all of which mix or none."""
@@ -58,10 +64,10 @@ class Graphs(Generic[T]):
             self.inputs[at] = own
         mixed = own.mixed
         work = partial(self.work, self.now, list(self.inputs))
-        self.done[mixed] += 1
         if self.recorder is None:
             return work()
-        if self.done[mixed] <= WARM_UP:
+        if any(self.done[each] < WARM_UP for each in self.kinds):
+            self.done[mixed] += 1
             return self.recorder.run(work)
         if mixed not in self.recorded:
             self.recorded[mixed] = self.recorder.record(work)

@@ -62,7 +62,7 @@ class Step:
         self.graphs = None
         if recipe.machine.compile == "graphs":
             require_replayable(recipe, ranks)
-            self.graphs = Graphs(self.work, device)
+            self.graphs = Graphs(self.work, device, recipe.mix.kinds)
         self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
         names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
         self.meter = Meter(names, device, kept=recipe.machine.log_steps)

@@ -95,7 +95,7 @@ def steps_of(recipe, index, recorder, seen):
     plan = Plan.of(recipe, index)
     step = Step(recipe, plan, Classifier.of(recipe, len(index.classes)), torch.from_numpy(index.labels), ALONE)
     if recorder is not None:
-        step.graphs = graphs.Graphs(step.work, CPU, recorder)
+        step.graphs = graphs.Graphs(step.work, CPU, recipe.mix.kinds, recorder)
     feed = batches(plan, index, CPU, 1, stop_step=STEPS)
     for number in range(STEPS):
         seen(number, step)
@@ -142,7 +142,7 @@ def test_replayed_steps_are_the_steps(index, case):
     plain, replayed = (steps_of(recipe, index, recorder, seen) for recorder in (None, taped))
     kinds = len(taped.tapes)
     assert kinds == (1 if case == "never mixed" else 2)
-    assert taped.ran == kinds * graphs.WARM_UP and taped.replayed == STEPS - taped.ran
+    assert taped.ran >= kinds * graphs.WARM_UP and taped.replayed == STEPS - taped.ran >= 4
     assert norms[False] == pytest.approx(norms[True], rel=1e-4)
     for found, expected in zip(vars(plain.state).values(), vars(replayed.state).values(), strict=True):
         compare(found, expected)

@@ -181,14 +181,11 @@ class Ours:
         self.train = Step(recipe, plan, model, torch.from_numpy(index.labels), alone)
         self.feed, self.done = feed, 0
         self.allocates = recipe.machine.compile != "graphs"
-        shares = recipe.mix.cutmix + recipe.mix.mixup
-        self.kinds = {each for each, share in ((True, shares), (False, 1 - shares)) if share > 0}
 
     @property
     def warm(self) -> bool:
         """Whether all that is to be replayed has been recorded."""
-        graphs = self.train.graphs
-        return graphs is None or graphs.recorder is None or graphs.recorded.keys() == self.kinds
+        return self.train.graphs is None or self.train.graphs.complete
 
     def __call__(self) -> Tensor:
         loss = self.train(self.done, self.feed)
@@ -401,7 +398,7 @@ def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: i
     alone = device.type == "cpu"
     replayed = ours(recipe if alone else replace(recipe, machine=replace(recipe.machine, compile="graphs")))
     if alone:
-        replayed.train.graphs = Graphs(replayed.train.work, device, HostAlone())
+        replayed.train.graphs = Graphs(replayed.train.work, device, recipe.mix.kinds, HostAlone())
     made: dict[str, Ours | Timm] = {
         OWN: ours(recipe),
         f"{REPLAYED}, without its work" if alone else REPLAYED: replayed,
