@@ -295,7 +295,7 @@ def test_host_time_is_of_a_network_of_one_parameter(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("loss", ["ce", "ce+triplet"])
+@pytest.mark.parametrize("loss", ["ce", pytest.param("ce+triplet", marks=pytest.mark.slow)])
 def test_end_to_end(colours, tmp_path, monkeypatch, loss):
     monkeypatch.setattr(pipeline, "LEAST_STEPS", 5)
     recipe = tiny(loss, batch_size=8)

@@ -153,8 +153,10 @@ def test_a_path_that_no_recipe_could_hold_is_refused_at_the_start(option, demo_s
         (["--arch", "test_resnet", "--resume", "nowhere"], "nowhere is no checkpoint"),
     ],
 )
-def test_mistakes_get_one_line_and_status_2(args, says, tmp_path, monkeypatch):
+def test_mistakes_get_one_line_and_status_2(args, says, demo_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    dataset.cache_dir().mkdir(parents=True)
+    (dataset.cache_dir() / "demo-1").symlink_to(demo_set)  # there are no images among the arguments
     result = call("run", *args, status=2)
     complaint = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
     assert len(complaint) == 1 and says in complaint[0] and "Traceback" not in result.output

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_cli import call
 from test_resume import LONG, await_line, same, start
 from test_train import events, part_of, run, tiny
 
@@ -53,7 +54,7 @@ SHORT = ("--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "-
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(demo_set, tmp_path):
     """The second run cannot write more than 100 kB into a file; after it the disk has room again."""
     args = (*SHORT, "--data", demo_set / "train", "--out", tmp_path / "run")
-    limited(resource.RLIM_INFINITY, *args, "--epochs", 3, *EVERY_FIVE)
+    call("run", "--device", "cpu", *args, "--epochs", 3, *EVERY_FIVE)
     out = tmp_path / "run"
     shutil.copytree(out, tmp_path / "whole", symlinks=True)
     for name in ("step-00000030", "step-00000025"):  # as if it had ended at 20
@@ -66,7 +67,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(demo_set, tmp
     assert said[-1].startswith("fasttrain: cannot write a checkpoint to")
     assert said[-1].endswith("the one before is whole")
     assert checkpoint.load(out / "last").meta["step"] == 20
-    assert limited(resource.RLIM_INFINITY, *args, "--epochs", 3, *EVERY_FIVE).returncode == 0
+    call("run", "--device", "cpu", *args, "--epochs", 3, *EVERY_FIVE)
     same(out, tmp_path / "whole")
 
 

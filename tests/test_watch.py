@@ -90,6 +90,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_who_is_slow_is_not_taken_for_one_that_hangs(demo_set, tmp_path):
     """An evaluation, and the last save while the other rank has nothing left to do, each longer than the timeout."""
     (tmp_path / "program.py").write_text(SLOW)
