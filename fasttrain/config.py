@@ -224,7 +224,8 @@ class Machine:
     """How to run, not what to train: none of this changes the order of samples or their pixels.
 
     workers: DALI's threads a rank (0: this rank's share of the cores). compile: torch.compile, `auto` is on for CUDA;
-    `graphs` also replays whole steps as CUDA graphs, on one GPU, where the host cannot keep up with it.
+    `graphs` also replays whole steps as CUDA graphs, on one GPU, where the host cannot keep up with it; the memory that
+    a step takes is then its own, and evaluation's comes on top.
     align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
     and its checkpoints stay the same. log_steps: steps between two log points; the host waits for the device there
     and nowhere else. hash_batches: log a hash of every step's images, in their order over all ranks, and wait for

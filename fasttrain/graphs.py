@@ -2,6 +2,7 @@
 and says go."""
 
 import gc
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,15 +14,16 @@ from torch import Tensor
 from fasttrain.errors import RunError
 from fasttrain.present import Now, Staged
 
-WARM_UP = 3  # steps of each kind that are done as they are, before one is recorded: they compile and tune
+WARM_UP = 3  # steps of a kind that are done as they are before one is recorded: they compile and tune
+PATIENCE = 100  # steps after which nothing waits any more for a kind that is rare
 
 T = TypeVar("T")
 Work = Callable[[Now, Iterable[Staged]], T]
 
 
 class Recorder(Protocol):
-    """What does a device's work by its own means, and what records it: `record` does nothing but give what the work
-    will have given, and what does it."""
+    """What does a device's work by its own means, and what records it: `record` gives what the work will have given
+    each time, and what does the work; the work is not done before that is called."""
 
     def run(self, work: Callable[[], T]) -> T: ...
 
@@ -31,49 +33,55 @@ class Recorder(Protocol):
 class Graphs(Generic[T]):
     """Does the work of a step again and again, by replaying it on a GPU; a CPU has no graphs and does it as it is.
 
-    work: what a device does in a step, without asking the host for anything that changes; what it reads and writes
-    besides its arguments stays where it is. kinds: `Mix.kinds`; whether a step mixes is the host's, so there is a
-    graph for each. None is recorded before all kinds have been done as they are: the memory for that would be needed
-    beside a graph's. What a call gives holds until the next one.
+    kinds: `Mix.kinds`; whether a step mixes is the host's, so there is a graph for each. As a rule none is recorded
+    before all kinds have been done as they are: the memory for that would be needed beside a graph's.
     """
 
-    def __init__(self, work: Work[T], device: torch.device, kinds: set[bool], recorder: Recorder | None = None) -> None:
-        self.work, self.device, self.kinds = work, device, kinds
+    def __init__(self, device: torch.device, kinds: set[bool], recorder: Recorder | None = None) -> None:
+        self.device, self.kinds = device, kinds
         self.recorder = recorder or (CudaGraphs(device) if device.type == "cuda" else None)
-        self.done: Counter[bool] = Counter()  # steps of each kind
+        self.done: Counter[bool] = Counter()  # steps of each kind, as they are
         self.recorded: dict[bool, tuple[T, Callable[[], object]]] = {}
         self.inputs: list[Staged] = []
-        self.numbers = torch.zeros(3, device=device)
-        self.now = Now(*self.numbers.unbind())
+        self.scalars = torch.zeros(3, device=device)
+        self.now = Now(*self.scalars.unbind())
 
     @property
     def complete(self) -> bool:
         """Whether all is recorded that ever will be."""
         return self.recorder is None or self.recorded.keys() == self.kinds
 
-    def __call__(self, now: Now, lr: float, staged: Iterable[Staged]) -> T:
-        """A step; staged: its micro-batches, all of which mix or none."""
-        self._hand_over(torch.tensor([now.epoch, now.progress, lr]), self.numbers)
+    def __call__(self, work: Work[T], now: Now, lr: float, staged: Iterable[Staged]) -> T:
+        """A step; what it gives holds until the next one.
+
+        work: what a device does in a step, the same in every call, without asking the host for anything that changes;
+        what it reads and writes besides its arguments stays where it is. staged: the step's micro-batches, all of
+        which mix or none.
+        """
+        self._hand_over(torch.tensor([now.epoch, now.progress, lr]), self.scalars)
         for at, each in enumerate(staged):
             if at == len(self.inputs):
                 self.inputs.append(each.on(self.device)._replace(pixels=torch.empty_like(each.pixels)))
-            own = self.inputs[at]._replace(mixed=each.mixed)
+            own = self.inputs[at] = self.inputs[at]._replace(mixed=each.mixed)
             own.pixels.copy_(each.pixels)
             self._hand_over(each.labels, own.labels)
             self._hand_over(each.params, own.params)
-            self.inputs[at] = own
-        mixed = own.mixed
-        work = partial(self.work, self.now, list(self.inputs))
-        if self.recorder is None:
-            return work()
-        if any(self.done[each] < WARM_UP for each in self.kinds):
-            self.done[mixed] += 1
-            return self.recorder.run(work)
+        mixed = self.inputs[0].mixed
         if mixed not in self.recorded:
-            self.recorded[mixed] = self.recorder.record(work)
+            now_or_later = partial(work, self.now, list(self.inputs))
+            if self.recorder is None:
+                return now_or_later()
+            if self._is_warming(mixed):
+                self.done[mixed] += 1
+                return self.recorder.run(now_or_later)
+            self.recorded[mixed] = self.recorder.record(now_or_later)
         told, replay = self.recorded[mixed]
         replay()
         return told
+
+    def _is_warming(self, mixed: bool) -> bool:
+        waiting = any(self.done[each] < WARM_UP for each in self.kinds) and self.done.total() < PATIENCE
+        return waiting or self.done[mixed] < WARM_UP
 
     def _hand_over(self, values: Tensor, own: Tensor) -> None:
         """What is new on the CPU goes to where the work reads it, without waiting for the device."""
@@ -98,9 +106,12 @@ class CudaGraphs:
         return told
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], object]]:
-        """Raises RunError where something in the work cannot be recorded."""
+        """Raises RunError where CUDA cannot record something in the work."""
+        # A thread of DALI's frees batches that are no longer held once the device has done all its work. It must not
+        # wait for a device that records: let it be through before.
+        gc.collect()
         torch.cuda.synchronize(self.stream.device)
-        gc.collect()  # takes so long that DALI's thread which frees batches after waiting for the device is at rest
+        time.sleep(0.1)
         graph = torch.cuda.CUDAGraph()
         try:
             # The pipeline's threads go on meanwhile, with calls that a stricter mode would count as the recording's.
@@ -109,6 +120,9 @@ class CudaGraphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise RunError(f"machine.compile=graphs: a step cannot be recorded ({reason}); leave it at auto") from None
+            first: BaseException = error  # the end of a recording fails too where something in it has
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = str(first).partition("\n")[0]
+            raise RunError(f"machine.compile=graphs: a step cannot be recorded ({reason}); leave it at auto") from error
         return told, graph.replay

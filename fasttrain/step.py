@@ -62,7 +62,7 @@ class Step:
         self.graphs = None
         if recipe.machine.compile == "graphs":
             require_replayable(recipe, ranks)
-            self.graphs = Graphs(self.work, device, recipe.mix.kinds)
+            self.graphs = Graphs[Told](device, recipe.mix.kinds)
         self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
         names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
         self.meter = Meter(names, device, kept=recipe.machine.log_steps)
@@ -91,9 +91,10 @@ class Step:
         return checkpoint.State(self.model, self.optimizer, self.scaler, self.ema)
 
     def __call__(self, step: int, feed: Iterator[Images]) -> Tensor:
-        """Train the step-th step of the run, from 0, on the next micro-batches of `feed`; nothing waits for the device.
+        """Train the step-th step of the run, from 0, on the next micro-batches of `feed`. Nothing waits for the device,
+        but where a step is recorded to be replayed, once for each kind.
 
-        Gives its loss, a float32 scalar on the device.
+        Gives its loss, a float32 scalar on the device, which holds until the next step.
         """
         recipe, plan = self.recipe, self.plan
         lr = self.lr_at(step)
@@ -108,7 +109,7 @@ class Step:
         if self.graphs is None:
             told = self.work(now, (each.on(self.ranks.device) for each in staged))
         else:
-            told = self.graphs(now, lr, staged)
+            told = self.graphs(self.work, now, lr, staged)
             self.guard.norms = told.norms
         self.meter.commit(step, told.row)
         if self.ema:

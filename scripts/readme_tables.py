@@ -67,8 +67,10 @@ def contenders(rows: Rows) -> str:
     lines = []
     for case, inside in by_case(rows).items():
         own = inside[0]["seconds"]
+        digits = 1 if own > 0.01 else 2
         for number, row in enumerate(inside):
-            spread = f"{row['seconds'] * 1e3:.1f} ({row['least'] * 1e3:.1f} … {row['most'] * 1e3:.1f})"
+            middle, least, most = (f"{row[key] * 1e3:.{digits}f}" for key in ("seconds", "least", "most"))
+            spread = f"{middle} ({least} … {most})"
             rate = [f"{row['images_per_s']:.0f}" if row["images"] else ""] if rates else []
             more = [f"{row[key]:.2f}" if key in row else "" for key in found]
             title = "" if number else case.partition(" ")[2]

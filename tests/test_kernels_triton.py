@@ -31,14 +31,17 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (torch.float16, torch.bfloat16)
 
 
-def test_all_cases_pass_in_the_interpreter():
+@pytest.mark.parametrize(
+    ("cases", "least"), [("gpu and not slow", 60), pytest.param("gpu and slow", 1, marks=pytest.mark.slow)]
+)
+def test_all_cases_pass_in_the_interpreter(cases, least):
     """TRITON_INTERPRET is read when a kernel is decorated, so this takes a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", cases, "-p", "no:cacheprovider", __file__]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 60, done.stdout[-500:]
+    assert passed and int(passed[1]) >= least, done.stdout[-500:]
 
 
 # ------------------------------------------------------------------------------------------------------------- mix
@@ -193,6 +196,7 @@ def test_triplet_takes_the_first_of_equals(batch, width, classes, seed):
 
 
 @on_device
+@pytest.mark.slow  # in the interpreter
 def test_triplet_with_the_tiles_of_large_batches():
     anchors, own, *_ = triplet_case(1024, 8, 64)
     indices = triplet.launch(anchors, own, anchors, own, 0, 0.3, False, INTERPRETED)[3].cpu()

@@ -83,17 +83,18 @@ RECIPES = {
 }
 
 
-# What a run keeps besides weights and momentum is in this one; the rest differ in what a step computes.
-_FAST = ("triplet, EMA, accumulation",)
-
-
+# What a run keeps besides weights and momentum is in the first; the rest differ in what a step computes.
 @pytest.mark.parametrize(
-    "name", [each if each in _FAST else pytest.param(each, marks=pytest.mark.slow) for each in RECIPES]
+    ("name", "stops"),
+    [
+        ("triplet, EMA, accumulation", (0, 2, 3, 7)),  # at the run's first step, an epoch's last and first, the last
+        *(pytest.param(name, range(8), marks=pytest.mark.slow) for name in RECIPES),
+    ],
 )
-def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(index, tmp_path, monkeypatch, name):
+def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(index, tmp_path, monkeypatch, name, stops):
     recipe = RECIPES[name]
     run(recipe, tmp_path / "whole", index, index)
-    for step in range(8):
+    for step in stops:
         out = tmp_path / f"stopped{step}"
         with monkeypatch.context() as patch:
             stop_at(patch, step)

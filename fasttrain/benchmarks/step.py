@@ -27,7 +27,7 @@ from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
 from fasttrain.dataset import Index
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
-from fasttrain.graphs import Graphs
+from fasttrain.graphs import PATIENCE, Graphs
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
 from fasttrain.models import Classifier
@@ -54,7 +54,8 @@ def recipe_of(
     workers: int = 0,
     settings: Sequence[str] = (),
 ) -> Recipe:
-    """A recipe settled for the device, from random weights; with another size, precision and compile (auto, on or off)
+    """A recipe settled for the device, from random weights; with another size, precision and compile (auto, on, off
+    or graphs)
     where given, and settings as `--set` has them, which its name tells. It never ends. Raises UserError where the
     batch is odd, since timm's Mixup takes even ones only, and for a recipe that distils: there is no teacher here."""
     if any(isinstance(loss, Distillation) for loss in found.losses):
@@ -330,10 +331,12 @@ class Turns:
 
 
 def warmed(step: "Ours | Timm", steps: int) -> None:
-    """So many steps, and more until the contender is warm."""
+    """So many steps, and more until the contender is warm, or has had time enough for that."""
     for _ in range(steps):
         step()
-    while not step.warm:
+    for _ in range(2 * PATIENCE):
+        if step.warm:
+            break
         step()
 
 
@@ -349,7 +352,8 @@ def returned(function: Callable[[], Any], device: torch.device, calls: int) -> f
 
 
 class HostAlone:
-    """In place of a GPU's recorder: what it replays does nothing, so that only the host's part of a step is left."""
+    """In place of a GPU's recorder: it does what it records, and what it replays does nothing, so that only the host's
+    part of a step is left."""
 
     def run(self, work: Callable[[], T]) -> T:
         return work()
@@ -398,7 +402,7 @@ def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: i
     alone = device.type == "cpu"
     replayed = ours(recipe if alone else replace(recipe, machine=replace(recipe.machine, compile="graphs")))
     if alone:
-        replayed.train.graphs = Graphs(replayed.train.work, device, recipe.mix.kinds, HostAlone())
+        replayed.train.graphs = Graphs(device, recipe.mix.kinds, HostAlone())
     made: dict[str, Ours | Timm] = {
         OWN: ours(recipe),
         f"{REPLAYED}, without its work" if alone else REPLAYED: replayed,
