@@ -34,20 +34,14 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 STEPS = 14
 
 
+ASKING = tuple(
+    ["_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh"]
+)
+
+
 class Tape(TorchDispatchMode):
     """Keeps every operation on tensors; to ask for a value or a number of values, or to make a constant on the host, is
     an error, since CUDA's graphs cannot."""
-
-    ASKING = {
-        "_local_scalar_dense",
-        "item",
-        "is_nonzero",
-        "equal",
-        "nonzero",
-        "masked_select",
-        "_unique2",
-        "lift_fresh",
-    }
 
     def __init__(self):
         super().__init__()
@@ -56,7 +50,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         by_mask = name == "index" and any(each.dtype == torch.bool for each in args[1] if each is not None)
-        assert not by_mask and name not in self.ASKING, f"asks the device: {func}"
+        assert not by_mask and name not in ASKING, f"asks the device: {func}"
         result = func(*args, **kwargs or {})
         self.calls.append((func, args, kwargs or {}, result))
         return result
