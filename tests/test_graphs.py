@@ -34,9 +34,7 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 STEPS = 14
 
 
-ASKING = tuple(
-    ["_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh"]
-)
+ASKING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh")
 
 
 class Tape(TorchDispatchMode):
