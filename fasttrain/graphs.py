@@ -68,13 +68,13 @@ class Graphs(Generic[T]):
             self._hand_over(each.params, own.params)
         mixed = self.inputs[0].mixed
         if mixed not in self.recorded:
-            now_or_later = partial(work, self.now, list(self.inputs))
+            this_step = partial(work, self.now, list(self.inputs))
             if self.recorder is None:
-                return now_or_later()
+                return this_step()
             if self._is_warming(mixed):
                 self.done[mixed] += 1
-                return self.recorder.run(now_or_later)
-            self.recorded[mixed] = self.recorder.record(now_or_later)
+                return self.recorder.run(this_step)
+            self.recorded[mixed] = self.recorder.record(this_step)
         told, replay = self.recorded[mixed]
         replay()
         return told
