@@ -638,6 +638,8 @@ def _require_png(path: Path, option: str) -> None:
 @main.group()
 def bench() -> None:
     """Measure this machine, always beside peers in the same run."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("bench measures one process; run it without torchrun")
 
 
 _Command = Callable[..., None]

@@ -295,6 +295,12 @@ def test_host_time_is_of_a_network_of_one_parameter(tmp_path):
     ]
 
 
+def test_several_ranks_do_not_measure_one_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(main, ["bench", "step", "--host", "--json", str(tmp_path / "a.json")])
+    assert result.exit_code == 2 and "run it without torchrun" in result.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("loss", ["ce", pytest.param("ce+triplet", marks=pytest.mark.slow)])
 def test_end_to_end(colours, tmp_path, monkeypatch, loss):
     monkeypatch.setattr(pipeline, "LEAST_STEPS", 5)
