@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fasttrain import __version__, signals
+from fasttrain.benchmarks.cli import bench
 from fasttrain.errors import Ended, Stopped, UserError
+from fasttrain.options import COMBINATIONS, FILE, FOLDER, PNG_SOFTWARE, SET_HELP, require_png, writes
 
 if TYPE_CHECKING:
-    import torch
-
-    from fasttrain.benchmarks.common import Row
     from fasttrain.config import Recipe
     from fasttrain.dataset import Index
     from fasttrain.place import Placed
@@ -63,22 +62,15 @@ def main() -> None:
     """Train image classifiers from scratch, with NVIDIA DALI pipelines and a channels-last mixed-precision loop."""
 
 
-COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # those of recipes.py, which would import torch
-_PNG_SOFTWARE = "fasttrain"  # in pictures, by which a later command knows that it may write over them
-_SET_HELP = "A setting of the recipe: key=value or part.key=value. Repeatable."
-_folder = click.Path(file_okay=False)
-_file = click.Path(dir_okay=False, path_type=Path)
-
-
 @main.command()
 @click.option("--arch", metavar="A", help="Network: tresnet_xl, resnest101e, seresnext101_32x4d or any other of timm.")
 @click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe instead of a network's own.")
 @click.option("--loss", type=click.Choice(COMBINATIONS), default=None,
               help="With --arch: which of the report's losses. Default: ce; the others go on from --init.")  # fmt: skip
 @click.option("--init", metavar="CKPT|FILE", help="Start from these weights: a run's (its best) or timm's in a .pth.")
-@click.option("--data", multiple=True, type=_folder, metavar="DIR", help="Training images; repeatable. None: demo set.")
-@click.option("--val", type=_folder, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
-@click.option("--out", type=_folder, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
+@click.option("--data", multiple=True, type=FOLDER, metavar="DIR", help="Training images; repeatable. None: demo set.")
+@click.option("--val", type=FOLDER, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
+@click.option("--out", type=FOLDER, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all ranks. Default: the recipe's.")
 @click.option("--image-size", type=click.IntRange(8),
@@ -97,7 +89,7 @@ _file = click.Path(dir_okay=False, path_type=Path)
 @click.option("--on-bad", type=click.Choice(["stop", "skip"]), default=None,
               help="A training image that cannot be decoded ends the run (stop, default) or is replaced.")  # fmt: skip
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
 @click.option("--dry-run", is_flag=True, help="Print what would be done and stop.")  # fmt: skip
 def run(
     arch: str | None,
@@ -133,7 +125,7 @@ def run(
 
     if signals.noted():
         again = "before a step was done; the same command starts again"
-        raise Stopped(f"stopped by {signals.noted()} {again}" if _writes() else "")
+        raise Stopped(f"stopped by {signals.noted()} {again}" if writes() else "")
     recipe = _chosen(arch, recipe_name, loss)
     on_demo = not data and not recipe.data.train
     if on_demo:
@@ -311,17 +303,12 @@ def _predict(
     return Predictions(np.array(index.ids), np.array(classes), probs, labels, per_size if len(per_size) > 1 else {})
 
 
-def _writes() -> bool:
-    """Whether this process is the one that writes files; on other machines their folders need not be there."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 @main.command("eval")
 @_of_a_network
-@click.option("--data", required=True, type=_folder, metavar="DIR",
+@click.option("--data", required=True, type=FOLDER, metavar="DIR",
               help="Labelled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
-@click.option("--out", type=_file, metavar="FILE.npz", help="Write the probabilities.")
-@click.option("--confusion", "confusion_path", type=_file, metavar="FILE.png", help="Draw the confusion matrix.")
+@click.option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
+@click.option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
 def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path: Path | None, **options: Any) -> None:
     """Top-1 and top-5 of a checkpoint over a folder of class folders; worst classes, most confused pairs.
 
@@ -334,10 +321,10 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
         dataset.require_classes(classes, checkpoint_path, index.classes, data)
         return index
 
-    if out and _writes():
+    if out and writes():
         predictions.require_own(out)
-    if confusion_path and _writes():
-        _require_png(confusion_path, "--confusion")
+    if confusion_path and writes():
+        require_png(confusion_path, "--confusion")
         confusion.require_matplotlib()
     found = _predict(checkpoint_path, labelled, **options)
     if found is None or found.labels is None:
@@ -347,7 +334,7 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
     if out:
         predictions.save(found, out)
     if confusion_path:
-        confusion.draw(counts, names, confusion_path, _PNG_SOFTWARE)
+        confusion.draw(counts, names, confusion_path, PNG_SOFTWARE)
     for size, probs in found.per_size.items():
         of_size = predictions.scores(probs, found.labels)
         click.echo(f"{size:>5} px: top-1 {of_size.top1:.2%}, top-5 {of_size.top5:.2%}")
@@ -361,8 +348,8 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
 
 @main.command()
 @_of_a_network
-@click.option("--images", required=True, type=_folder, metavar="DIR", help="Images, in DIR and folders inside it.")
-@click.option("--out", required=True, type=_file, metavar="FILE.npz", help="Where to write the probabilities.")
+@click.option("--images", required=True, type=FOLDER, metavar="DIR", help="Images, in DIR and folders inside it.")
+@click.option("--out", required=True, type=FILE, metavar="FILE.npz", help="Where to write the probabilities.")
 def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> None:
     """Probabilities of images without labels.
 
@@ -370,7 +357,7 @@ def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> No
     """
     from fasttrain import dataset, predictions
 
-    if _writes():
+    if writes():
         predictions.require_own(out)
     found = _predict(checkpoint_path, lambda recipe, classes: dataset.scan_unlabelled(images), **options)
     if found is not None:
@@ -379,18 +366,18 @@ def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> No
 
 
 @main.command()
-@click.argument("files", metavar="FILE.npz…", nargs=-1, required=True, type=_file)
+@click.argument("files", metavar="FILE.npz…", nargs=-1, required=True, type=FILE)
 @click.option("--weights", metavar="W,W,…", help="A weight for each file. Default: all the same.")
 @click.option(
     "--fit",
     "fit_files",
     multiple=True,
-    type=_file,
+    type=FILE,
     metavar="VAL.npz",
     help="Fit the weights greedily: the same models on labelled images, once for each file, in their order.",
 )
-@click.option("--out", type=_file, metavar="FILE.npz", help="Write the fused probabilities.")
-@click.option("--submission", "submission_path", type=_file, metavar="FILE.csv", help="Write the challenge's CSV.")
+@click.option("--out", type=FILE, metavar="FILE.npz", help="Write the fused probabilities.")
+@click.option("--submission", "submission_path", type=FILE, metavar="FILE.csv", help="Write the challenge's CSV.")
 def ensemble(
     files: tuple[Path, ...],
     weights: str | None,
@@ -459,8 +446,8 @@ def _weights(text: str, count: int) -> list[float]:
 
 
 @main.command()
-@click.argument("submission_path", metavar="SUBMISSION.csv", type=_file)
-@click.option("--labels", required=True, type=_file, metavar="FILE.csv",
+@click.argument("submission_path", metavar="SUBMISSION.csv", type=FILE)
+@click.option("--labels", required=True, type=FILE, metavar="FILE.csv",
               help="Right classes: the line Image IDs,Labels, then id,class.")  # fmt: skip
 def score(submission_path: Path, labels: Path) -> None:
     """Top-1 of a submission, which must name each image of the labels once, and no other."""
@@ -488,9 +475,9 @@ def data_demo(folder: Path, seed: int) -> None:
 
 
 @data_.command("check")
-@click.argument("folder", metavar="DIR", type=_folder)
-@click.option("--quarantine", "aside", type=_folder, metavar="DIR", help="Move bad files here, to be moved back later.")
-@click.option("--out", type=_file, metavar="FILE.json", help="Write the report.")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--quarantine", "aside", type=FOLDER, metavar="DIR", help="Move bad files here, to be moved back later.")
+@click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes that decode. 0: one a core.")
 def data_check(folder: str, aside: str | None, out: Path | None, workers: int) -> None:
     """Read every file of DIR with two decoders and name the bad ones, and what is odd about others.
@@ -518,8 +505,8 @@ def data_check(folder: str, aside: str | None, out: Path | None, workers: int) -
 
 
 @data_.command("restore")
-@click.argument("aside", metavar="ASIDE", type=_folder)
-@click.argument("folder", metavar="DIR", type=_folder)
+@click.argument("aside", metavar="ASIDE", type=FOLDER)
+@click.argument("folder", metavar="DIR", type=FOLDER)
 def data_restore(aside: str, folder: str) -> None:
     """Move the files of a quarantine, ASIDE, back to where they were in DIR."""
     from fasttrain import dataset, quarantine
@@ -531,8 +518,8 @@ _link_option = click.option("--link/--copy", default=False, help="Hard links ins
 
 
 @data_.command("vipriors")
-@click.option("--imagenet", required=True, type=_folder, metavar="DIR", help="Holds train/<wnid>/ and val/.")
-@click.option("--out", required=True, type=_folder, metavar="DIR", help="The set to make.")
+@click.option("--imagenet", required=True, type=FOLDER, metavar="DIR", help="Holds train/<wnid>/ and val/.")
+@click.option("--out", required=True, type=FOLDER, metavar="DIR", help="The set to make.")
 @_link_option
 def data_vipriors(imagenet: str, out: str, link: bool) -> None:
     """Build the VIPriors challenge's ImageNet-50 from a local ImageNet: OUT/train, OUT/val (50 images a class each)
@@ -546,10 +533,10 @@ def data_vipriors(imagenet: str, out: str, link: bool) -> None:
 
 
 @data_.command("cut")
-@click.argument("folder", metavar="DIR", type=_folder)
+@click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--per-class", required=True, type=click.IntRange(1), help="Training images a class.")
 @click.option("--val-per-class", type=click.IntRange(0), help="Validation images a class. Default: as many.")
-@click.option("--out", required=True, type=_folder, metavar="DIR", help="The set to make.")
+@click.option("--out", required=True, type=FOLDER, metavar="DIR", help="The set to make.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Other seed, other images.")
 @_link_option
 def data_cut(folder: str, per_class: int, val_per_class: int | None, out: str, seed: int, link: bool) -> None:
@@ -584,11 +571,11 @@ def recipes_(name: str | None) -> None:
 @main.command()
 @click.option("--arch", metavar="A", help="Network whose recipe to show.")
 @click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe to show.")
-@click.option("--data", type=_folder, metavar="DIR", help="Training images. None: the recipe's, or the demo set.")
+@click.option("--data", type=FOLDER, metavar="DIR", help="Training images. None: the recipe's, or the demo set.")
 @click.option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Epoch, from 0.")
 @click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="Step of the epoch, from 0.")
 @click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="At most so many of the batch.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("batch.png"), show_default=True,
               help="PNG to write.")  # fmt: skip
 def show(
@@ -614,254 +601,19 @@ def show(
     elif not recipe.data.train:
         recipe = _demo(recipe)
     recipe = recipes.override(recipe, *settings)
-    _require_png(out, "--out")
+    require_png(out, "--out")
     index, _ = dataset.open_data(replace(recipe.data, val=""))
     plan = Plan.of(recipe, index)
     if epoch >= plan.epochs or step >= plan.steps_per_epoch:
         span = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps"
         raise UserError(f"--epoch {epoch} --step {step}: there are {span}")
     told = PngInfo()
-    told.add_text("Software", _PNG_SOFTWARE)
+    told.add_text("Software", PNG_SOFTWARE)
     draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out, pnginfo=told)
     click.echo(f"wrote {dataset.shown(out)}")
 
 
-def _require_png(path: Path, option: str) -> None:
-    from fasttrain.dataset import shown
-
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise UserError(f"{option} {shown(path)}: a PNG in a folder that is there; end the name in .png")
-    if path.exists() and _PNG_SOFTWARE.encode() not in path.read_bytes()[:4096]:
-        raise UserError(f"{option} {shown(path)} is there and is no picture of fasttrain's; name another file")
-
-
-@main.group()
-def bench() -> None:
-    """Measure this machine, always beside peers in the same run."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("bench measures one process; run it without torchrun")
-
-
-_Command = Callable[..., None]
-_COMPILE = {None: None, True: "on", False: "off"}
-
-
-def _measured(rounds: int) -> Callable[[_Command], _Command]:
-    """The options that all benchmarks have."""
-    options = (
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--rounds", type=click.IntRange(1), default=rounds, show_default=True,
-                     help="Turns that each contender has."),
-        click.option("--json", "json_path", type=_file, metavar="FILE", help="Write the figures."),
-        click.option("--plot", type=_file, metavar="FILE.png", help="Draw the figures."),
-    )  # fmt: skip
-
-    def add(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
-    """UserError, before anything is measured, where `_tell` could not write the figures."""
-    from fasttrain.benchmarks import common
-
-    if json_path and _writes():
-        common.require_own(json_path)
-    if plot and _writes():
-        _require_png(plot, "--plot")
-        common.require_matplotlib()
-
-
-def _tell(
-    rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, **settings: Any
-) -> None:
-    """Print a benchmark's figures, and write them where asked. settings: what it was asked to do."""
-    from fasttrain.benchmarks import common
-
-    click.echo(common.table(rows))
-    if json_path:
-        common.write_json(json_path, device, rows, settings)
-    if plot:
-        common.write_plot(plot, rows, _PNG_SOFTWARE)
-
-
-@bench.command("kernels")
-@_measured(rounds=15)
-def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path | None) -> None:
-    """Mix, triplet and averaging of weights beside eager, compiled and library versions of the same work."""
-    from fasttrain.benchmarks.kernels import kernels
-    from fasttrain.distributed import ranks
-
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        _tell(kernels(here.device, rounds), here.device, json_path, plot, rounds=rounds)
-
-
-@bench.command("pipeline")
-@click.option("--data", required=True, type=_folder, metavar="DIR", help="Images in class folders.")
-@click.option("--batch-size", "batch_sizes", type=click.IntRange(2), multiple=True, default=(64,), show_default=True,
-              help="Images a batch. Repeatable.")  # fmt: skip
-@click.option("--image-size", type=click.IntRange(8), default=224, show_default=True, help="In pixels.")
-@click.option("--autoaugment", "policies", type=click.Choice(["none", "imagenet"]), multiple=True,
-              default=("none", "imagenet"), show_default=True, help="Repeatable.")  # fmt: skip
-@click.option("--cutmix/--no-cutmix", default=True, show_default=True, help="Mix each batch.")
-@click.option("--images-per-class", type=click.IntRange(0), default=4, show_default=True,
-              help="Of the P x K batches; 0: leave them out.")  # fmt: skip
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
-@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Batches a turn.")
-@click.option("--profile", is_flag=True, help="Also where the project's own pipeline spends its time.")
-@_measured(rounds=5)
-def bench_pipeline(
-    data: str,
-    batch_sizes: tuple[int, ...],
-    image_size: int,
-    policies: tuple[str, ...],
-    cutmix: bool,
-    images_per_class: int,
-    precision: str,
-    workers: int,
-    steps: int,
-    profile: bool,
-    device: str,
-    rounds: int,
-    json_path: Path | None,
-    plot: Path | None,
-) -> None:
-    """The training pipeline beside timm's loader, torchvision v2 and DALI's stock pipeline, on the same images."""
-    from fasttrain import dataset
-    from fasttrain.benchmarks import pipeline
-    from fasttrain.config import Data
-    from fasttrain.distributed import ranks
-
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        index, _ = dataset.open_data(Data(train=(data,)))
-        asked: dict[str, Any] = {
-            "batch_sizes": batch_sizes,
-            "image_size": image_size,
-            "policies": policies,
-            "cutmix": cutmix,
-            "images_per_class": images_per_class,
-            "workers": here.threads(workers),
-            "steps": steps,
-            "rounds": rounds,
-        }
-        dtype = pipeline.dtype_of(precision, here.device)
-        rows = pipeline.pipeline(index, here.device, dtype, profile=profile, **asked)
-        _tell(rows, here.device, json_path, plot, images=len(index), precision=precision, **asked)
-
-
-def _of_networks(command: _Command) -> _Command:
-    """The options of a benchmark that trains networks; see `_chosen_networks`."""
-    options = (
-        click.option("--arch", "archs", multiple=True, metavar="A",
-                     help="Network; repeatable. Default: the report's three."),
-        click.option("--loss", type=click.Choice(COMBINATIONS), help="Default: ce."),
-        click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's."),
-        click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's."),
-        click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), help="Default: the recipe's."),
-        click.option("--compile/--no-compile", "compiled", default=None,
-                     help="torch.compile. Default: the recipe's, which is on for CUDA."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=_SET_HELP),
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _chosen_networks(
-    device: "torch.device",
-    *,
-    archs: Sequence[str],
-    loss: str | None,
-    compiled: bool | None,
-    named: Sequence[str] = (),
-    **options: Any,
-) -> "list[Recipe]":
-    """What the options of `_of_networks` ask for, a settled recipe a network, and the recipes that are `named`."""
-    from fasttrain import recipes
-    from fasttrain.benchmarks.step import recipe_of
-    from fasttrain.models import ARCHS
-
-    if loss and named:
-        raise UserError("--loss chooses the losses of networks by --arch; --recipe has losses of its own")
-    chosen = [replace(recipes.for_arch(arch, loss or "ce"), name=arch) for arch in archs or (() if named else ARCHS)]
-    chosen += [recipes.by_name(name) for name in named]
-    return [recipe_of(each, device, compiled=_COMPILE[compiled], **options) for each in chosen]
-
-
-@bench.command("step")
-@_of_networks
-@click.option("--recipe", "named", multiple=True, metavar="R", help="Recipe, or its TOML file; repeatable.")
-@click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
-@click.option("--peers/--no-peers", default=True, help="Beside timm's, or the project's step alone.  [default: peers]")
-@click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
-@_measured(rounds=5)
-def bench_step(
-    classes: int,
-    steps: int,
-    peers: bool,
-    host: bool,
-    device: str,
-    rounds: int,
-    json_path: Path | None,
-    plot: Path | None,
-    **options: Any,
-) -> None:
-    """The training step on a batch that is on the device, beside timm's loop, eager and compiled."""
-    from fasttrain.benchmarks import step
-    from fasttrain.distributed import ranks
-
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        if host:
-            _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
-            return
-        chosen = _chosen_networks(here.device, **options)
-        rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, peers=peers)
-        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
-        asked = {"losses": losses, "classes": classes, "steps": steps, "rounds": rounds}
-        _tell(rows, here.device, json_path, plot, **asked)
-
-
-@bench.command("train")
-@click.option("--data", required=True, type=_folder, metavar="DIR", help="Images in class folders.")
-@_of_networks
-@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
-@click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps a turn.")
-@click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
-@_measured(rounds=3)
-def bench_train(
-    data: str,
-    workers: int,
-    steps: int,
-    warm_up: int,
-    device: str,
-    rounds: int,
-    json_path: Path | None,
-    plot: Path | None,
-    **options: Any,
-) -> None:
-    """Real runs beside their step alone, their pipeline alone, and timm's loader and loop."""
-    from fasttrain import dataset
-    from fasttrain.benchmarks.train import end_to_end
-    from fasttrain.config import Data
-    from fasttrain.distributed import ranks
-
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        index, _ = dataset.open_data(Data(train=(data,)))
-        threads = here.threads(workers)
-        chosen = _chosen_networks(here.device, workers=threads, **options)
-        rows = end_to_end(chosen, index, here, rounds=rounds, steps=steps, warm_up=warm_up)
-        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
-        asked = {"losses": losses, "workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds}
-        _tell(rows, here.device, json_path, plot, images=len(index), **asked)
+main.add_command(bench)
 
 
 @main.command()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain import cli, recipes
+from fasttrain import options, recipes
 from fasttrain.config import Augment, Data, Mix, Optim, Recipe
 from fasttrain.errors import UserError
 from fasttrain.losses.arcface import ArcFace
@@ -71,7 +71,7 @@ def test_stage_two_differs_from_stage_one_in_losses_epochs_and_batches_only():
 
 
 def test_combinations_are_those_of_the_command_line():
-    assert tuple(recipes.COMBINATIONS) == cli.COMBINATIONS
+    assert tuple(recipes.COMBINATIONS) == options.COMBINATIONS
 
 
 @pytest.mark.parametrize("combination", ["ce+triplet", "ce+arcface"])

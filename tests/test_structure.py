@@ -26,6 +26,7 @@ LAYERS = [
         "errors",
         "files",
         "flat",
+        "options",
         "",
     }
     | {

@@ -1,0 +1,247 @@
+"""`fasttrain bench`. torch, timm and DALI are imported inside the commands, so that help comes at once."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fasttrain.errors import UserError
+from fasttrain.options import COMBINATIONS, FILE, FOLDER, PNG_SOFTWARE, SET_HELP, require_png
+
+if TYPE_CHECKING:
+    import torch
+
+    from fasttrain.benchmarks.common import Row
+    from fasttrain.config import Recipe
+
+
+@click.group()
+def bench() -> None:
+    """Measure this machine, always beside peers in the same run."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("bench measures one process; run it without torchrun")
+
+
+_Command = Callable[..., None]
+_COMPILE = {None: None, True: "on", False: "off"}
+
+
+def _measured(rounds: int) -> Callable[[_Command], _Command]:
+    """The options that all benchmarks have."""
+    options = (
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option("--rounds", type=click.IntRange(1), default=rounds, show_default=True,
+                     help="Turns that each contender has."),
+        click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write the figures."),
+        click.option("--plot", type=FILE, metavar="FILE.png", help="Draw the figures."),
+    )  # fmt: skip
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
+    """UserError, before anything is measured, where `_tell` could not write the figures."""
+    from fasttrain.benchmarks import common
+
+    if json_path:
+        common.require_own(json_path)
+    if plot:
+        require_png(plot, "--plot")
+        common.require_matplotlib()
+
+
+def _tell(
+    rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, **settings: Any
+) -> None:
+    """Print a benchmark's figures, and write them where asked. settings: what it was asked to do."""
+    from fasttrain.benchmarks import common
+
+    click.echo(common.table(rows))
+    if json_path:
+        common.write_json(json_path, device, rows, settings)
+    if plot:
+        common.write_plot(plot, rows, PNG_SOFTWARE)
+
+
+@bench.command("kernels")
+@_measured(rounds=15)
+def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path | None) -> None:
+    """Mix, triplet and averaging of weights beside eager, compiled and library versions of the same work."""
+    from fasttrain.benchmarks.kernels import kernels
+    from fasttrain.distributed import ranks
+
+    _require_outputs(json_path, plot)
+    with ranks(device) as here:
+        _tell(kernels(here.device, rounds), here.device, json_path, plot, rounds=rounds)
+
+
+@bench.command("pipeline")
+@click.option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
+@click.option("--batch-size", "batch_sizes", type=click.IntRange(2), multiple=True, default=(64,), show_default=True,
+              help="Images a batch. Repeatable.")  # fmt: skip
+@click.option("--image-size", type=click.IntRange(8), default=224, show_default=True, help="In pixels.")
+@click.option("--autoaugment", "policies", type=click.Choice(["none", "imagenet"]), multiple=True,
+              default=("none", "imagenet"), show_default=True, help="Repeatable.")  # fmt: skip
+@click.option("--cutmix/--no-cutmix", default=True, show_default=True, help="Mix each batch.")
+@click.option("--images-per-class", type=click.IntRange(0), default=4, show_default=True,
+              help="Of the P x K batches; 0: leave them out.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Batches a turn.")
+@click.option("--profile", is_flag=True, help="Also where the project's own pipeline spends its time.")
+@_measured(rounds=5)
+def bench_pipeline(
+    data: str,
+    batch_sizes: tuple[int, ...],
+    image_size: int,
+    policies: tuple[str, ...],
+    cutmix: bool,
+    images_per_class: int,
+    precision: str,
+    workers: int,
+    steps: int,
+    profile: bool,
+    device: str,
+    rounds: int,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """The training pipeline beside timm's loader, torchvision v2 and DALI's stock pipeline, on the same images."""
+    from fasttrain import dataset
+    from fasttrain.benchmarks import pipeline
+    from fasttrain.config import Data
+    from fasttrain.distributed import ranks
+
+    _require_outputs(json_path, plot)
+    with ranks(device) as here:
+        index, _ = dataset.open_data(Data(train=(data,)))
+        asked: dict[str, Any] = {
+            "batch_sizes": batch_sizes,
+            "image_size": image_size,
+            "policies": policies,
+            "cutmix": cutmix,
+            "images_per_class": images_per_class,
+            "workers": here.threads(workers),
+            "steps": steps,
+            "rounds": rounds,
+        }
+        dtype = pipeline.dtype_of(precision, here.device)
+        rows = pipeline.pipeline(index, here.device, dtype, profile=profile, **asked)
+        _tell(rows, here.device, json_path, plot, images=len(index), precision=precision, **asked)
+
+
+def _of_networks(command: _Command) -> _Command:
+    """The options of a benchmark that trains networks; see `_chosen_networks`."""
+    options = (
+        click.option("--arch", "archs", multiple=True, metavar="A",
+                     help="Network; repeatable. Default: the report's three."),
+        click.option("--loss", type=click.Choice(COMBINATIONS), help="Default: ce."),
+        click.option("--batch-size", type=click.IntRange(2), help="Default: the recipe's."),
+        click.option("--image-size", type=click.IntRange(8), help="In pixels. Default: the recipe's."),
+        click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), help="Default: the recipe's."),
+        click.option("--compile/--no-compile", "compiled", default=None,
+                     help="torch.compile. Default: the recipe's, which is on for CUDA."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _chosen_networks(
+    device: "torch.device",
+    *,
+    archs: Sequence[str],
+    loss: str | None,
+    compiled: bool | None,
+    named: Sequence[str] = (),
+    **options: Any,
+) -> "list[Recipe]":
+    """What the options of `_of_networks` ask for, a settled recipe a network, and the recipes that are `named`."""
+    from fasttrain import recipes
+    from fasttrain.benchmarks.step import recipe_of
+    from fasttrain.models import ARCHS
+
+    if loss and named:
+        raise UserError("--loss chooses the losses of networks by --arch; --recipe has losses of its own")
+    chosen = [replace(recipes.for_arch(arch, loss or "ce"), name=arch) for arch in archs or (() if named else ARCHS)]
+    chosen += [recipes.by_name(name) for name in named]
+    return [recipe_of(each, device, compiled=_COMPILE[compiled], **options) for each in chosen]
+
+
+@bench.command("step")
+@_of_networks
+@click.option("--recipe", "named", multiple=True, metavar="R", help="Recipe, or its TOML file; repeatable.")
+@click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
+@click.option("--peers/--no-peers", default=True, help="Beside timm's, or the project's step alone.  [default: peers]")
+@click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
+@_measured(rounds=5)
+def bench_step(
+    classes: int,
+    steps: int,
+    peers: bool,
+    host: bool,
+    device: str,
+    rounds: int,
+    json_path: Path | None,
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """The training step on a batch that is on the device, beside timm's loop, eager and compiled."""
+    from fasttrain.benchmarks import step
+    from fasttrain.distributed import ranks
+
+    _require_outputs(json_path, plot)
+    with ranks(device) as here:
+        if host:
+            _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
+            return
+        chosen = _chosen_networks(here.device, **options)
+        rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, peers=peers)
+        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
+        asked = {"losses": losses, "classes": classes, "steps": steps, "rounds": rounds}
+        _tell(rows, here.device, json_path, plot, **asked)
+
+
+@bench.command("train")
+@click.option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
+@_of_networks
+@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
+@click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps a turn.")
+@click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
+@_measured(rounds=3)
+def bench_train(
+    data: str,
+    workers: int,
+    steps: int,
+    warm_up: int,
+    device: str,
+    rounds: int,
+    json_path: Path | None,
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """Real runs beside their step alone, their pipeline alone, and timm's loader and loop."""
+    from fasttrain import dataset
+    from fasttrain.benchmarks.train import end_to_end
+    from fasttrain.config import Data
+    from fasttrain.distributed import ranks
+
+    _require_outputs(json_path, plot)
+    with ranks(device) as here:
+        index, _ = dataset.open_data(Data(train=(data,)))
+        threads = here.threads(workers)
+        chosen = _chosen_networks(here.device, workers=threads, **options)
+        rows = end_to_end(chosen, index, here, rounds=rounds, steps=steps, warm_up=warm_up)
+        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
+        asked = {"losses": losses, "workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds}
+        _tell(rows, here.device, json_path, plot, images=len(index), **asked)
