@@ -243,8 +243,13 @@ def write_plot(path: Path, rows: list[Row], software: str) -> None:
         values = [each.images_per_s if by_rate else each.seconds * 1e3 for each in inside]
         drawn = axes.barh([each.contender for each in inside], values)
         unit = "img/s" if by_rate else "ms"
-        axes.bar_label(drawn, [f"{value:.3g} {unit}" for value in values], padding=3, fontsize=8)
-        axes.margins(x=0.15)
+        axes.bar_label(
+            drawn,
+            [f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}" for value in values],
+            padding=3,
+            fontsize=8,
+        )
+        axes.margins(x=0.2)
         axes.set_title(f"{work} {case}", loc="left", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.xaxis.set_visible(False)
