@@ -228,9 +228,9 @@ class Machine:
     a step takes is then its own, and evaluation's comes on top.
     align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
     and its checkpoints stay the same. log_steps: steps between two log points; the host waits for the device there
-    and nowhere else. hash_batches: log a hash of every step's images, in their order over all ranks, and wait for
-    them. hang_timeout: seconds without progress after which a run on several ranks ends and names the rank that is
-    behind (0: never).
+    and, besides, only where a step is recorded to be replayed. hash_batches: log a hash of every step's images, in
+    their order over all ranks, and wait for them. hang_timeout: seconds without progress after which a run on several
+    ranks ends and names the rank that is behind (0: never).
     """
 
     device: str = "auto"

@@ -61,6 +61,10 @@ class Present:
         """What networks compute under: nothing in float32."""
         return nullcontext if self.dtype == torch.float32 else partial(torch.autocast, self.device.type, self.dtype)
 
+    def now(self, step: int) -> Now:
+        """What `step` begins with, in the host's numbers."""
+        return Now(step / self.plan.steps_per_epoch, step / self.plan.steps)
+
     def stage(self, step: int, micro: int, pixels: Tensor, numbers: Tensor) -> Staged:
         """What the host has to say of `Images` of micro-batch `micro` of `step`: labels and params are on the CPU."""
         plan, labels = self.plan, self.labels[numbers]

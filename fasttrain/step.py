@@ -105,7 +105,7 @@ class Step:
         seed_generators((recipe.seed << 32) + draw & 0x7FFF_FFFF_FFFF_FFFF, self.ranks.device)
 
         staged = (self.present.stage(step, micro, *next(feed)) for micro in range(plan.micro_batches))
-        now = Now(step / plan.steps_per_epoch, step / plan.steps)
+        now = self.present.now(step)
         if self.graphs is None:
             told = self.work(now, (each.on(self.ranks.device) for each in staged))
         else:

@@ -177,7 +177,7 @@ def test_triplet_over_a_gathered_set(batch, pool, before):
 
 @on_device
 @given(st.integers(1, 40), st.integers(1, 80), st.integers(1, 8), st.integers(0, 10**6))
-@settings(max_examples=12 if INTERPRETED else 100, deadline=None)
+@settings(max_examples=25 if INTERPRETED else 100, deadline=None)
 def test_triplet_equals_the_reference_at_any_shape(batch, width, classes, seed):
     check_triplet(triplet_case(batch, width, classes, seed=seed))
 

@@ -10,7 +10,7 @@ from test_plan import make_plan
 from fasttrain.batch import Output
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Mix
 from fasttrain.kernels import mix as mix_kernel
-from fasttrain.present import Now, Present
+from fasttrain.present import Present
 
 B, SIZE, CLASSES = 8, 16, 3
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_rows_labels_and_targets(pixels, mix):
     numbers = torch.from_numpy(plan.images(3, 0).copy())
     teacher, averaged = Told(), Told()
     present = Present(plan, labels, CPU, torch.float32, teacher, averaged)
-    shown, batch = present(present.stage(3, 0, pixels, numbers), Now(0.5, 0.25))
+    shown, batch = present(present.stage(3, 0, pixels, numbers), present.now(3))
 
     table, mixed = plan.mix_params(3, 0)
     assert batch.mixed == mixed == bool(mix.cutmix or mix.mixup)
@@ -70,7 +70,7 @@ def test_rows_labels_and_targets(pixels, mix):
             expected[top:bottom, left:right] = clean[other][top:bottom, left:right]
             assert lam == pytest.approx(1 - (bottom - top) * (right - left) / SIZE**2)
         np.testing.assert_allclose(shown[row].permute(1, 2, 0), expected, atol=1e-5)
-    assert (batch.epoch, batch.progress) == (0.5, 0.25)
+    assert (batch.epoch, batch.progress) == (3 / 6, 3 / 18)
     assert not batch.averaged_probs.requires_grad
 
 
@@ -79,7 +79,7 @@ def test_without_views_or_teachers_it_is_the_labels_and_the_mix(pixels):
     labels = torch.arange(50)
     numbers = torch.from_numpy(plan.images(0, 0).copy())
     present = Present(plan, labels, CPU, torch.float32)
-    shown, batch = present(present.stage(0, 0, pixels[:B], numbers), Now(0.0, 0.0))
+    shown, batch = present(present.stage(0, 0, pixels[:B], numbers), present.now(0))
     np.testing.assert_allclose(shown.permute(0, 2, 3, 1), normalised(pixels[:B].numpy()), atol=1e-5)
     assert torch.equal(batch.labels, numbers) and torch.equal(batch.labels_mixed, numbers)
     assert (batch.lam == 1).all() and not batch.mixed and batch.views == 1

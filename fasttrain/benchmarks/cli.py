@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
     from fasttrain.benchmarks.common import Row
     from fasttrain.config import Recipe
+    from fasttrain.distributed import Ranks
+
+Figures = tuple[list["Row"], dict[str, Any]]  # of a benchmark, and what it was asked to do
 
 
 @click.group()
@@ -25,12 +29,13 @@ def bench() -> None:
         raise UserError("bench measures one process; run it without torchrun")
 
 
-_Command = Callable[..., None]
+_Command = Callable[..., Any]
 _COMPILE = {None: None, True: "on", False: "off"}
 
 
 def _measured(rounds: int) -> Callable[[_Command], _Command]:
-    """The options that all benchmarks have."""
+    """What all benchmarks have: the options; this process as `here`, for a command that gives its figures and what it
+    was asked to do; and the telling of both. It comes next to the command: what is above it adds options to all."""
     options = (
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.option("--rounds", type=click.IntRange(1), default=rounds, show_default=True,
@@ -40,9 +45,18 @@ def _measured(rounds: int) -> Callable[[_Command], _Command]:
     )  # fmt: skip
 
     def add(command: _Command) -> _Command:
+        @wraps(command)
+        def measured(device: str, json_path: Path | None, plot: Path | None, **asked: Any) -> None:
+            from fasttrain.distributed import ranks
+
+            _require_outputs(json_path, plot)
+            with ranks(device) as here:
+                rows, settings = command(here, **asked)
+                _tell(rows, here.device, json_path, plot, settings)
+
         for option in reversed(options):
-            command = option(command)
-        return command
+            measured = option(measured)
+        return measured
 
     return add
 
@@ -59,7 +73,7 @@ def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
 
 
 def _tell(
-    rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, **settings: Any
+    rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, settings: dict[str, Any]
 ) -> None:
     """Print a benchmark's figures, and write them where asked. settings: what it was asked to do."""
     from fasttrain.benchmarks import common
@@ -73,14 +87,11 @@ def _tell(
 
 @bench.command("kernels")
 @_measured(rounds=15)
-def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path | None) -> None:
+def bench_kernels(here: "Ranks", rounds: int) -> Figures:
     """Mix, triplet and averaging of weights beside eager, compiled and library versions of the same work."""
     from fasttrain.benchmarks.kernels import kernels
-    from fasttrain.distributed import ranks
 
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        _tell(kernels(here.device, rounds), here.device, json_path, plot, rounds=rounds)
+    return kernels(here.device, rounds), {"rounds": rounds}
 
 
 @bench.command("pipeline")
@@ -98,44 +109,17 @@ def bench_kernels(device: str, rounds: int, json_path: Path | None, plot: Path |
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Batches a turn.")
 @click.option("--profile", is_flag=True, help="Also where the project's own pipeline spends its time.")
 @_measured(rounds=5)
-def bench_pipeline(
-    data: str,
-    batch_sizes: tuple[int, ...],
-    image_size: int,
-    policies: tuple[str, ...],
-    cutmix: bool,
-    images_per_class: int,
-    precision: str,
-    workers: int,
-    steps: int,
-    profile: bool,
-    device: str,
-    rounds: int,
-    json_path: Path | None,
-    plot: Path | None,
-) -> None:
+def bench_pipeline(here: "Ranks", data: str, precision: str, workers: int, profile: bool, **asked: Any) -> Figures:
     """The training pipeline beside timm's loader, torchvision v2 and DALI's stock pipeline, on the same images."""
     from fasttrain import dataset
     from fasttrain.benchmarks import pipeline
     from fasttrain.config import Data
-    from fasttrain.distributed import ranks
 
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        index, _ = dataset.open_data(Data(train=(data,)))
-        asked: dict[str, Any] = {
-            "batch_sizes": batch_sizes,
-            "image_size": image_size,
-            "policies": policies,
-            "cutmix": cutmix,
-            "images_per_class": images_per_class,
-            "workers": here.threads(workers),
-            "steps": steps,
-            "rounds": rounds,
-        }
-        dtype = pipeline.dtype_of(precision, here.device)
-        rows = pipeline.pipeline(index, here.device, dtype, profile=profile, **asked)
-        _tell(rows, here.device, json_path, plot, images=len(index), precision=precision, **asked)
+    index, _ = dataset.open_data(Data(train=(data,)))
+    asked["workers"] = here.threads(workers)
+    dtype = pipeline.dtype_of(precision, here.device)
+    rows = pipeline.pipeline(index, here.device, dtype, profile=profile, **asked)
+    return rows, {"images": len(index), "precision": precision, **asked}
 
 
 def _of_networks(command: _Command) -> _Command:
@@ -177,6 +161,11 @@ def _chosen_networks(
     return [recipe_of(each, device, compiled=_COMPILE[compiled], **options) for each in chosen]
 
 
+def _losses(chosen: "list[Recipe]") -> dict[str, list[str]]:
+    """Names of each recipe's losses."""
+    return {each.name: [loss.name for loss in each.losses] for each in chosen}
+
+
 @bench.command("step")
 @_of_networks
 @click.option("--recipe", "named", multiple=True, metavar="R", help="Recipe, or its TOML file; repeatable.")
@@ -186,30 +175,16 @@ def _chosen_networks(
 @click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
 @_measured(rounds=5)
 def bench_step(
-    classes: int,
-    steps: int,
-    peers: bool,
-    host: bool,
-    device: str,
-    rounds: int,
-    json_path: Path | None,
-    plot: Path | None,
-    **options: Any,
-) -> None:
+    here: "Ranks", classes: int, steps: int, peers: bool, host: bool, rounds: int, **options: Any
+) -> Figures:
     """The training step on a batch that is on the device, beside timm's loop, eager and compiled."""
     from fasttrain.benchmarks import step
-    from fasttrain.distributed import ranks
 
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        if host:
-            _tell(step.host(here.device, rounds=rounds), here.device, json_path, plot, rounds=rounds)
-            return
-        chosen = _chosen_networks(here.device, **options)
-        rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, peers=peers)
-        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
-        asked = {"losses": losses, "classes": classes, "steps": steps, "rounds": rounds}
-        _tell(rows, here.device, json_path, plot, **asked)
+    if host:
+        return step.host(here.device, rounds=rounds), {"rounds": rounds}
+    chosen = _chosen_networks(here.device, **options)
+    rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, peers=peers)
+    return rows, {"losses": _losses(chosen), "classes": classes, "steps": steps, "rounds": rounds}
 
 
 @bench.command("train")
@@ -220,28 +195,16 @@ def bench_step(
 @click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
 @_measured(rounds=3)
 def bench_train(
-    data: str,
-    workers: int,
-    steps: int,
-    warm_up: int,
-    device: str,
-    rounds: int,
-    json_path: Path | None,
-    plot: Path | None,
-    **options: Any,
-) -> None:
+    here: "Ranks", data: str, workers: int, steps: int, warm_up: int, rounds: int, **options: Any
+) -> Figures:
     """Real runs beside their step alone, their pipeline alone, and timm's loader and loop."""
     from fasttrain import dataset
     from fasttrain.benchmarks.train import end_to_end
     from fasttrain.config import Data
-    from fasttrain.distributed import ranks
 
-    _require_outputs(json_path, plot)
-    with ranks(device) as here:
-        index, _ = dataset.open_data(Data(train=(data,)))
-        threads = here.threads(workers)
-        chosen = _chosen_networks(here.device, workers=threads, **options)
-        rows = end_to_end(chosen, index, here, rounds=rounds, steps=steps, warm_up=warm_up)
-        losses = {each.name: [loss.name for loss in each.losses] for each in chosen}
-        asked = {"losses": losses, "workers": threads, "steps": steps, "warm_up": warm_up, "rounds": rounds}
-        _tell(rows, here.device, json_path, plot, images=len(index), **asked)
+    index, _ = dataset.open_data(Data(train=(data,)))
+    threads = here.threads(workers)
+    chosen = _chosen_networks(here.device, workers=threads, **options)
+    turns = {"steps": steps, "warm_up": warm_up, "rounds": rounds}
+    rows = end_to_end(chosen, index, here, **turns)
+    return rows, {"images": len(index), "losses": _losses(chosen), "workers": threads, **turns}

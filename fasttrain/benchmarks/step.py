@@ -55,9 +55,9 @@ def recipe_of(
     settings: Sequence[str] = (),
 ) -> Recipe:
     """A recipe settled for the device, from random weights; with another size, precision and compile (auto, on, off
-    or graphs)
-    where given, and settings as `--set` has them, which its name tells. It never ends. Raises UserError where the
-    batch is odd, since timm's Mixup takes even ones only, and for a recipe that distils: there is no teacher here."""
+    or graphs) where given, and settings as `--set` has them, which its name tells. It never ends. Raises UserError
+    where the batch is odd, since timm's Mixup takes even ones only, and for a recipe that distils: there is no teacher
+    here."""
     if any(isinstance(loss, Distillation) for loss in found.losses):
         raise UserError(f"recipe {found.name!r} distils from a teacher, which benchmarks do not have; name another")
     changed = replace(
