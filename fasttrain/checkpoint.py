@@ -18,7 +18,6 @@ from typing import Any
 
 import timm
 import torch
-from nvidia import dali
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from fasttrain.errors import RunError, UserError
 from fasttrain.files import read_json, read_text
 from fasttrain.models import Classifier
 from fasttrain.models.aligned import cut, pad
+from fasttrain.versions import DALI, installed
 
 FORMAT = 3
 _MODEL, _TRAIN, _META = "model.safetensors", "train.safetensors", "meta.json"
@@ -119,7 +119,7 @@ def save(
                 "fasttrain": __version__,
                 "torch": torch.__version__,
                 "timm": timm.__version__,
-                "nvidia-dali": dali.__version__,
+                "nvidia-dali": installed(*DALI),
             },
             "sha256": {name: _sha256(aside / name) for name in (_MODEL, _TRAIN)},
         }

@@ -16,7 +16,7 @@ import click
 from fasttrain import __version__, signals
 from fasttrain.benchmarks.cli import bench
 from fasttrain.errors import Ended, Stopped, UserError
-from fasttrain.options import COMBINATIONS, FILE, FOLDER, PNG_SOFTWARE, SET_HELP, require_png, writes
+from fasttrain.options import COMBINATIONS, DECODERS, FILE, FOLDER, PNG_SOFTWARE, SET_HELP, require_png, writes
 
 if TYPE_CHECKING:
     from fasttrain.config import Recipe
@@ -121,7 +121,8 @@ def run(
         signals.note()
     from fasttrain import dataset, recipes, rundir
     from fasttrain.distributed import ranks
-    from fasttrain.train import settle, summary, train
+    from fasttrain.prepare import resolve_auto
+    from fasttrain.train import summary, train
 
     if signals.noted():
         again = "before a step was done; the same command starts again"
@@ -166,7 +167,7 @@ def run(
                 f"Your own images: {_program()} run --arch {recipe.arch} --data DIR  (DIR/<class>/<image>)",
                 err=True,
             )
-        recipe = settle(recipe, here.device)
+        recipe = resolve_auto(recipe, here.device)
         train_index, val_index = here.in_turn(lambda: dataset.open_data(recipe.data))
         if dry_run:
             if here.first:
@@ -249,7 +250,10 @@ _network_options = (
     click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True),
     click.option("--raw", is_flag=True, help="The raw weights, where the checkpoint has averaged ones as well."),
     click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once."),
-    click.option("--workers", type=click.IntRange(0), default=0, help="DALI threads. 0: all cores."),
+    click.option("--workers", type=click.IntRange(0), default=0,
+                 help="DALI threads. 0: this rank's share of the cores."),
+    click.option("--decoder", type=click.Choice(DECODERS), default="auto", show_default=True,
+                 help="On a GPU: what decodes the images (machine.decoder of `fasttrain recipes NAME`)."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
 )  # fmt: skip
 
@@ -276,8 +280,8 @@ def _predict(
     from fasttrain.pipelines.eval import Evaluation
     from fasttrain.pipelines.views import named
     from fasttrain.predictions import Predictions
+    from fasttrain.prepare import decoder_of, resolve_auto
     from fasttrain.step import DTYPES
-    from fasttrain.train import settle
 
     sizes = () if options["sizes"] is None else _sizes(options["sizes"])
     with ranks(options["device"]) as here:
@@ -288,11 +292,11 @@ def _predict(
             tried(outline, recipe.arch, 2, size, "name other --sizes or --views")
         index = here.in_turn(lambda: open_index(recipe, classes))
         model.to(here.device).to(memory_format=torch.channels_last)
-        precision = DTYPES[settle(replace(recipe, precision="auto"), here.device).precision]
-        threads = here.threads(options["workers"])
-        batches = Evaluation(
-            index, views, options["batch_size"], here.device, threads, here.world, here.rank, options["interpolation"]
-        )
+        machine = replace(recipe.machine, decoder=options["decoder"])
+        recipe = resolve_auto(replace(recipe, precision="auto", machine=machine), here.device)
+        precision, threads = DTYPES[recipe.precision], here.threads(options["workers"])
+        share = options["batch_size"], here.device, threads, here.world, here.rank
+        batches = Evaluation(index, views, *share, options["interpolation"], decoder_of(recipe))
         total = len(batches.source.numbers)
         with tqdm(total=total, unit="img", desc="images", disable=None if here.first else True) as bar:
             per_size = probabilities(model, len(classes), batches, here, precision, bar.update)

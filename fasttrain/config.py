@@ -8,6 +8,7 @@ from fasttrain.batch import Loss
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
 RANDAUGMENT_OPERATIONS = 8  # at most
 IMAGE_SIZES = (8, 4096)  # least and most pixels of a square image's side
+DECODERS = ("auto", "cpu", "gpu", "gpu-region", "gpu-hardware")  # pipelines/decoders.py says what they do
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # Of pixels scaled to 0 … 1; every network is trained and evaluated on pixels normalised by these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -221,11 +222,16 @@ class Resume:
 
 @dataclass(frozen=True)
 class Machine:
-    """How to run, not what to train: none of this changes the order of samples or their pixels.
+    """How to run, not what to train: none of this changes the order of samples, and only `decoder` their pixels.
 
-    workers: DALI's threads a rank (0: this rank's share of the cores). compile: torch.compile, `auto` is on for CUDA;
-    `graphs` also replays whole steps as CUDA graphs, on one GPU, where the host cannot keep up with it; the memory that
-    a step takes is then its own, and evaluation's comes on top.
+    workers: DALI's threads a rank (0: this rank's share of the cores, on a GPU less two, which the loop and the
+    decoder's own threads need).
+    decoder: what turns files into pixels on a GPU: `cpu`, `gpu` (nvJPEG, whole images), `gpu-region` (nvJPEG, the crop
+    alone) or `gpu-hardware` (the GPU's JPEG engine for the share `hardware_load` of a batch, nvJPEG for the rest);
+    `auto` is the fastest that is known to be correct with the installed versions, and `fasttrain doctor --gpu` tries
+    them all. The pixels of two decoders differ by less than one level of 255 on average.
+    compile: torch.compile, `auto` is on for CUDA; `graphs` also replays whole steps as CUDA graphs, on one GPU, where
+    the host cannot keep up with it; the memory that a step takes is then its own, and evaluation's comes on top.
     align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
     and its checkpoints stay the same. log_steps: steps between two log points; the host waits for the device there
     and, besides, only where a step is recorded to be replayed. hash_batches: log a hash of every step's images, in
@@ -235,6 +241,8 @@ class Machine:
 
     device: str = "auto"
     workers: int = 0
+    decoder: str = "auto"
+    hardware_load: float = 0.65
     compile: str = "auto"
     align: bool = False
     log_steps: int = 20
@@ -244,6 +252,8 @@ class Machine:
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
+        _require(self.decoder in DECODERS, "decoder", f"one of {', '.join(DECODERS)}", self.decoder)
+        _require(0 <= self.hardware_load <= 1, "hardware_load", "a share in [0, 1]", self.hardware_load)
         modes = ("auto", "on", "off", "graphs")
         _require(self.compile in modes, "compile", "auto, on, off or graphs", self.compile)
         _require(self.log_steps >= 1, "log_steps", "1 or more", self.log_steps)

@@ -37,8 +37,10 @@ class Ranks:
         return self.rank == 0
 
     def threads(self, workers: int) -> int:
-        """DALI threads: `workers`, or this rank's share of the cores that the process may use."""
-        return workers or max(1, len(os.sched_getaffinity(0)) // self.local_world)
+        """DALI threads: `workers`, or this rank's share of the cores that the process may use. On a GPU two of them are
+        left to the loop and to the threads that the decoder has of its own."""
+        share = len(os.sched_getaffinity(0)) // self.local_world
+        return workers or max(1, share - 2 if self.device.type == "cuda" else share)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of each element over the ranks, in place."""

@@ -8,6 +8,7 @@ import click
 from fasttrain.errors import UserError
 
 COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # those of recipes.py, which would import torch
+DECODERS = ("auto", "cpu", "gpu", "gpu-region", "gpu-hardware")  # those of config.py, likewise
 PNG_SOFTWARE = "fasttrain"  # in pictures, by which a later command knows that it may write over them
 SET_HELP = "A setting of the recipe: key=value or part.key=value. Repeatable."
 FOLDER = click.Path(file_okay=False)

@@ -19,8 +19,8 @@ from fasttrain.errors import UserError
 from fasttrain.graphs import Graphs
 from fasttrain.guard import Guard
 from fasttrain.meter import Meter, Row
+from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import Images
 from fasttrain.present import Network, Now, Present, Staged
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,7 +34,7 @@ class Told(NamedTuple):
 
 
 class Step:
-    """What a step needs around a network, made for a settled recipe; calling it trains a step.
+    """What a step needs around a network, made for a resolved recipe; calling it trains a step.
 
     model: a network, which goes to the ranks' device. labels: int64 [N] on the CPU, of all training images. teacher:
     what recipes that distil take theirs from. Raises UserError where the optimizer does not fit the device or the

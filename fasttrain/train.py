@@ -27,10 +27,12 @@ from fasttrain.losses.distillation import Distillation
 from fasttrain.meter import Log
 from fasttrain.models import Classifier, outlined, tried
 from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import Images, batches
+from fasttrain.pipelines.train import batches
 from fasttrain.pipelines.views import named
 from fasttrain.predictions import Scores
+from fasttrain.prepare import decoder_of
 from fasttrain.saver import Saver
 from fasttrain.step import Step
 from fasttrain.watch import EVALUATING, SAVING, TRAINING, WAITING, Watch
@@ -45,15 +47,6 @@ class Result(NamedTuple):
     best: float | None
 
 
-def settle(recipe: Recipe, device: torch.device) -> Recipe:
-    """`recipe` with what `auto` stands for on this device."""
-    on_gpu = device.type == "cuda"
-    half = "bf16" if not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    precision = (half if on_gpu else "fp32") if recipe.precision == "auto" else recipe.precision
-    compiled = ("on" if on_gpu else "off") if recipe.machine.compile == "auto" else recipe.machine.compile
-    return replace(recipe, precision=precision, machine=replace(recipe.machine, compile=compiled))
-
-
 def train(
     recipe: Recipe,
     out: Path,
@@ -62,7 +55,7 @@ def train(
     ranks: Ranks,
     resume_from: Path | None = None,
 ) -> Result:
-    """Train a settled recipe into the run's folder `out`: on from its checkpoint, or from other weights, or scratch.
+    """Train a resolved recipe into the run's folder `out`: on from its checkpoint, or from other weights, or scratch.
 
     Every rank calls this with the same arguments but its own `ranks`. Raises UserError where the settings, the data
     or the checkpoint do not fit together, RunError where a file cannot be decoded, the memory does not suffice or
@@ -131,7 +124,9 @@ def course(
     evaluation = None
     if val_index is not None:
         views = named("center", recipe.image_size)
-        evaluation = Evaluation(val_index, views, plan.micro_batch, device, threads, ranks.world, ranks.rank)
+        evaluation = Evaluation(
+            val_index, views, plan.micro_batch, device, threads, ranks.world, ranks.rank, decoder=decoder_of(recipe)
+        )
     tolerant = recipe.checkpoint.on_error == "go_on"
     log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size, tolerant=tolerant)
     log.event(
@@ -150,7 +145,7 @@ def course(
         log.event("note", text=line)
         log.say(line)
     skip = log.skip if recipe.data.on_bad == "skip" else None
-    stream = batches(plan, train_index, device, threads, start, on_skip=skip)
+    stream = batches(plan, train_index, device, threads, start, on_skip=skip, decoder=decoder_of(recipe))
     step = start
     watch = Watch(ranks, recipe.machine.hang_timeout)
     saver = Saver(out, recipe.checkpoint, log, alive=lambda: watch.at(step, SAVING))

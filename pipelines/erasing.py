@@ -1,10 +1,7 @@
-"""Random erasing (Zhong et al. 2017): boxes distributed as in torchvision's RandomErasing, and their DALI graph."""
-
-from typing import Any
+"""Random erasing (Zhong et al. 2017): boxes distributed as in torchvision's RandomErasing."""
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import fn
 
 from fasttrain.config import IMAGENET_MEAN
 
@@ -32,8 +29,3 @@ def boxes(
     corner = np.floor(place * (size - shape + 1))
     erased = (whether[0] < p) & fits.any(0)
     return np.where(erased, np.concatenate([corner, shape]), 0).T.astype(np.int32)
-
-
-def erase(images: Any, anchor: Any, shape: Any) -> Any:
-    """A graph's images (uint8 HWC) with each its box (top, left) + (height, width), CPU nodes float32 [2], filled."""
-    return fn.erase(images, anchor=anchor, shape=shape, axis_names="HW", fill_value=FILL)

@@ -12,6 +12,8 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from fasttrain.dataset import Index
+from fasttrain.pipelines.decode_graph import decode
+from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.faults import decode_error
 from fasttrain.pipelines.train import PREFETCH, output_stream
 from fasttrain.pipelines.views import Views, region
@@ -49,7 +51,7 @@ class Source:
 
 
 @pipeline_def
-def graph(source: Source, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
+def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
     """read → decode → a resize for each crop; uint8 HWC images, one output a crop, and their numbers."""
     crops = source.views.crops
     paths, numbers, *corners = fn.external_source(
@@ -60,13 +62,7 @@ def graph(source: Source, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
         dtype=[types.UINT8, types.INT64] + 2 * len(crops) * [types.FLOAT],
         ndim=[1, 0] + 2 * len(crops) * [1],
     )
-    images = fn.decoders.image(
-        fn.io.file.read(paths),
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-    )
+    images = decode(fn.io.file.read(paths), decoder, on_gpu)
     views = [
         fn.resize(
             images,
@@ -98,12 +94,14 @@ class Evaluation:
         world: int = 1,
         rank: int = 0,
         interpolation: str = "bilinear",
+        decoder: Decoder | None = None,
     ) -> None:
         numbers = np.array_split(np.arange(len(index)), world)[rank]
         self.source = Source(numbers, index, max(1, min(batch_size, len(numbers))), views)
         self.device, on_gpu = device, device.type == "cuda"
         self.pipe = graph(
             self.source,
+            decoder or Decoder(resolve("auto", device)),
             on_gpu,
             interpolation,
             batch_size=self.source.batch_size,

@@ -1,7 +1,8 @@
-"""Operations on images, of AutoAugment's kind: what each does, and the DALI graph of one operation an image.
+"""Operations on images, of AutoAugment's kind, and the arguments by which a DALI graph does one operation per image.
 
-An operation and its strength are chosen by the plan, in numpy; DALI only carries them out. Several operations share
-one branch of the graph (see `Kind`), because branches are what costs on a GPU and warps are what costs on a CPU.
+The plan chooses each operation and its strength, in numpy; DALI only carries them out (`operation_graph`). Several
+operations share one branch of the graph (see `Kind`), because branches are what costs on a GPU and warps are what
+costs on a CPU.
 """
 
 from enum import IntEnum
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, types
 
 FILL = 128  # grey, where a warp looks outside the image
 
@@ -81,9 +81,6 @@ class Arguments(NamedTuple):
     kernel: Any  # float32 [n, 3, 3]: sharpness as one filter
 
 
-DTYPES = Arguments(types.INT32, types.UINT8, types.UINT8, types.UINT8, *(5 * [types.FLOAT]))
-NDIMS = Arguments(0, 0, 0, 0, 0, 0, 0, 2, 2)
-
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
 _IDENTITY = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
 
@@ -127,87 +124,3 @@ def _matrix(op: NDArray[np.int32], value: NDArray[np.float32], size: int) -> NDA
     matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 0, 2] = cos, of(Op.SHEAR_X) - sin, centre * (1 - cos + sin) - right
     matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 1, 2] = of(Op.SHEAR_Y) + sin, cos, centre * (1 - cos - sin) - down
     return matrix
-
-
-# What follows runs while DALI builds a graph: `images` and the arguments are nodes, and `if` splits the batch.
-# DALI's AutoGraph follows plain functions only.
-
-
-def apply(images: Any, a: Arguments, size: int, interp: types.DALIInterpType = types.INTERP_NN) -> Any:
-    """Each image (uint8 HWC, size x size) through its own operation. All arguments are CPU nodes but the kernel,
-    which lives where the images do. interp: DALI's interpolation of warps."""
-    if a.kind == 0:
-        result = images
-    elif a.kind == 1:
-        result = (images & a.keep) ^ a.flip
-    elif a.kind == 2:
-        result = fn.equalize(images)
-    elif a.kind == 3:
-        result = fn.warp_affine(images, matrix=a.matrix, size=[size, size], fill_value=FILL, interp_type=interp)
-    elif a.kind == 4:
-        result = color(images, a.saturation)
-    elif a.kind == 5:
-        result = contrast(images, a.contrast, a.brightness)
-    elif a.kind == 6:
-        result = fn.filter(images, a.kernel)
-    elif a.kind == 7:
-        result = auto_contrast(images)
-    else:
-        result = images ^ (a.flip * (images >= a.threshold))
-    return result
-
-
-# On a CPU what turns numbers with a fraction into bytes is most of an operation's time, so the forms for a CPU have
-# none; each was timed beside the other. On a GPU the fewest launches count.
-
-_INT16_MAX = 32767
-_LIFT = 255  # keeps sums that are not clipped yet from being negative
-
-
-def color(images: Any, factor: Any) -> Any:
-    """Blend with the grey image, as PIL's ImageEnhance.Color does; factor 0 … 2."""
-    if images.device == "gpu":
-        return fn.color_twist(images, saturation=factor)
-    beyond = fn.cast(factor > 1, dtype=types.FLOAT)
-    # Both terms are bytes long: the grey one, negative where the factor is above 1, is then lifted.
-    grey = fn.brightness_contrast(_grey(images), brightness=1 - factor, brightness_shift=beyond)
-    grey = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
-    own = fn.brightness_contrast(
-        images,
-        dtype=types.INT16,
-        brightness=factor,
-        brightness_shift=((1 - beyond) * _LIFT - 0.5) / _INT16_MAX,  # PIL cuts fractions off
-    )
-    return fn.lookup_table(own + grey, keys=_SUMS, values=_CLIPPED, default_value=255, dtype=types.UINT8)
-
-
-_SUMS = list(range(_LIFT + 255))
-_CLIPPED = [max(0, each - _LIFT) for each in _SUMS]
-
-
-def contrast(images: Any, factor: Any, brightness: Any) -> Any:
-    """Blend with the mean of the grey image and with black, as PIL's ImageEnhance.Contrast and Brightness do."""
-    mean = math.floor(fn.reductions.mean(_grey(images), keep_dims=True) + 0.5)
-    if images.device == "gpu":
-        return fn.cast((mean + (images - mean) * factor) * brightness, dtype=types.UINT8)
-    center = fn.reshape(mean, shape=[])
-    return fn.brightness_contrast(images, brightness=brightness, contrast=factor, contrast_center=center)
-
-
-def _grey(images: Any) -> Any:
-    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-
-
-def auto_contrast(images: Any) -> Any:
-    """Stretch each channel to 0 … 255; a channel of one value stays as it is."""
-    low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
-    high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
-    flat = low == high
-    # In 256ths, which fit 16 bits. The casts keep what there is once a channel from being worked out for each pixel.
-    scale = fn.cast(255.0 * 256 / (high - low + flat * 255), dtype=types.UINT16)
-    stretched = (images - fn.cast(low * (low != high), dtype=types.UINT8)) * scale
-    return fn.lookup_table(stretched, keys=_IN_256THS, values=_ROUNDED, dtype=types.UINT8)
-
-
-_IN_256THS = list(range(1 << 16))
-_ROUNDED = [min(255, (each + 128) // 256) for each in _IN_256THS]

@@ -3,33 +3,26 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
-from torch import Tensor
 
 from fasttrain.dataset import Index
-from fasttrain.pipelines import erasing, operations
+from fasttrain.pipelines import operation_graph, operations
+from fasttrain.pipelines.decode_graph import decode_region
+from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.faults import Skip, decode_error, substitutes
+from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Draws, Plan, operations_of
 
 PREFETCH = 2  # batches ahead of the one that trains
 
 _INTERPOLATIONS = {"nearest": types.INTERP_NN, "linear": types.INTERP_LINEAR}
-_OPERATION = list(zip(operations.DTYPES, operations.NDIMS, strict=True))  # what an operation's arguments are
-
-
-class Images(NamedTuple):
-    """A batch from a pipeline: pixels uint8 [rows, H, W, 3] on the pipeline's device, and numbers int64 [B] of the
-    images in the index, on the CPU. Rows are the images, or where there are several views of each the views, one
-    after another."""
-
-    pixels: Tensor
-    numbers: Tensor
+_OPERATION = list(zip(operation_graph.DTYPES, operation_graph.NDIMS, strict=True))  # what an operation's arguments are
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class Source:
 
 
 @pipeline_def(enable_conditionals=True)
-def graph(source: Source, on_gpu: bool) -> tuple[Any, ...]:
+def graph(source: Source, decoder: Decoder, on_gpu: bool) -> tuple[Any, ...]:
     """read → decode what the views need → for each of them: its crop → resize, flipped or not → operations → erase.
     Gives uint8 HWC images, view after view, and their numbers."""
     plan = source.plan
@@ -102,17 +95,7 @@ def graph(source: Source, on_gpu: bool) -> tuple[Any, ...]:
         ndim=[1, 0, 1, 1] + views * [ndim for _, ndim in inputs],
     )
     encoded = fn.io.file.read(paths)
-    images = fn.decoders.image_slice(
-        encoded,
-        start=anchor,
-        shape=shape,
-        axis_names="HW",
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        # Boxes are planned from the header's size, which knows nothing of EXIF; PIL does not rotate either.
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-    )
+    images = decode_region(encoded, anchor, shape, decoder, on_gpu)
     made = []
     for view in range(views):
         made.append(_view(images, args[view * len(inputs) : (view + 1) * len(inputs)], plan, on_gpu))
@@ -148,7 +131,7 @@ def _view(images: Any, args: Any, plan: Plan, on_gpu: bool) -> Any:
         images = _operate(images, args[at : at + len(_OPERATION)], plan, on_gpu)
         at += len(_OPERATION)
     if plan.augment.erase:
-        images = erasing.erase(images, args[at], args[at + 1])
+        images = operation_graph.erase(images, args[at], args[at + 1])
     return images
 
 
@@ -156,14 +139,15 @@ def _operate(images: Any, args: Any, plan: Plan, on_gpu: bool) -> Any:
     arguments = operations.Arguments(*args)
     if on_gpu:
         arguments = arguments._replace(kernel=arguments.kernel.gpu())
-    return operations.apply(images, arguments, plan.image_size, _INTERPOLATIONS[plan.augment.warps])
+    return operation_graph.apply(images, arguments, plan.image_size, _INTERPOLATIONS[plan.augment.warps])
 
 
-def build(source: Source, device: torch.device, threads: int) -> Pipeline:
-    """The pipeline, not yet running. device: where the images come out."""
+def build(source: Source, device: torch.device, threads: int, decoder: Decoder | None = None) -> Pipeline:
+    """The pipeline, not yet running. device: where the images come out. decoder: default `auto`'s."""
     on_gpu = device.type == "cuda"
     return graph(
         source,
+        decoder or Decoder(resolve("auto", device)),
         on_gpu,
         batch_size=source.plan.micro_batch,
         num_threads=threads,
@@ -185,6 +169,7 @@ def batches(
     start_step: int = 0,
     stop_step: int | None = None,
     on_skip: Callable[[Skip], object] | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[Images]:
     """This rank's micro-batches from `start_step` up to `stop_step` (default: the run's end), one after another.
 
@@ -209,7 +194,7 @@ def batches(
     while done < total:
         # A pipeline is made anew after an error: the batches that it had in hand are lost with the one that failed.
         source = Source(plan, index, start_step, stop, replacement.copy(), done)
-        pipe = build(source, device, threads)
+        pipe = build(source, device, threads, decoder)
         pipe.build()
         while done < total:
             try:

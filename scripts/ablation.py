@@ -39,8 +39,9 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.views import named
+from fasttrain.prepare import resolve_auto
 from fasttrain.step import DTYPES
-from fasttrain.train import settle, train
+from fasttrain.train import train
 
 
 class Row(NamedTuple):
@@ -223,7 +224,7 @@ def trained(args: argparse.Namespace, data: Path, out: Path, seed: int, row: Row
     stage1 = "cutmix" if args.method == "report" else "sce-cr"
     recipe = recipe_of(args, row.run, seed, out.parent / stage1 / "last")
     with ranks("auto") as here:
-        recipe = settle(recipe, here.device)
+        recipe = resolve_auto(recipe, here.device)
         start = rundir.open_run(out, "auto", recipes.to_toml(recipe))
         train(recipe, out, dataset.scan(data / "train"), None, here, start)
         val = dataset.scan(data / "val")

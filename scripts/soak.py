@@ -25,12 +25,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fasttrain.versions import all_installed
 
 STOPS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
 COLOURS = {
@@ -668,13 +669,7 @@ def report(soak: Soak, kinds: Sequence[str], compared: str | None, ended: str) -
 
 
 def versions(known: dict[str, str]) -> dict[str, str]:
-    found = {"python": sys.version.split()[0], **known}
-    for name in ("nvidia-dali-cuda130", "timm", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": sys.version.split()[0], "numpy": np.__version__, **all_installed(), **known}
 
 
 def draw(path: Path, samples: list[dict[str, Any]], faults: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from scipy import stats
 from torchvision.transforms import RandomErasing
 
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.pipelines import erasing
+from fasttrain.pipelines import erasing, operation_graph
 from fasttrain.pipelines.philox import uniforms
 
 SIZE = 224
@@ -70,7 +70,7 @@ def graph(images, boxes, on_gpu):
     pixels = fn.external_source(source=[images], dtype=types.UINT8, ndim=3, layout="HWC")
     anchor = fn.external_source(source=[np.ascontiguousarray(boxes[:, :2])], dtype=types.FLOAT, ndim=1)
     shape = fn.external_source(source=[np.ascontiguousarray(boxes[:, 2:])], dtype=types.FLOAT, ndim=1)
-    return erasing.erase(pixels.gpu() if on_gpu else pixels, anchor, shape)
+    return operation_graph.erase(pixels.gpu() if on_gpu else pixels, anchor, shape)
 
 
 def test_images_are_filled_with_the_mean_colour_inside_their_boxes_only():

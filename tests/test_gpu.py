@@ -21,6 +21,7 @@ from fasttrain.pipelines import train as pipeline
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.views import named
+from fasttrain.prepare import resolve_auto
 from fasttrain.step import Step
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +38,7 @@ def tiny(**changes):
     recipe = replace(
         recipes.for_arch("test_resnet"), image_size=64, batch_size=50, epochs=1, machine=machine, **changes
     )
-    return training.settle(recipe, GPU)
+    return resolve_auto(recipe, GPU)
 
 
 @pytest.mark.parametrize("policy", ["none", "imagenet"])

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from fasttrain import graphs, recipes
 from fasttrain import step as stepping
-from fasttrain import train as training
 from fasttrain.config import Ema, Machine, Mix, Optim
 from fasttrain.distributed import Ranks
 from fasttrain.errors import UserError
@@ -26,6 +25,7 @@ from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
+from fasttrain.prepare import resolve_auto
 from fasttrain.present import Now, Staged
 from fasttrain.step import Step
 
@@ -138,7 +138,7 @@ def test_replayed_steps_are_the_steps(index, case):
         machine=Machine(device="cpu", compile="off", log_steps=STEPS),
         **CASES[case],
     )
-    recipe = training.settle(recipe, CPU)
+    recipe = resolve_auto(recipe, CPU)
     taped = Taped()
     norms: dict[bool, list[float]] = {True: [], False: []}
 
@@ -170,7 +170,7 @@ def compare(found, expected):
 
 def test_a_replayed_step_that_is_not_finite_changes_nothing(index):
     machine = Machine(device="cpu", compile="off", log_steps=STEPS)
-    recipe = training.settle(tiny(batch_size=12, mix=Mix(cutmix=0), machine=machine, epochs=20), CPU)
+    recipe = resolve_auto(tiny(batch_size=12, mix=Mix(cutmix=0), machine=machine, epochs=20), CPU)
     factor, states = torch.ones(()), []
 
     def seen(number, step):
@@ -222,11 +222,11 @@ def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
 def test_what_cannot_be_replayed_is_refused(index, setting, needs):
     recipe = recipes.override(tiny(machine=Machine(device="cpu", compile="graphs")), tuple(setting.split("=")))
     with pytest.raises(UserError, match=f"machine.compile=graphs replays whole steps and needs {needs}"):
-        stepping.require_replayable(training.settle(recipe, CPU), ALONE)
+        stepping.require_replayable(resolve_auto(recipe, CPU), ALONE)
 
 
 def test_several_ranks_are_refused():
-    recipe = training.settle(tiny(machine=Machine(device="cpu", compile="graphs")), CPU)
+    recipe = resolve_auto(tiny(machine=Machine(device="cpu", compile="graphs")), CPU)
     stepping.require_replayable(recipe, ALONE)
     with pytest.raises(UserError, match="needs one rank"):
         stepping.require_replayable(recipe, replace(ALONE, world=2))

@@ -55,6 +55,7 @@ from fasttrain.initial import initialise
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.meter import Meter
 from fasttrain.models import Classifier
+from fasttrain.prepare import resolve_auto
 
 T = TypeVar("T")
 
@@ -543,7 +544,7 @@ def alone() -> Iterator[Ranks]:
 @pytest.fixture
 def resume(whole, images, alone, network, monkeypatch) -> Callable[[], object]:
     """Go on from the checkpoint, as `run` does."""
-    settled = training.settle(RECIPE, torch.device("cpu"))
+    settled = resolve_auto(RECIPE, torch.device("cpu"))
     forge(whole, recipe=recipes.to_dict(settled), data=images.fingerprint(), sizes=images.fingerprint_of_sizes())
     monkeypatch.setattr(Classifier, "of", lambda recipe, classes: network)  # built once, for speed
     monkeypatch.setattr(training, "tried", lambda *_: None)

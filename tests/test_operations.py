@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
-from fasttrain.pipelines import operations, randaugment
+from fasttrain.pipelines import operation_graph, operations, randaugment
 from fasttrain.pipelines.autoaugment import strength
 from fasttrain.pipelines.operations import Op
 
@@ -27,9 +27,9 @@ def pictures(photos) -> list[np.ndarray]:
 def one_operation(images, arguments, interp):
     decoded = fn.external_source(source=[images], dtype=types.UINT8, ndim=3, layout="HWC")
     nodes = []
-    for each, dtype, ndim in zip(arguments, operations.DTYPES, operations.NDIMS):  # noqa: B905 (DALI's AutoGraph knows no strict)
+    for each, dtype, ndim in zip(arguments, operation_graph.DTYPES, operation_graph.NDIMS):  # noqa: B905 (DALI's AutoGraph knows no strict)
         nodes.append(fn.external_source(source=[each], dtype=dtype, ndim=ndim))
-    return operations.apply(decoded, operations.Arguments(*nodes), SIZE, interp)
+    return operation_graph.apply(decoded, operations.Arguments(*nodes), SIZE, interp)
 
 
 def with_dali(pictures, op: Op, value: float, interp=types.INTERP_NN) -> list[np.ndarray]:

@@ -14,7 +14,8 @@ from PIL import Image
 from fasttrain import dataset, recipes
 from fasttrain.config import Augment, Mix
 from fasttrain.errors import RunError
-from fasttrain.pipelines import train
+from fasttrain.pipelines import decode_graph, train
+from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.eval import graph as eval_graph
 from fasttrain.pipelines.plan import Plan
@@ -22,6 +23,7 @@ from fasttrain.pipelines.views import named, shorter_edge
 from fasttrain.show import draw_batch
 
 CPU = torch.device("cpu")
+HOST = Decoder("cpu")
 
 
 def make_plan(index, world=1, rank=0, **changes) -> Plan:
@@ -128,7 +130,7 @@ def test_each_view_equals_pils_and_comes_from_its_own_draws(index):
     for view in range(3):
         draws = plan.draws(0, numbers, index.sizes[numbers], view)
         require_pils(batch.pixels[16 * view : 16 * view + 16], draws, numbers, index)
-    graph = train.graph(train.Source(plan, index, 0, 1), False, batch_size=16, num_threads=1, device_id=None)
+    graph = train.graph(train.Source(plan, index, 0, 1), HOST, False, batch_size=16, num_threads=1, device_id=None)
     kinds = [name for name, _ in operators(graph)]
     assert kinds.count("ImageSlice") == 1 and kinds.count("Slice") == kinds.count("Resize") == 3
 
@@ -228,8 +230,9 @@ def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy, 
     operators of the CPU's, but for blends with grey, and all that touch pixels are on the GPU."""
     plan = replace(make_plan(index, augment=_POLICIES[policy]), views=views)
     source = train.Source(plan, index, 0, 1)
-    graphs = [train.graph(source, on_gpu, batch_size=6, num_threads=1, device_id=None) for on_gpu in (False, True)]
-    cpu, gpu = (operators(graph) for graph in graphs)
+    options = {"batch_size": 6, "num_threads": 1, "device_id": None}
+    cpu = operators(train.graph(source, HOST, False, **options))
+    gpu = operators(train.graph(source, Decoder("gpu-region"), True, **options))
     here, there = (Counter(name for name, _ in each) for each in (cpu, gpu))
     assert {device for _, device in cpu} == {"cpu"}
     on_gpu = {name for name, device in gpu if device == "gpu"}
@@ -254,6 +257,46 @@ def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy, 
     assert sum(there.values()) < sum(here.values()) or policy == "none"
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cpu", {"ImageSlice": "cpu"}),
+        ("gpu", {"Image": "gpu", "Slice": "gpu"}),
+        ("gpu-region", {"ImageSlice": "gpu"}),
+        ("gpu-hardware", {"Image": "gpu", "Slice": "gpu"}),
+    ],
+)
+def test_each_decoder_has_its_operators_on_a_gpu(index, monkeypatch, kind, expected, views):
+    """Only `gpu-hardware` gives the GPU's JPEG engine a share."""
+    loads = []
+    image = decode_graph.fn.decoders.image
+    monkeypatch.setattr(
+        decode_graph.fn.decoders,
+        "image",
+        lambda *args, **kw: loads.append(kw.get("hw_decoder_load")) or image(*args, **kw),
+    )
+    source = train.Source(replace(make_plan(index, augment=Augment(autoaugment="none")), views=views), index, 0, 1)
+    decoder = Decoder(kind, hardware_load=0.25)
+    found = operators(train.graph(source, decoder, True, batch_size=6, num_threads=1, device_id=None))
+    wanted = {**expected, "Resize": "gpu"} | ({"Slice": "gpu"} if views > 1 else {})
+    assert {name: device for name, device in found if name not in ("ExternalSource", "Read", "Copy")} == wanted
+    assert loads == {"gpu": [0.0], "gpu-hardware": [0.25]}.get(kind, [])
+
+
+def test_a_region_cut_out_of_the_whole_image_is_the_decoded_region(index, monkeypatch):
+    """What `gpu` does, done on a CPU: geometry must be that of `cpu`. (libjpeg-turbo's upsampling sees the neighbours
+    of a region only in a whole image, so that pixels at its edges may differ.)"""
+    plan = make_plan(index, augment=Augment(autoaugment="none", crop_area=(0.3, 0.6)))
+    region = [batch.pixels.numpy().astype(int) for batch in train.batches(plan, index, CPU, 2, stop_step=2)]
+    whole = decode_graph.decode
+    monkeypatch.setattr(decode_graph, "decode", lambda encoded, decoder, on_gpu: whole(encoded, HOST, on_gpu))
+    cut = train.batches(plan, index, CPU, 2, stop_step=2, decoder=Decoder("gpu"))
+    for ours, batch in zip(region, cut, strict=True):
+        difference = abs(ours - batch.pixels.numpy())
+        assert difference.mean() < 0.05 and difference.max() < 20
+
+
 def operators(pipe) -> list[tuple[str, str]]:
     """Kind of each operator of a graph and the device of its output, in the graph's order."""
     assert len(pipe.serialize()) > 1000
@@ -262,9 +305,11 @@ def operators(pipe) -> list[tuple[str, str]]:
 
 def test_the_gpu_evaluation_graph_serialises(index):
     source = Evaluation(index, named("report", 64), 4, CPU, 1).source
-    pipe = eval_graph(source, True, "bilinear", batch_size=4, num_threads=1, device_id=None)
-    devices = dict(operators(pipe))
-    assert devices["Image"] == devices["Resize"] == "gpu" and devices["Read"] == "cpu"
+    for kind in ("cpu", "gpu", "gpu-region", "gpu-hardware"):
+        pipe = eval_graph(source, Decoder(kind), True, "bilinear", batch_size=4, num_threads=1, device_id=None)
+        devices = dict(operators(pipe))
+        assert devices["Image"] == ("cpu" if kind == "cpu" else "gpu")
+        assert devices["Resize"] == "gpu" and devices["Read"] == "cpu"
 
 
 def broken_files() -> dict[str, bytes]:

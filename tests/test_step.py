@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fasttrain import dataset, recipes
-from fasttrain import train as training
 from fasttrain.config import Init, Machine, Mix, Optim
 from fasttrain.distributed import Ranks
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
+from fasttrain.prepare import resolve_auto
 from fasttrain.schedule import lr_at
 from fasttrain.step import Step
 
@@ -59,7 +59,7 @@ def test_a_step_does_what_a_loop_written_out_does(demo_set, micro_batch):
         init=Init(force_scratch=True),
         machine=Machine(device="cpu", compile="off", workers=1),
     )
-    recipe = training.settle(recipe, ALONE.device)
+    recipe = resolve_auto(recipe, ALONE.device)
     plan, classes = Plan.of(recipe, index), len(index.classes)
     torch.manual_seed(3)
     model = Classifier.of(recipe, classes)

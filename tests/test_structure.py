@@ -11,7 +11,20 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"train", "show", "doctor", "benchmarks"},
-    {"evaluate", "ensemble", "check", "guard", "saver", "rundir", "resume", "initial", "present", "graphs", "step"},
+    {
+        "evaluate",
+        "ensemble",
+        "check",
+        "guard",
+        "saver",
+        "rundir",
+        "resume",
+        "initial",
+        "present",
+        "graphs",
+        "step",
+        "prepare",
+    },
     {"recipes", "pipelines", "checkpoint", "optim", "ema"},
     {"models", "losses"},
     {
@@ -27,6 +40,7 @@ LAYERS = [
         "files",
         "flat",
         "options",
+        "versions",
         "",
     }
     | {

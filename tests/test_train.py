@@ -21,6 +21,7 @@ from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
+from fasttrain.prepare import resolve_auto
 
 CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -58,7 +59,7 @@ def tiny(**changes):
 
 def run(recipe, out, index, val=None, resume="auto"):
     start = rundir.open_run(out, resume, recipes.to_toml(recipe))
-    return training.train(training.settle(recipe, CPU.device), out, index, val, CPU, start)
+    return training.train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
 
 
 def events(out: Path) -> list[dict]:

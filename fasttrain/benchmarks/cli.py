@@ -149,7 +149,7 @@ def _chosen_networks(
     named: Sequence[str] = (),
     **options: Any,
 ) -> "list[Recipe]":
-    """What the options of `_of_networks` ask for, a settled recipe a network, and the recipes that are `named`."""
+    """What the options of `_of_networks` ask for, a resolved recipe per network, and the recipes that are `named`."""
     from fasttrain import recipes
     from fasttrain.benchmarks.step import recipe_of
     from fasttrain.models import ARCHS

@@ -2,14 +2,13 @@
 spread, in a table, as JSON and as a picture."""
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fasttrain import versions
 from fasttrain.dataset import shown
 from fasttrain.errors import UserError
 from fasttrain.files import read_json, replacing
 
 OWN = "fasttrain"  # the contender that the others are compared with
-PACKAGES = ("torch", "triton", "timm", "torchvision", "nvidia-dali-cuda130", "pytorch-metric-learning", "pillow")
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,24 @@ def seconds(function: Callable[[], Any], device: torch.device, calls: int) -> fl
 
 def wall(function: Callable[[], Any], device: torch.device) -> float:
     """Seconds from an idle device to an idle device, for work that other threads and streams do as well."""
-    settle(device)
+    synchronize(device)
     start = time.perf_counter()
     function()
-    settle(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for all that a GPU has to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def require_even(batch_sizes: Iterable[int]) -> None:
+    """UserError where timm's Mixup does not take a batch."""
+    for batch in batch_sizes:
+        if batch % 2:
+            raise UserError(f"timm's Mixup, one of the contenders, takes even batches only, not {batch}")
 
 
 def table(rows: list[Row]) -> str:
@@ -126,12 +132,6 @@ def _told(value: Any) -> str:
 
 def about(device: torch.device) -> dict[str, Any]:
     """What figures need beside them: date, commit (of a checkout), device, its clocks, threads and versions."""
-    versions = {}
-    for each in PACKAGES:
-        try:
-            versions[each] = importlib.metadata.version(each)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -139,7 +139,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "clocks_mhz": clocks(device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": {"python": platform.python_version()} | versions.all_installed(),
     }
 
 

@@ -7,7 +7,7 @@ or not, CutMixed or not, normalised, channels-last, on the device. Each does so 
 import gc
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,16 +22,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fasttrain import recipes
-from fasttrain.benchmarks.common import OWN, Row, race, row, wall
+from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, wall
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Mix
 from fasttrain.dataset import Index
-from fasttrain.errors import UserError
 from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Source, batches, build, output_stream
+from fasttrain.prepare import resolve_auto
 from fasttrain.present import to_device
 from fasttrain.step import DTYPES
-from fasttrain.train import settle
 
 WARM_UP = 6  # batches, which fill the loaders' queues
 LEAST_STEPS = 50  # in an epoch
@@ -118,16 +117,9 @@ def pipeline(
     return rows
 
 
-def require_even(batch_sizes: Iterable[int]) -> None:
-    """UserError where timm's Mixup does not take a batch."""
-    for batch in batch_sizes:
-        if batch % 2:
-            raise UserError(f"timm's Mixup, one of the contenders, takes even batches only, not {batch}")
-
-
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of a network's input on a device; precision: of config.PRECISIONS."""
-    return DTYPES[settle(replace(recipes.for_arch("resnet18"), precision=precision), device).precision]
+    return DTYPES[resolve_auto(replace(recipes.for_arch("resnet18"), precision=precision), device).precision]
 
 
 def of_stages(case: str, timed: dict[str, list[float]], batch: int) -> list[Row]:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from fasttrain import recipes
 from fasttrain.batch import Output
-from fasttrain.benchmarks.common import OWN, Row, race, row, seconds, settle
-from fasttrain.benchmarks.pipeline import require_even
+from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, seconds, synchronize
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
 from fasttrain.dataset import Index
 from fasttrain.distributed import Ranks
@@ -31,10 +30,10 @@ from fasttrain.graphs import PATIENCE, Graphs
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
 from fasttrain.models import Classifier
+from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import Images
+from fasttrain.prepare import resolve_auto
 from fasttrain.step import DTYPES, Step
-from fasttrain.train import settle as settled
 
 EAGER = "fasttrain, eager"
 REPLAYED = "fasttrain, replayed"
@@ -54,7 +53,7 @@ def recipe_of(
     workers: int = 0,
     settings: Sequence[str] = (),
 ) -> Recipe:
-    """A recipe settled for the device, from random weights; with another size, precision and compile (auto, on, off
+    """A recipe resolved for the device, from random weights; with another size, precision and compile (auto, on, off
     or graphs) where given, and settings as `--set` has them, which its name tells. It never ends. Raises UserError
     where the batch is odd, since timm's Mixup takes even ones only, and for a recipe that distils: there is no teacher
     here."""
@@ -71,7 +70,7 @@ def recipe_of(
     )
     changed = recipes.override(changed, *settings)
     require_even([changed.batch_size])
-    return settled(replace(changed, name=", ".join([found.name, *settings])), device)
+    return resolve_auto(replace(changed, name=", ".join([found.name, *settings])), device)
 
 
 def step(
@@ -84,7 +83,7 @@ def step(
     warm_up: int = 5,
     peers: bool = True,
 ) -> list[Row]:
-    """Seconds a step of each settled recipe, over `steps` steps in each round, after `warm_up` steps that compile and
+    """Seconds a step of each resolved recipe, over `steps` steps in each round, after `warm_up` steps that compile and
     tune. timm's loop is trained by cross entropy whatever the recipe's losses are. Without `peers` it is the
     project's step alone.
 
@@ -302,7 +301,7 @@ class Turns:
         self.step = make()
         with cudnn_benchmark(self.step.cudnn_benchmark):
             warmed(self.step, warm_up)
-        settle(device)
+        synchronize(device)
         gc.collect()
         self.state = self._allocated() - before
         self.most = 0
@@ -342,12 +341,12 @@ def warmed(step: "Ours | Timm", steps: int) -> None:
 
 def returned(function: Callable[[], Any], device: torch.device, calls: int) -> float:
     """Seconds until a call returns, the device being idle at first and not waited for."""
-    settle(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         function()
     spent = time.perf_counter() - start
-    settle(device)
+    synchronize(device)
     return spent / calls
 
 

@@ -39,7 +39,7 @@ def end_to_end(
     where the recipe is. Each over `steps` steps in each round, after `warm_up` steps; the run has LEAST_STEPS at
     least. The index is taken as often as that takes, and for batches of P x K images as if of other classes.
 
-    The recipes are settled ones; `machine.workers` says how many threads, or processes, all loaders have.
+    The recipes are resolved ones; `machine.workers` says how many threads, or processes, all loaders have.
     """
     rows = []
     for recipe in chosen:

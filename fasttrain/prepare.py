@@ -1,0 +1,25 @@
+"""What is resolved before a run starts."""
+
+from dataclasses import replace
+
+import torch
+
+from fasttrain.config import Recipe
+from fasttrain.pipelines import decoders
+from fasttrain.pipelines.decoders import Decoder
+
+
+def resolve_auto(recipe: Recipe, device: torch.device) -> Recipe:
+    """`recipe` with what `auto` stands for on this device. Raises UserError for a decoder that is known to crash."""
+    on_gpu = device.type == "cuda"
+    half = "bf16" if not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = (half if on_gpu else "fp32") if recipe.precision == "auto" else recipe.precision
+    machine = recipe.machine
+    compiled = ("on" if on_gpu else "off") if machine.compile == "auto" else machine.compile
+    decoder = decoders.resolve(machine.decoder, device)
+    return replace(recipe, precision=precision, machine=replace(machine, compile=compiled, decoder=decoder))
+
+
+def decoder_of(recipe: Recipe) -> Decoder:
+    """The decoder of a resolved recipe."""
+    return Decoder(recipe.machine.decoder, recipe.machine.hardware_load)

@@ -1,0 +1,25 @@
+"""Versions of installed packages, read from their metadata: nothing is imported."""
+
+from importlib import metadata
+
+# DALI and nvImageCodec have a distribution for each major version of CUDA.
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+NVIMAGECODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")
+OTHERS = ("torch", "triton", "timm", "torchvision", "pytorch-metric-learning", "pillow")
+
+
+def installed(*names: str) -> str | None:
+    """The version of the first of these distributions that is installed, or None."""
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def all_installed() -> dict[str, str]:
+    """The versions of the packages that decide about speed, by name; without those that are not installed."""
+    found = {"nvidia-dali": installed(*DALI), "nvidia-nvimgcodec": installed(*NVIMAGECODEC)}
+    found |= {name: installed(name) for name in OTHERS}
+    return {name: version for name, version in found.items() if version}
