@@ -236,7 +236,7 @@ class Machine:
     and its checkpoints stay the same. log_steps: steps between two log points; the host waits for the device there
     and, besides, only where a step is recorded to be replayed. hash_batches: log a hash of every step's images, in
     their order over all ranks, and wait for them. hang_timeout: seconds without progress after which a run on several
-    ranks ends and names the rank that is behind (0: never).
+    ranks ends and names the rank that is behind (0: never). tensorboard: write its files, where it is installed.
     """
 
     device: str = "auto"
@@ -248,6 +248,7 @@ class Machine:
     log_steps: int = 20
     hash_batches: bool = False
     hang_timeout: float = 1800.0
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)

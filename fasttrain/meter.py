@@ -145,16 +145,25 @@ class Log:
     """
 
     def __init__(
-        self, out: Path, ranks: Ranks, *, start_step: int, steps: int, batch_size: int, tolerant: bool = False
+        self,
+        out: Path,
+        ranks: Ranks,
+        *,
+        start_step: int,
+        steps: int,
+        batch_size: int,
+        tolerant: bool = False,
+        tensorboard: bool = True,
     ) -> None:
         self.open, self.rank, self.tolerant = ranks.first, ranks.rank, tolerant
         self.path = out / "log.jsonl"
         self.losing = self.torn = False
         self.steps, self.batch_size = steps, batch_size
         self.last_step, self.last_time = start_step, time.perf_counter()
+        self.device = ranks.device
         if not self.open:
             return
-        self.board = _tensorboard(out)
+        self.board = _tensorboard(out) if tensorboard else None
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -196,6 +205,7 @@ class Log:
             return
         now = time.perf_counter()
         rate = (step - self.last_step) * self.batch_size / (now - self.last_time)
+        memory = {"memory_gib": round(_peak_gib(self.device), 2)} if self.device.type == "cuda" else {}
         self.last_step, self.last_time = step, now
         loss = means.get("loss", math.nan)  # nothing is there when no step since the point before was good
         apart = ("loss", "grad_norm")
@@ -203,7 +213,7 @@ class Log:
         stats = {name: each for name, each in means.items() if "/" in name}
         told = {"terms": terms, "stats": stats} if stats else {"terms": terms}
         whole = {name: means.get(name) for name in apart}
-        self.event("train", epoch=epoch, step=step, lr=lr, **whole, **told, images_per_s=round(rate, 1))
+        self.event("train", epoch=epoch, step=step, lr=lr, **whole, **told, images_per_s=round(rate, 1), **memory)
         line = f"loss {loss:.3f} lr {lr:.4f} {rate:.0f} img/s"
         self.bar.set_description(f"epoch {epoch}", refresh=False)
         self.bar.set_postfix_str(line)
@@ -260,6 +270,11 @@ class Log:
             if self.board:
                 with suppress(OSError):
                     self.board.close()
+
+
+def _peak_gib(device: torch.device) -> float:
+    """The most memory that torch has held on a GPU since the process began, in GiB; DALI's is its own."""
+    return torch.cuda.max_memory_reserved(device) / 2**30
 
 
 def _tensorboard(out: Path) -> Any:

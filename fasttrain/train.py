@@ -128,7 +128,15 @@ def course(
             val_index, views, plan.micro_batch, device, threads, ranks.world, ranks.rank, decoder=decoder_of(recipe)
         )
     tolerant = recipe.checkpoint.on_error == "go_on"
-    log = Log(out, ranks, start_step=start, steps=plan.steps, batch_size=plan.batch_size, tolerant=tolerant)
+    log = Log(
+        out,
+        ranks,
+        start_step=start,
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        tolerant=tolerant,
+        tensorboard=recipe.machine.tensorboard,
+    )
     log.event(
         "resume" if start else "start",
         step=start,

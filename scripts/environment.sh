@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it, which stand in the project's root. Sets VENV, and defines `environment EXTRA`,
 # which makes that virtual environment and installs the project with an extra ("" for none) where that is not done.
+# FASTTRAIN_CUDA=12 installs the builds for CUDA 12, for NVIDIA drivers from 525 to 575; the default is 13.
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
 
@@ -9,8 +10,14 @@ fail() {
 }
 
 environment() {
-    local wanted=".${1:+[$1]}" log mark="$VENV/installed${1:+-$1}"
-    [ "$(uname -sm)" = "Linux x86_64" ] || fail "needs Linux on x86-64; this is $(uname -sm)"
+    local wanted=".${1:+[$1]}" log mark="$VENV/installed${1:+-$1}" cuda=${FASTTRAIN_CUDA:-13} index=()
+    case "$(uname -sm)" in
+        "Linux x86_64") ;;
+        # PyPI has no torch for CUDA 12 on aarch64.
+        "Linux aarch64") [ "$cuda" != 12 ] || index=(--extra-index-url https://download.pytorch.org/whl/cu128) ;;
+        *) fail "needs Linux on x86-64 or aarch64; this is $(uname -sm)" ;;
+    esac
+    case "$cuda" in 12 | 13) ;; *) fail "FASTTRAIN_CUDA must be 12 or 13, not $cuda" ;; esac
     command -v "$PYTHON" >/dev/null || fail "no $PYTHON; install Python 3.11 or newer, or set PYTHON"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "$("$PYTHON" --version) is too old; install Python 3.11 or newer, or set PYTHON to it"
@@ -18,10 +25,18 @@ environment() {
         echo "making $VENV" >&2
         "$PYTHON" -m venv "$VENV" || fail "cannot make $VENV; install Python's venv (Debian: apt install python3-venv)"
     fi
+    # DALI's builds for the two CUDA versions overwrite each other's files, so the other one is removed first.
+    if [ "$(cat "$VENV/cuda" 2>/dev/null || echo 13)" != "$cuda" ]; then
+        "$VENV/bin/python" -m pip --disable-pip-version-check uninstall -qy \
+            nvidia-dali-cuda120 nvidia-dali-cuda130 2>/dev/null || fail "cannot remove another DALI; remove $VENV"
+        rm -f "$VENV"/installed*
+    fi
+    echo "$cuda" >"$VENV/cuda"
     if [ ! -e "$mark" ] || [ setup.py -nt "$mark" ]; then
         echo "installing fasttrain and what it needs (some 6 GB the first time)" >&2
         log="$VENV/install.log"
-        if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --editable "$wanted" >"$log" 2>&1; then
+        if ! "$VENV/bin/python" -m pip install --disable-pip-version-check "${index[@]}" --editable "$wanted" \
+            >"$log" 2>&1; then
             fail "installing failed ($(grep -m1 -iE '^ERROR' "$log" | cut -c1-120)); is there a network? All of it: $log"
         fi
         touch "$mark"

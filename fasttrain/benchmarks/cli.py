@@ -1,7 +1,7 @@
 """`fasttrain bench`. torch, timm and DALI are imported inside the commands, so that help comes at once."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fasttrain.errors import UserError
-from fasttrain.options import COMBINATIONS, FILE, FOLDER, PNG_SOFTWARE, SET_HELP, require_png
+from fasttrain.options import COMBINATIONS, DECODERS, FILE, FOLDER, PNG_SOFTWARE, SET_HELP, require_png
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from fasttrain.config import Recipe
     from fasttrain.distributed import Ranks
 
-Figures = tuple[list["Row"], dict[str, Any]]  # of a benchmark, and what it was asked to do
+Figures = tuple[Iterable[list["Row"]], dict[str, Any]]  # of a benchmark, case by case, and what it was asked to do
 
 
 @click.group()
 def bench() -> None:
-    """Measure this machine, always beside peers in the same run."""
+    """Measure this machine, always compared with peers in the same run."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("bench measures one process; run it without torchrun")
 
@@ -40,6 +40,8 @@ def _measured(rounds: int) -> Callable[[_Command], _Command]:
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.option("--rounds", type=click.IntRange(1), default=rounds, show_default=True,
                      help="Turns that each contender has."),
+        click.option("--only", multiple=True, metavar="PATTERN",
+                     help="Only these contenders (of kernels: cases), with * for any text. Repeatable."),
         click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write the figures."),
         click.option("--plot", type=FILE, metavar="FILE.png", help="Draw the figures."),
     )  # fmt: skip
@@ -51,8 +53,8 @@ def _measured(rounds: int) -> Callable[[_Command], _Command]:
 
             _require_outputs(json_path, plot)
             with ranks(device) as here:
-                rows, settings = command(here, **asked)
-                _tell(rows, here.device, json_path, plot, settings)
+                cases, settings = command(here, **asked)
+                _tell(cases, here.device, json_path, plot, settings)
 
         for option in reversed(options):
             measured = option(measured)
@@ -73,25 +75,33 @@ def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
 
 
 def _tell(
-    rows: list["Row"], device: "torch.device", json_path: Path | None, plot: Path | None, settings: dict[str, Any]
+    cases: Iterable[list["Row"]],
+    device: "torch.device",
+    json_path: Path | None,
+    plot: Path | None,
+    settings: dict[str, Any],
 ) -> None:
-    """Print a benchmark's figures, and write them where asked. settings: what it was asked to do."""
+    """Print a benchmark's figures, and write them where asked, after each case: what ends it early leaves those that
+    were measured. settings: what it was asked to do."""
     from fasttrain.benchmarks import common
 
-    click.echo(common.table(rows))
-    if json_path:
-        common.write_json(json_path, device, rows, settings)
-    if plot:
-        common.write_plot(plot, rows, PNG_SOFTWARE)
+    rows: list[Row] = []
+    for case in cases:
+        rows += case
+        click.echo(common.table(case) + "\n")
+        if json_path:
+            common.write_json(json_path, device, rows, settings)
+        if plot:
+            common.write_plot(plot, rows, PNG_SOFTWARE)
 
 
 @bench.command("kernels")
 @_measured(rounds=15)
-def bench_kernels(here: "Ranks", rounds: int) -> Figures:
-    """Mix, triplet and averaging of weights beside eager, compiled and library versions of the same work."""
+def bench_kernels(here: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
+    """Mix, triplet and averaging of weights, compared with eager, compiled and library versions of the same work."""
     from fasttrain.benchmarks.kernels import kernels
 
-    return kernels(here.device, rounds), {"rounds": rounds}
+    return kernels(here.device, rounds, only), {"rounds": rounds}
 
 
 @bench.command("pipeline")
@@ -108,18 +118,25 @@ def bench_kernels(here: "Ranks", rounds: int) -> Figures:
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Batches a turn.")
 @click.option("--profile", is_flag=True, help="Also where the project's own pipeline spends its time.")
+@click.option("--decoder", type=click.Choice(DECODERS), default="auto", show_default=True,
+              help="On a GPU: what decodes the project's images.")  # fmt: skip
 @_measured(rounds=5)
-def bench_pipeline(here: "Ranks", data: str, precision: str, workers: int, profile: bool, **asked: Any) -> Figures:
-    """The training pipeline beside timm's loader, torchvision v2 and DALI's stock pipeline, on the same images."""
+def bench_pipeline(
+    here: "Ranks", data: str, precision: str, workers: int, profile: bool, decoder: str, **asked: Any
+) -> Figures:
+    """The training pipeline, compared with timm's loader, torchvision v2 and DALI's stock pipeline on the same
+    images."""
     from fasttrain import dataset
     from fasttrain.benchmarks import pipeline
     from fasttrain.config import Data
+    from fasttrain.pipelines import decoders
 
     index, _ = dataset.open_data(Data(train=(data,)))
     asked["workers"] = here.threads(workers)
     dtype = pipeline.dtype_of(precision, here.device)
-    rows = pipeline.pipeline(index, here.device, dtype, profile=profile, **asked)
-    return rows, {"images": len(index), "precision": precision, **asked}
+    kind = decoders.resolve(decoder, here.device)
+    rows = pipeline.pipeline(index, here.device, dtype, profile=profile, decoder=decoders.Decoder(kind, 0.65), **asked)
+    return rows, {"images": len(index), "precision": precision, "decoder": kind, **asked}
 
 
 def _of_networks(command: _Command) -> _Command:
@@ -171,19 +188,31 @@ def _losses(chosen: "list[Recipe]") -> dict[str, list[str]]:
 @click.option("--recipe", "named", multiple=True, metavar="R", help="Recipe, or its TOML file; repeatable.")
 @click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps a turn.")
-@click.option("--peers/--no-peers", default=True, help="Beside timm's, or the project's step alone.  [default: peers]")
+@click.option("--peers/--no-peers", default=True,
+              help="Compared with timm's, or the project's step alone.  [default: peers]")  # fmt: skip
+@click.option("--also", multiple=True, metavar="KEY=VALUE", help="The project's step once more, with this setting.")
 @click.option("--host", is_flag=True, help="Only what the loops ask of the host, with a network of one parameter.")
 @_measured(rounds=5)
 def bench_step(
-    here: "Ranks", classes: int, steps: int, peers: bool, host: bool, rounds: int, **options: Any
+    here: "Ranks",
+    classes: int,
+    steps: int,
+    peers: bool,
+    also: tuple[str, ...],
+    host: bool,
+    rounds: int,
+    only: tuple[str, ...],
+    **options: Any,
 ) -> Figures:
-    """The training step on a batch that is on the device, beside timm's loop, eager and compiled."""
+    """The training step on a batch that is on the device, compared with timm's loop in each memory format, eager and
+    compiled."""
     from fasttrain.benchmarks import step
 
     if host:
-        return step.host(here.device, rounds=rounds), {"rounds": rounds}
+        return step.host(here.device, rounds=rounds, only=only), {"rounds": rounds}
     chosen = _chosen_networks(here.device, **options)
-    rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, peers=peers)
+    only = only if peers else (step.OWN,)
+    rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, only=only, also=also)
     return rows, {"losses": _losses(chosen), "classes": classes, "steps": steps, "rounds": rounds}
 
 
@@ -195,9 +224,9 @@ def bench_step(
 @click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
 @_measured(rounds=3)
 def bench_train(
-    here: "Ranks", data: str, workers: int, steps: int, warm_up: int, rounds: int, **options: Any
+    here: "Ranks", data: str, workers: int, steps: int, warm_up: int, rounds: int, only: tuple[str, ...], **options: Any
 ) -> Figures:
-    """Real runs beside their step alone, their pipeline alone, and timm's loader and loop."""
+    """Real runs, compared with their step alone, their pipeline alone, and timm's loader and loop."""
     from fasttrain import dataset
     from fasttrain.benchmarks.train import end_to_end
     from fasttrain.config import Data
@@ -206,5 +235,5 @@ def bench_train(
     threads = here.threads(workers)
     chosen = _chosen_networks(here.device, workers=threads, **options)
     turns = {"steps": steps, "warm_up": warm_up, "rounds": rounds}
-    rows = end_to_end(chosen, index, here, **turns)
+    rows = end_to_end(chosen, index, here, only=only, **turns)
     return rows, {"images": len(index), "losses": _losses(chosen), "workers": threads, **turns}

@@ -2,14 +2,15 @@
 spread, in a table, as JSON and as a picture."""
 
 import datetime
+import fnmatch
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,31 @@ class Row:
         """All of it in one level, as JSON has it."""
         told = {key: value for key, value in vars(self).items() if key != "details"}
         return told | ({"images_per_s": self.images_per_s} if self.images else {}) | dict(self.details)
+
+
+def chosen(names: Iterable[str], only: Sequence[str]) -> list[str]:
+    """The names that a pattern of `only` matches, in their order; all where there is none. UserError where a pattern
+    matches nothing."""
+    names = list(names)
+    for pattern in only:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"--only {shown(pattern)}: no contender; there are {', '.join(map(repr, names))}")
+    return [name for name in names if not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)]
+
+
+def compared_with_best(rows: list[Row], peers: str) -> list[Row]:
+    """The rows of a case, the project's own with the fastest peer's name (`best_peer`, one of those that match the
+    pattern `peers`) and how many times as fast as that it is (`x_best_peer`)."""
+    found = [row for row in rows if fnmatch.fnmatchcase(row.contender, peers)]
+    if not found:
+        return rows
+    best = min(found, key=lambda row: row.seconds)
+    return [
+        replace(row, details={**row.details, "best_peer": best.contender, "x_best_peer": best.seconds / row.seconds})
+        if row.contender == OWN
+        else row
+        for row in rows
+    ]
 
 
 def race(case: str, contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -1,7 +1,9 @@
-"""The project's kernels, and its averaging of weights, beside eager, compiled and library versions of the same work."""
+"""The project's kernels, and its averaging of weights, compared with eager, compiled and library versions of the same
+work."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fasttrain.benchmarks.common import OWN, Row, race, row
+from fasttrain.benchmarks.common import OWN, Row, chosen, race, row
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.ema import Ema
 from fasttrain.kernels import mix, triplet
@@ -24,27 +26,43 @@ AVERAGED_CPU, AVERAGED_GPU = ("resnest101e",), ("tresnet_xl", "resnest101e", "se
 SIZE = 224
 
 
-def kernels(device: torch.device, rounds: int = 15) -> list[Row]:
+def kernels(device: torch.device, rounds: int = 15, only: Sequence[str] = ()) -> Iterator[list[Row]]:
     """The project's kernels, forward (mix) and forward with backward (triplet), and the averaging of a network's
-    weights, beside eager, compiled and library versions of the same work, on one device."""
+    weights, compared with eager, compiled and library versions of the same work, on one device: a list of rows per
+    case, as soon as it is measured. only: patterns of cases, such as `mix 256*`."""
     on_gpu = device.type == "cuda"
-    rows: list[Row] = []
+    cases: dict[str, Callable[[], list[Row]]] = {}
     for batch in BATCHES_GPU if on_gpu else BATCHES_CPU:
-        contenders, least = _mix_contenders(batch, device)
-        found = _race("mix", f"{batch} x {SIZE}²", contenders, device, rounds)
-        # One pass: images in, images out, and a few bytes of parameters, partners and shares an image.
-        moved = found[0].details["bytes"]
-        if not least <= moved <= least + 64 * batch:
-            raise RuntimeError(f"mix moves {moved} bytes, of which {least} are needed")
-        rows += found
+        cases[f"mix {batch} x {SIZE}²"] = partial(_mix, batch, device, rounds)
     for batch, width in TRIPLET_GPU if on_gpu else TRIPLET_CPU:
         for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
             name = str(dtype).removeprefix("torch.")
-            contenders = _triplet_contenders(batch, width, dtype, device)
-            rows += _race("triplet", f"{batch} x {width} {name}", contenders, device, rounds)
+            cases[f"triplet {batch} x {width} {name}"] = partial(_triplet, batch, width, dtype, device, rounds)
     for arch in AVERAGED_GPU if on_gpu else AVERAGED_CPU:
-        rows += _race("averaging", arch, _averaging_contenders(arch, device), device, rounds)
-    return rows
+        cases[f"averaging {arch}"] = partial(_averaging, arch, device, rounds)
+    for name in chosen(cases, only):
+        yield cases[name]()
+
+
+def _mix(batch: int, device: torch.device, rounds: int) -> list[Row]:
+    """With the share of a plain copy's bandwidth that the bytes of each contender's work, in and out, come to."""
+    contenders, least = _mix_contenders(batch, device)
+    rows = _race("mix", f"{batch} x {SIZE}²", contenders, device, rounds)
+    # One pass: images in, images out, and a few bytes of parameters, partners and shares per image.
+    moved = rows[0].details["bytes"]
+    if not least <= moved <= least + 64 * batch:
+        raise RuntimeError(f"mix moves {moved} bytes, of which {least} are needed")
+    copy = rows[-1].seconds
+    return [replace(each, details={**each.details, "of_copy_bandwidth": copy / each.seconds}) for each in rows]
+
+
+def _triplet(batch: int, width: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:
+    case = f"{batch} x {width} {str(dtype).removeprefix('torch.')}"
+    return _race("triplet", case, _triplet_contenders(batch, width, dtype, device), device, rounds)
+
+
+def _averaging(arch: str, device: torch.device, rounds: int) -> list[Row]:
+    return _race("averaging", arch, _averaging_contenders(arch, device), device, rounds)
 
 
 def _mix_contenders(batch: int, device: torch.device) -> tuple[dict[str, Callable[[], Any]], int]:

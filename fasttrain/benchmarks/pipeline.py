@@ -7,7 +7,7 @@ or not, CutMixed or not, normalised, channels-last, on the device. Each does so 
 import gc
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fasttrain import recipes
+from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, wall
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Mix
 from fasttrain.dataset import Index
 from fasttrain.kernels.mix import mix
+from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import Source, batches, build, output_stream
 from fasttrain.prepare import resolve_auto
@@ -39,7 +41,8 @@ GROUPED, LINEAR = "fasttrain, P x K batches", "fasttrain, linear warps"
 TIMM, TORCHVISION, STOCK = "timm", "torchvision v2", "DALI's stock pipeline"
 # Stages of the project's graph by the operator that each ends with; what follows them are AutoAugment, which ends
 # with the graph, and the mix kernel, which makes it the whole.
-STAGES = {"read": "Read", "decode the crop": "ImageSlice", "resize, flip": "Resize"}
+# (the crop is decoded, or cut out of the decoded image)
+STAGES = {"read": ("Read",), "decode the crop": ("ImageSlice", "Slice"), "resize, flip": ("Resize",)}
 LAST_STAGES = ("AutoAugment", "normalise, mix")
 
 
@@ -86,35 +89,39 @@ def pipeline(
     rounds: int = 5,
     steps: int = 20,
     profile: bool = False,
-) -> list[Row]:
-    """Seconds a batch of every loader, for each batch size and policy, each over `steps` batches in each round.
+    only: Sequence[str] = (),
+    decoder: Decoder | None = None,
+) -> Iterator[list[Row]]:
+    """Seconds per batch of every loader, for each batch size and policy, each over `steps` batches in each round: a
+    list of rows per case, as soon as it is measured. only: patterns of the loaders' names. decoder: the project's.
 
     images_per_class: of the batches of P classes x K images (0: leave that contender out), for which the images are
     taken to be of other classes. profile: also the project's pipeline cut after each of its stages, as rows of the
     work `stages` that have `us_per_image`, the microseconds an image that the stage adds to those before it, in the
     fastest rounds. Raises UserError where batches to be mixed are odd, which timm's Mixup does not take.
     """
-    rows = []
     if cutmix:
         require_even(batch_sizes)
+    own = partial(ours, decoder=decoder)
     for batch, policy in itertools.product(batch_sizes, policies):
         images = repeated(index, batch * max(LEAST_STEPS, WARM_UP + steps))
         work = Work(images, batch, image_size, policy, cutmix, device, dtype, workers)
-        contenders: dict[str, Loader] = {OWN: ours}
+        contenders: dict[str, Loader] = {OWN: own}
         if images_per_class:
-            contenders[GROUPED] = partial(grouped, images_per_class=images_per_class)
+            contenders[GROUPED] = partial(grouped, images_per_class=images_per_class, decoder=decoder)
         if policy != "none":
-            contenders[LINEAR] = partial(ours, augment=Augment(autoaugment=policy, warps="linear"))
+            contenders[LINEAR] = partial(own, augment=Augment(autoaugment=policy, warps="linear"))
         contenders |= {TIMM: timms, TORCHVISION: torchvisions, STOCK: stock}
-        cuts = stages(work) if profile else {}
+        contenders = {name: contenders[name] for name in common.chosen(contenders, only)}
+        cuts = stages(work, decoder) if profile and OWN in contenders else {}
         turns = {name: partial(turn, loader, work, steps) for name, loader in {**contenders, **cuts}.items()}
         case = f"{batch} x {image_size}², AutoAugment {policy}"
         timed = race(case, turns, rounds)
-        rows += [row("pipeline", case, name, timed[name], batch) for name in contenders]
-        if profile:
+        rows = [row("pipeline", case, name, timed[name], batch) for name in contenders]
+        if cuts:
             told = {name: timed[name] for name in cuts} | {LAST_STAGES[1]: timed[OWN]}
             rows += of_stages(case, told, batch)
-    return rows
+        yield rows
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
@@ -190,11 +197,13 @@ def plan_of(work: Work, images_per_class: int = 0, augment: Augment | None = Non
     return Plan.of(recipe, work.index)
 
 
-def ours(work: Work, images_per_class: int = 0, augment: Augment | None = None) -> Stream:
+def ours(
+    work: Work, images_per_class: int = 0, augment: Augment | None = None, decoder: Decoder | None = None
+) -> Stream:
     """The project's pipeline and its mix kernel; augment: other settings than the policy's own."""
     plan = plan_of(work, images_per_class, augment)
     known = torch.from_numpy(work.index.labels)
-    for step, (pixels, numbers) in enumerate(batches(plan, work.index, work.device, work.workers)):
+    for step, (pixels, numbers) in enumerate(batches(plan, work.index, work.device, work.workers, decoder=decoder)):
         params = to_device(torch.from_numpy(plan.mix_params(step, 0)[0]), work.device)
         mixed = mix(pixels, params, IMAGENET_MEAN, IMAGENET_STD, work.dtype)
         labels = to_device(known[numbers], work.device)
@@ -202,9 +211,9 @@ def ours(work: Work, images_per_class: int = 0, augment: Augment | None = None) 
         yield Delivered(mixed.images, labels, targets)
 
 
-def grouped(work: Work, images_per_class: int) -> Stream:
+def grouped(work: Work, images_per_class: int, decoder: Decoder | None = None) -> Stream:
     """The project's pipeline in batches of P classes x K images, the images taken to be of classes of 2 K."""
-    return ours(replace(work, index=relabelled(work.index, 2 * images_per_class)), images_per_class)
+    return ours(replace(work, index=relabelled(work.index, 2 * images_per_class)), images_per_class, decoder=decoder)
 
 
 class Files:
@@ -347,26 +356,28 @@ def stock(work: Work) -> Stream:
         yield Delivered(mixed, labels, targets)
 
 
-def stages(work: Work) -> dict[str, Loader]:
+def stages(work: Work, decoder: Decoder | None = None) -> dict[str, Loader]:
     """The project's pipeline up to each of its stages but the last, which makes it the whole, in their order."""
-    found: dict[str, Loader] = {name: partial(cut, operator=operator) for name, operator in STAGES.items()}
-    return found if work.policy == "none" else {**found, LAST_STAGES[0]: partial(cut, operator="")}
+    found: dict[str, Loader] = {
+        name: partial(cut, operators=operators, decoder=decoder) for name, operators in STAGES.items()
+    }
+    return found if work.policy == "none" else {**found, LAST_STAGES[0]: partial(cut, operators=(), decoder=decoder)}
 
 
-def cut(work: Work, operator: str) -> Stream:
-    """The project's graph up to its first operator of a kind, or whole where that is empty: what DALI gives."""
+def cut(work: Work, operators: tuple[str, ...], decoder: Decoder | None = None) -> Stream:
+    """The project's graph up to its one operator of these kinds, or whole where there are none: what DALI gives."""
     plan = plan_of(work)
-    pipe = build(Source(plan, work.index, 0, plan.steps), work.device, work.workers)
-    if operator:
-        end_with(pipe, operator)
+    pipe = build(Source(plan, work.index, 0, plan.steps), work.device, work.workers, decoder)
+    if operators:
+        end_with(pipe, operators)
     pipe.build()
     while True:
         yield pipe.run(output_stream(work.device))
 
 
-def end_with(pipe: Pipeline, operator: str) -> None:
-    """Cut a graph that is not built yet after its one operator of a kind. What comes from outside stays an output, so
-    that the work of planning a batch is in every stage."""
+def end_with(pipe: Pipeline, operators: tuple[str, ...]) -> None:
+    """Cut a graph that is not built yet after its one operator of these kinds. What comes from outside stays an output,
+    so that the work of planning a batch is in every stage."""
     kinds: dict[str, dict[int, Any]] = {}
     waiting = list(pipe._graph_out)
     while waiting:
@@ -376,5 +387,5 @@ def end_with(pipe: Pipeline, operator: str) -> None:
             of_kind[node.id] = node
             for each in node.inputs:
                 waiting += each if isinstance(each, list | tuple) else [each]
-    (last,) = kinds[operator].values()
+    (last,) = (node for kind in operators for node in kinds.get(kind, {}).values())
     pipe.set_outputs(*last.outputs, *(output for node in kinds["ExternalSource"].values() for output in node.outputs))

@@ -1,4 +1,5 @@
-"""The training step alone, on a batch that is on the device: the project's beside timm's documented loop.
+"""The training step alone, on a batch that is on the device: the project's compared with timm's loop, in each memory
+format, eager and compiled.
 
 A step is everything from the pipeline's pixels on: mixing, network, losses with their mining, gradients, optimizer and
 meters. What either loop does at its log points is left out.
@@ -7,6 +8,7 @@ meters. What either loop does at its log points is left out.
 import gc
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from fasttrain import recipes
 from fasttrain.batch import Output
+from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, seconds, synchronize
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
 from fasttrain.dataset import Index
@@ -37,7 +40,8 @@ from fasttrain.step import DTYPES, Step
 
 EAGER = "fasttrain, eager"
 REPLAYED = "fasttrain, replayed"
-TIMM = "timm's loop"
+TIMM = "timm"
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 T = TypeVar("T")
 FEATURES = 3  # of the network of one parameter: one a colour, and as many classes
 
@@ -81,30 +85,41 @@ def step(
     rounds: int = 5,
     steps: int = 10,
     warm_up: int = 5,
-    peers: bool = True,
-) -> list[Row]:
-    """Seconds a step of each resolved recipe, over `steps` steps in each round, after `warm_up` steps that compile and
-    tune. timm's loop is trained by cross entropy whatever the recipe's losses are. Without `peers` it is the
-    project's step alone.
+    only: Sequence[str] = (),
+    also: Sequence[str] = (),
+) -> Iterator[list[Row]]:
+    """Seconds per step of each resolved recipe, over `steps` steps in each round, after `warm_up` steps that compile
+    and tune: a list of rows per recipe, as soon as it is measured. timm's loop trains with cross entropy whatever the
+    recipe's losses are. only: patterns of the contenders' names. also: settings, as `--set` takes them, each of which
+    makes the project's step once more with it.
 
-    On a GPU also `host_ms`, the median time until the call of one step returns, and `peak_gib`, the memory that
-    the contender's tensors take at most; that of CUDA graphs is their own and not known.
+    A contender that fails (out of memory, say) is reported and left out, unless it is the project's. On a GPU a row
+    also has `host_ms`, the median time until the call of one step returns, and `peak_gib`, the memory that the
+    contender's tensors take at most; that of CUDA graphs is their own and not known.
     """
-    rows = []
     for recipe in chosen:
         torch.compiler.reset()  # so that shapes of another case do not count as dynamic ones
-        makers = contenders(recipe, device, classes)
-        turns = {name: Turns(makers[name], device, steps, warm_up) for name in makers if peers or name == OWN}
+        makers = contenders(recipe, device, classes, also)
+        turns: dict[str, Turns] = {}
+        for name in common.chosen(makers, only):
+            try:
+                turns[name] = Turns(makers[name], device, steps, warm_up)
+            except RuntimeError as error:
+                if name.startswith(OWN):
+                    raise
+                print(f"{recipe.name}: {name} is left out: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
         timed = race(case, turns, rounds)
-        rows += [row("step", case, name, timed[name], recipe.batch_size, **turns[name].told()) for name in turns]
-        del turns
+        rows = [row("step", case, name, timed[name], recipe.batch_size, **turns[name].told()) for name in turns]
+        yield common.compared_with_best(rows, f"{TIMM}*")
+        del turns, makers
         gc.collect()
-    return rows
 
 
-def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, Callable[[], "Ours | Timm"]]:
-    """What makes each contender; compiled ones where the recipe is compiled."""
+def contenders(
+    recipe: Recipe, device: torch.device, classes: int, also: Sequence[str] = ()
+) -> dict[str, Callable[[], "Ours | Timm"]]:
+    """What makes each contender; compiled ones where the recipe is compiled. also: see `step`."""
     index = synthetic(recipe, classes)
     plan = Plan.of(recipe, index)
     numbers = torch.from_numpy(plan.images(0, 0).copy())
@@ -119,13 +134,15 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
         batch = Images(pixels[: each.batch_size * plan.rows_an_image], numbers)
         return Ours(each, Classifier.of(each, classes), plan, index, device, forever(batch))
 
-    def timms(**how: bool) -> Timm:
+    def timms(**how: Any) -> Timm:
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.arch, num_classes=classes)
-        return Timm(recipe, model, classes, device, prefetched(planes, labels), **how)
+        return Timm(recipe, model, classes, device, prefetched(planes, labels), item=False, fused=True, **how)
 
     compiled = recipe.machine.compile != "off"
     made: dict[str, Callable[[], Ours | Timm]] = {OWN: partial(ours, recipe)}
+    for setting in also:
+        made[f"{OWN}, {setting}"] = partial(ours, recipes.override(recipe, setting))
     if rows > recipe.batch_size:
         plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=Ema())
         made["fasttrain, CE on one view"] = partial(ours, plain)
@@ -135,12 +152,9 @@ def contenders(recipe: Recipe, device: torch.device, classes: int) -> dict[str, 
         made[EAGER] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="off")))
     if device.type == "cuda" and importlib.util.find_spec("apex"):
         made["fasttrain, apex's SGD"] = partial(ours, replace(recipe, optim=replace(recipe.optim, impl="apex")))
-    made |= {TIMM: timms, f"{TIMM}, no .item()": partial(timms, item=False)}
-    best = TIMM
-    if compiled:
-        best = f"{TIMM}, compiled"
-        made |= {best: partial(timms, compiled=True), f"{best}, no .item()": partial(timms, compiled=True, item=False)}
-    made[f"{best}, no .item(), fused SGD"] = partial(timms, compiled=compiled, item=False, fused=True)
+    for mode in ("eager", "compiled") if compiled else ("eager",):
+        for layout, memory_format in LAYOUTS.items():
+            made[f"{TIMM}, {layout}, {mode}"] = partial(timms, compiled=mode == "compiled", layout=memory_format)
     return made
 
 
@@ -194,11 +208,11 @@ class Ours:
 
 
 class Timm:
-    """A step of timm's training script as its documentation has it: Mixup (as CutMix) on the device, channels_last,
-    autocast, soft-target cross entropy, SGD, a schedule by updates, and a wait for the loss in every step.
+    """A step of timm's training script: Mixup (as CutMix) on the device, autocast, soft-target cross entropy, SGD, a
+    schedule by updates, and, with `item`, a wait for the loss in every step.
 
-    `feed` gives normalised float32 images [B, 3, H, W] and labels int64 [B] on the device. item=False leaves out the
-    wait; fused takes torch's fused SGD, which timm does not by itself.
+    `feed` gives normalised float32 images [B, 3, H, W] and labels int64 [B] on the device. fused: torch's fused SGD,
+    which timm does not take by itself. layout: the memory format of weights and images.
     """
 
     cudnn_benchmark = True  # as the script sets it
@@ -215,6 +229,7 @@ class Timm:
         compiled: bool = False,
         item: bool = True,
         fused: bool = False,
+        layout: torch.memory_format = torch.channels_last,
     ) -> None:
         from timm.data import Mixup
         from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -222,10 +237,10 @@ class Timm:
         from timm.scheduler import CosineLRScheduler
         from timm.utils import AverageMeter, NativeScaler
 
-        self.feed, self.item, self.device = feed, item, device
+        self.feed, self.item, self.device, self.layout = feed, item, device, layout
         dtype = DTYPES[recipe.precision]
         self.autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
-        model = model.to(device).to(memory_format=torch.channels_last)
+        model = model.to(device).to(memory_format=layout)
         self.optimizer = create_optimizer_v2(
             model,
             opt="momentum",  # timm's `sgd` is Nesterov's
@@ -262,7 +277,7 @@ class Timm:
         images, targets = next(self.feed)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=self.layout)
         with self.autocast():
             output = self.network(images)
             loss = self.criterion(output, targets)
@@ -311,6 +326,8 @@ class Turns:
         with cudnn_benchmark(self.step.cudnn_benchmark):
             if self.device.type != "cuda":
                 return seconds(self.step, self.device, self.steps)
+            torch.cuda.empty_cache()  # what another contender left could be too fragmented to use
+            self.step()
             self.host.append(returned(self.step, self.device, 1))
             before = self._allocated()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -380,7 +397,9 @@ class OneParameterOutput(OneParameter):
         return Output(logits, logits)
 
 
-def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: int = 20) -> list[Row]:
+def host(
+    device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: int = 20, only: Sequence[str] = ()
+) -> Iterator[list[Row]]:
     """Seconds until the call of a step returns, with a network of one parameter and eight images of 8 x 8 pixels, so
     that hardly anything else is measured: what the loops themselves ask of the host. That of the project's replayed
     step is of the real one on a GPU. On a CPU, which does a GPU's work too, it is without that work."""
@@ -392,7 +411,7 @@ def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: i
     planes = pixels.permute(0, 3, 1, 2).contiguous()
     labels = torch.from_numpy(index.labels)[numbers].to(device)
 
-    def timms(**how: bool) -> Timm:
+    def timms(**how: Any) -> Timm:
         return Timm(recipe, OneParameter(), FEATURES, device, prefetched(planes, labels), **how)
 
     def ours(each: Recipe) -> Ours:
@@ -405,11 +424,12 @@ def host(device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: i
     made: dict[str, Ours | Timm] = {
         OWN: ours(recipe),
         f"{REPLAYED}, without its work" if alone else REPLAYED: replayed,
-        TIMM: timms(),
+        f"{TIMM}, .item() each step": timms(),
         f"{TIMM}, no .item()": timms(item=False),
         f"{TIMM}, no .item(), fused SGD": timms(item=False, fused=True),
     }
-    for each in made.values():
+    wanted = {name: made[name] for name in common.chosen(made, only)}
+    for each in wanted.values():
         warmed(each, warm_up)
-    timed = race("host", {name: partial(returned, each, device, steps) for name, each in made.items()}, rounds)
-    return [row("host", "one parameter", name, times) for name, times in timed.items()]
+    timed = race("host", {name: partial(returned, each, device, steps) for name, each in wanted.items()}, rounds)
+    yield [row("host", "one parameter", name, times) for name, times in timed.items()]

@@ -8,7 +8,7 @@ import gc
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -19,40 +19,49 @@ import timm
 import torch
 
 from fasttrain import recipes, rundir
-from fasttrain.benchmarks import pipeline
+from fasttrain.benchmarks import common, pipeline
 from fasttrain.benchmarks.common import OWN, Row, race, row, wall
-from fasttrain.benchmarks.step import Timm, Turns, contenders, cudnn_benchmark
+from fasttrain.benchmarks.step import LAYOUTS, TIMM, Timm, Turns, contenders, cudnn_benchmark
 from fasttrain.config import Recipe
 from fasttrain.dataset import Index
 from fasttrain.distributed import Ranks
+from fasttrain.prepare import decoder_of
 from fasttrain.step import DTYPES
 from fasttrain.train import train
 
 STEP, PIPELINE = "C: its step alone", "D: its pipeline alone"
-TIMM, TIMM_NO_ITEM = "timm's loader and loop", "timm's loader and loop, no .item()"
 
 
 def end_to_end(
-    chosen: list[Recipe], index: Index, ranks: Ranks, *, rounds: int = 3, steps: int = 60, warm_up: int = 20
-) -> list[Row]:
-    """Seconds a step of the real loop, with `eta`; of its parts; and of timm's loader with timm's loop, compiled
-    where the recipe is. Each over `steps` steps in each round, after `warm_up` steps; the run has LEAST_STEPS at
-    least. The index is taken as often as that takes, and for batches of P x K images as if of other classes.
+    chosen: list[Recipe],
+    index: Index,
+    ranks: Ranks,
+    *,
+    rounds: int = 3,
+    steps: int = 60,
+    warm_up: int = 20,
+    only: Sequence[str] = (),
+) -> Iterator[list[Row]]:
+    """Seconds per step of the real loop, with `eta`; of its parts; and of timm's loader with timm's loop, compiled
+    where the recipe is: a list of rows per recipe, as soon as it is measured. Each over `steps` steps in each round,
+    after `warm_up` steps; the run has LEAST_STEPS at least. The index is taken as often as that takes, and for batches
+    of P x K images as if of other classes. only: patterns of the contenders' names.
 
     The recipes are resolved ones; `machine.workers` says how many threads, or processes, all loaders have.
     """
-    rows = []
     for recipe in chosen:
         torch.compiler.reset()
         images = whole(index, recipe, warm_up + steps)
         case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
-        timed = race(case, turns(recipe, images, ranks, steps, warm_up), rounds)
-        slower = max(statistics.median(timed[name]) for name in (STEP, PIPELINE))
-        eta = slower / statistics.median(timed[OWN])
+        makers = turns(recipe, images, ranks, steps, warm_up)
+        timed = race(case, {name: makers[name]() for name in common.chosen(makers, only)}, rounds)
+        parts = [statistics.median(timed[name]) for name in (STEP, PIPELINE) if name in timed]
+        rows = []
         for name, times in timed.items():
-            rows.append(row("train", case, name, times, recipe.batch_size, **({"eta": eta} if name == OWN else {})))
+            eta = {"eta": max(parts) / statistics.median(times)} if name == OWN and len(parts) == 2 else {}
+            rows.append(row("train", case, name, times, recipe.batch_size, **eta))
+        yield common.compared_with_best(rows, f"{TIMM}*")
         gc.collect()
-    return rows
 
 
 def whole(index: Index, recipe: Recipe, steps: int) -> Index:
@@ -61,8 +70,10 @@ def whole(index: Index, recipe: Recipe, steps: int) -> Index:
     return pipeline.relabelled(images, 2 * recipe.images_per_class) if recipe.images_per_class else images
 
 
-def turns(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) -> dict[str, Callable[[], float]]:
-    """The contenders' turns, which tell seconds a step."""
+def turns(
+    recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int
+) -> dict[str, Callable[[], Callable[[], float]]]:
+    """What makes each contender's turns, which give seconds per step."""
     device, classes = ranks.device, len(index.classes)
     work = pipeline.Work(
         index=index,
@@ -75,26 +86,30 @@ def turns(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) 
         workers=ranks.threads(recipe.machine.workers),
     )
 
-    def timms(item: bool) -> Callable[[], float]:
+    def timms(layout: torch.memory_format) -> Callable[[], float]:
         model = timm.create_model(recipe.arch, num_classes=classes)
         compiled = recipe.machine.compile != "off"
-        step = Timm(recipe, model, classes, device, iter(()), compiled=compiled, item=item)
-        return partial(timms_run, step, work, steps, warm_up)
+        options: dict[str, Any] = {"compiled": compiled, "item": False, "fused": True, "layout": layout}
+        return partial(timms_run, Timm(recipe, model, classes, device, iter(()), **options), work, steps, warm_up)
 
-    own = partial(pipeline.ours, images_per_class=recipe.images_per_class, augment=recipe.augment)
+    own = partial(
+        pipeline.ours,
+        images_per_class=recipe.images_per_class,
+        augment=recipe.augment,
+        decoder=decoder_of(recipe),
+    )
     return {
-        OWN: partial(run, recipe, index, ranks, steps, warm_up),
-        STEP: Turns(contenders(recipe, device, classes)[OWN], device, steps, warm_up),
-        PIPELINE: partial(pipeline.turn, own, work, steps),
-        TIMM: timms(item=True),
-        TIMM_NO_ITEM: timms(item=False),
+        OWN: lambda: partial(run, recipe, index, ranks, steps, warm_up),
+        STEP: lambda: Turns(contenders(recipe, device, classes)[OWN], device, steps, warm_up),
+        PIPELINE: lambda: partial(pipeline.turn, own, work, steps),
+        **{f"{TIMM}, {name}": partial(timms, layout) for name, layout in LAYOUTS.items()},
     }
 
 
 def run(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) -> float:
     """Seconds a step of a real run of one epoch, into a folder that is gone afterwards: from the rates in its log,
     at log points `steps` apart at most, after at least `warm_up` steps. Its checkpoint comes after the last of them."""
-    machine = replace(recipe.machine, log_steps=min(recipe.machine.log_steps, steps))
+    machine = replace(recipe.machine, log_steps=min(recipe.machine.log_steps, steps), tensorboard=False)
     short = replace(recipe, epochs=1, machine=machine)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
