@@ -621,8 +621,16 @@ main.add_command(bench)
 
 
 @main.command()
-def doctor() -> None:
-    """Say what this machine has and lacks, with the line that mends it."""
+@click.option("--gpu", is_flag=True, help="Try every decoder on the GPU instead; takes a minute.")
+@click.option("--data", type=FOLDER, metavar="DIR", help="With --gpu: images in class folders. Default: drawn ones.")
+@click.option("--json", "json_path", type=FILE, metavar="FILE", help="With --gpu: write the figures.")
+def doctor(gpu: bool, data: str | None, json_path: Path | None) -> None:
+    """Say what this machine has and lacks, with the command that fixes it."""
+    if gpu:
+        _try_decoders(data, json_path)
+        return
+    if data or json_path:
+        raise UserError("doctor takes --data and --json together with --gpu only")
     from fasttrain.doctor import examine
 
     findings = examine()
@@ -631,3 +639,18 @@ def doctor() -> None:
         if finding.mend:
             click.echo(f"      {finding.mend}")
     sys.exit(0 if all(each.good or not each.needed for each in findings) else 1)
+
+
+def _try_decoders(data: str | None, json_path: Path | None) -> None:
+    import torch
+
+    from fasttrain import decoder_check
+    from fasttrain.benchmarks import common
+
+    if json_path:
+        common.require_own(json_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for line, trials in decoder_check.report(data):
+        click.echo(line)
+        if json_path:
+            common.write_figures(json_path, device, [vars(each) for each in trials], {"data": data, "advice": line})

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train", "show", "doctor", "benchmarks"},
+    {"train", "show", "doctor", "decoder_check", "benchmarks"},
     {
         "evaluate",
         "ensemble",

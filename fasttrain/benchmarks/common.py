@@ -239,7 +239,14 @@ def _is_result(path: Path) -> bool:
 def write_json(path: Path, device: torch.device, rows: list[Row], settings: Mapping[str, Any]) -> None:
     """All figures, and `about`. settings: what the benchmark was asked to do, plain values by name. RunError where
     the disk does not take it."""
-    content = {**about(device), "settings": dict(settings), "rows": [row.plain() for row in rows]}
+    write_figures(path, device, [row.plain() for row in rows], settings)
+
+
+def write_figures(
+    path: Path, device: torch.device, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> None:
+    """As `write_json`, of rows that are plain values."""
+    content = {**about(device), "settings": dict(settings), "rows": rows}
     with replacing(path) as aside:
         aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
