@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from fasttrain import dataset, recipes, versions
-from fasttrain.config import Augment
+from fasttrain.config import Augment, Data
 from fasttrain.dataset import Index
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
@@ -121,7 +121,7 @@ def files(data: str | None, drawn: str) -> tuple[Index, Index]:
     """The images to time, and the rare kinds, of one index each."""
     drawn_index = dataset.scan_unlabelled(drawn, progress=False)
     is_rare = np.array([each.startswith("rare/") for each in drawn_index.ids])
-    photos = dataset.scan(data, progress=False) if data else _some(drawn_index, np.flatnonzero(~is_rare))
+    photos = dataset.open_data(Data(train=(data,)))[0] if data else _some(drawn_index, np.flatnonzero(~is_rare))
     return photos, _some(drawn_index, np.flatnonzero(is_rare))
 
 

@@ -36,11 +36,15 @@ class Ranks:
         """Whether this is rank 0, the one that writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def cores(self) -> int:
+        """This rank's share of the cores that the process may use."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world)
+
     def threads(self, workers: int) -> int:
         """DALI threads: `workers`, or this rank's share of the cores that the process may use. On a GPU two of them are
         left to the loop and to the threads that the decoder has of its own."""
-        share = len(os.sched_getaffinity(0)) // self.local_world
-        return workers or max(1, share - 2 if self.device.type == "cuda" else share)
+        return workers or max(1, self.cores - 2 if self.device.type == "cuda" else self.cores)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of each element over the ranks, in place."""

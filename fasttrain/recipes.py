@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomli_w
-
 from fasttrain.batch import Loss
 from fasttrain.config import Augment, Data, Ema, Mix, Optim, Recipe
 from fasttrain.dataset import shown
@@ -224,6 +222,8 @@ def to_toml(recipe: Recipe) -> str:
             raise UserError(
                 f"{shown(text)} is not UTF-8, and a recipe could not name it; rename it, or name a link to it"
             )
+    import tomli_w  # not needed to train, and not everywhere where kernels are measured
+
     text = tomli_w.dumps(table)
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08X}" for c in text)
 

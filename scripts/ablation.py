@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain import checkpoint, dataset, recipes, rundir
 from fasttrain.config import Augment, Ema, Init, Mix, Optim, Recipe
 from fasttrain.distributed import ranks

@@ -8,6 +8,7 @@ the same tensors, in turns.
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import click
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain import checkpoint, optim
 from fasttrain.benchmarks import common
 from fasttrain.config import Optim

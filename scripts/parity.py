@@ -5,6 +5,7 @@ same central crops of the same photographs.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -13,8 +14,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain import dataset
 from fasttrain.benchmarks import common
+from fasttrain.config import Data
 from fasttrain.distributed import ranks
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.views import named
@@ -29,7 +32,7 @@ SIZES = (224, 448)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def main(data: str, device: str, images: int, json_path: Path | None) -> None:
     """Measure, and print a line a size."""
-    index = dataset.open_labelled(data)
+    index, _ = dataset.open_data(Data(train=(data,)))
     rows = []
     with ranks(device) as here:
         for size in SIZES:

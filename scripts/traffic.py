@@ -7,6 +7,7 @@ layers. What a compiler fuses away, and what a cache holds, is not counted: shar
 
 import json
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from datetime import date
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain.benchmarks.common import require_own
 from fasttrain.errors import UserError
 from fasttrain.files import replacing

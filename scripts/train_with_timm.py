@@ -7,13 +7,16 @@ DIR holds train/ and val/. Prints top-1 after each epoch and the time so far.
 """
 
 import argparse
+import sys
 import time
+from pathlib import Path
 
 import timm
 import torch
 from timm.data import ImageDataset, Mixup, create_loader
 from timm.loss import SoftTargetCrossEntropy
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.pipelines.views import shorter_edge
 from fasttrain.schedule import lr_at

@@ -49,7 +49,9 @@ def colours(tmp_path_factory) -> dataset.Index:
 
 
 def work_of(index, *, cutmix: bool = False, dtype: torch.dtype = torch.float32) -> pipeline.Work:
-    return pipeline.Work(index, batch=4, size=24, policy="none", cutmix=cutmix, device=CPU, dtype=dtype, workers=1)
+    return pipeline.Work(
+        index, batch=4, size=24, policy="none", cutmix=cutmix, device=CPU, dtype=dtype, workers=1, processes=1
+    )
 
 
 def tiny(loss: str = "ce", **changes):
@@ -198,6 +200,7 @@ def test_pipeline_and_its_stages(photos, tmp_path):
         policies=("imagenet",),
         images_per_class=2,
         workers=1,
+        processes=1,
         rounds=2,
         steps=2,
         profile=True,

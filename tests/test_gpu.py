@@ -8,7 +8,7 @@ import torch
 
 from fasttrain import dataset, meter, recipes, rundir
 from fasttrain import train as training
-from fasttrain.config import Augment, Ema, Init, Machine, Mix
+from fasttrain.config import DECODERS, Augment, Ema, Init, Machine, Mix
 from fasttrain.distributed import Ranks
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
@@ -17,7 +17,9 @@ from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
+from fasttrain.pipelines import decoders
 from fasttrain.pipelines import train as pipeline
+from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.views import named
@@ -41,12 +43,18 @@ def tiny(**changes):
     return resolve_auto(recipe, GPU)
 
 
+def safe_decoders():
+    return [kind for kind in DECODERS if kind not in ("auto", *decoders.rule().refused)]
+
+
+@pytest.mark.parametrize("kind", safe_decoders())
 @pytest.mark.parametrize("policy", ["none", "imagenet"])
-def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy):
+def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy, kind):
     """nvJPEG rounds otherwise than libjpeg-turbo; without AutoAugment, which may amplify it, pixels stay close."""
     plan = Plan.of(tiny(augment=Augment(autoaugment=policy)), index)
+    decoder = Decoder(kind, hardware_load=0.65)
     for ours, theirs in zip(
-        pipeline.batches(plan, index, GPU, 4, stop_step=4),
+        pipeline.batches(plan, index, GPU, 4, stop_step=4, decoder=decoder),
         pipeline.batches(plan, index, torch.device("cpu"), 4, stop_step=4),
         strict=True,
     ):
@@ -56,12 +64,16 @@ def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy):
         assert difference < (2 if policy == "none" else 12)
 
 
-def test_evaluation_is_near_the_cpus(index):
-    on_gpu, on_cpu = (Evaluation(index, named("center", 64), 100, device, 4) for device in (GPU, torch.device("cpu")))
+@pytest.mark.parametrize("kind", safe_decoders())
+def test_evaluation_is_near_the_cpus(index, kind):
+    decoder, views = Decoder(kind, hardware_load=0.65), named("center", 64)
+    on_gpu = Evaluation(index, views, 100, GPU, 4, decoder=decoder)
+    on_cpu = Evaluation(index, views, 100, torch.device("cpu"), 4)
     for ours, theirs in zip(on_gpu, on_cpu, strict=True):
         assert (ours.pixels[0].cpu().int() - theirs.pixels[0].int()).abs().float().mean() < 2
 
 
+STEPS_ALIKE = 4  # steps until rounding, which every update amplifies, shows in a loss
 SCRATCH = Init(force_scratch=True)
 STRONG = Augment(autoaugment="none", randaugment=2, erase=0.25)
 
@@ -107,7 +119,10 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
 @pytest.mark.parametrize("micro_batch", [0, 10])
 @pytest.mark.parametrize("how", ["on", "graphs"])
 def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, monkeypatch, how, micro_batch):
-    """Also with two views, and an averaged network that answers; with weights of losses that follow the epoch."""
+    """Losses of the first steps, in float32 without TF32; also with two views, an averaged network that answers, and
+    weights of losses that follow the epoch."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
     told, steps = [], []
     monkeypatch.setattr(training, "Step", lambda *args: steps.append(Step(*args)) or steps[-1])
@@ -119,8 +134,8 @@ def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, mo
         training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
         lines = map(json.loads, (tmp_path / compiled / "log.jsonl").read_text().splitlines())
         told.append([line["terms"] for line in lines if line["event"] == "train"])
-    for plain, compiled in zip(*told, strict=True):
-        assert compiled == pytest.approx(plain, rel=0.02)
+    for plain, compiled in list(zip(*told, strict=True))[:STEPS_ALIKE]:
+        assert compiled == pytest.approx(plain, rel=2e-3)
     graphs = steps[-1].graphs
     assert (graphs is None) == (how == "on") and (graphs is None or graphs.complete)
 

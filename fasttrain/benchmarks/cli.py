@@ -115,7 +115,12 @@ def bench_kernels(here: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
 @click.option("--images-per-class", type=click.IntRange(0), default=4, show_default=True,
               help="Of the P x K batches; 0: leave them out.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
-@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    help="Threads, or processes. 0: a run's default, and for peers one per core.",
+)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Batches a turn.")
 @click.option("--profile", is_flag=True, help="Also where the project's own pipeline spends its time.")
 @click.option("--decoder", type=click.Choice(DECODERS), default="auto", show_default=True,
@@ -132,7 +137,7 @@ def bench_pipeline(
     from fasttrain.pipelines import decoders
 
     index, _ = dataset.open_data(Data(train=(data,)))
-    asked["workers"] = here.threads(workers)
+    asked |= {"workers": here.threads(workers), "processes": workers or here.cores}
     dtype = pipeline.dtype_of(precision, here.device)
     kind = decoders.resolve(decoder, here.device)
     rows = pipeline.pipeline(index, here.device, dtype, profile=profile, decoder=decoders.Decoder(kind, 0.65), **asked)
@@ -219,7 +224,12 @@ def bench_step(
 @bench.command("train")
 @click.option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
 @_of_networks
-@click.option("--workers", type=click.IntRange(0), default=0, help="Threads, or processes. 0: as many as cores.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    help="Threads, or processes. 0: a run's default, and for peers one per core.",
+)
 @click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps a turn.")
 @click.option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before them.")
 @_measured(rounds=3)
@@ -233,7 +243,7 @@ def bench_train(
 
     index, _ = dataset.open_data(Data(train=(data,)))
     threads = here.threads(workers)
-    chosen = _chosen_networks(here.device, workers=threads, **options)
+    chosen = _chosen_networks(here.device, workers=workers, **options)
     turns = {"steps": steps, "warm_up": warm_up, "rounds": rounds}
     rows = end_to_end(chosen, index, here, only=only, **turns)
     return rows, {"images": len(index), "losses": _losses(chosen), "workers": threads, **turns}

@@ -17,7 +17,7 @@ from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.ema import Ema
 from fasttrain.kernels import mix, triplet
 
-BATCHES_CPU, BATCHES_GPU = (64, 128), (64, 128, 256, 512, 1024)
+BATCHES_CPU, BATCHES_GPU = (64, 128, 256), (64, 128, 256, 512, 1024)
 TRIPLET_CPU, TRIPLET_GPU = (
     ((128, 2048), (256, 2656), (1024, 2048)),
     ((128, 2048), (256, 2656), (512, 2048), (1024, 2048)),

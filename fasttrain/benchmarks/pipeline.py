@@ -1,7 +1,8 @@
 """The training pipeline beside other loaders: images a second, and where the project's own spends its time.
 
 Every loader takes the same files and delivers the same kind of batch: random-resized-cropped, flipped, AutoAugmented
-or not, CutMixed or not, normalised, channels-last, on the device. Each does so with as many threads, or processes.
+or not, CutMixed or not, normalised, channels-last, on the device. The peers have as many threads, or
+processes, as there are cores; the project has what a run gives it, which on a GPU is two less.
 """
 
 import gc
@@ -49,8 +50,9 @@ LAST_STAGES = ("AutoAugment", "normalise, mix")
 @dataclass(frozen=True)
 class Work:
     """What a loader has to do: batches of `batch` images of the index, size x size, through an AutoAugment policy
-    (of POLICIES) and, with cutmix, CutMix in every batch, as `dtype` on the device, with `workers` threads or
-    processes. An index that is not repeated ends an epoch often, which costs some loaders more than others."""
+    (of POLICIES) and, with cutmix, CutMix in every batch, as `dtype` on the device. workers: the project's threads;
+    processes: the peers' threads or processes. An index that is not repeated ends an epoch often, which costs some
+    loaders more than others."""
 
     index: Index
     batch: int
@@ -60,6 +62,7 @@ class Work:
     device: torch.device
     dtype: torch.dtype
     workers: int
+    processes: int
 
 
 class Delivered(NamedTuple):
@@ -86,6 +89,7 @@ def pipeline(
     images_per_class: int = 4,
     cutmix: bool = True,
     workers: int = 2,
+    processes: int = 2,
     rounds: int = 5,
     steps: int = 20,
     profile: bool = False,
@@ -105,7 +109,7 @@ def pipeline(
     own = partial(ours, decoder=decoder)
     for batch, policy in itertools.product(batch_sizes, policies):
         images = repeated(index, batch * max(LEAST_STEPS, WARM_UP + steps))
-        work = Work(images, batch, image_size, policy, cutmix, device, dtype, workers)
+        work = Work(images, batch, image_size, policy, cutmix, device, dtype, workers, processes)
         contenders: dict[str, Loader] = {OWN: own}
         if images_per_class:
             contenders[GROUPED] = partial(grouped, images_per_class=images_per_class, decoder=decoder)
@@ -243,7 +247,7 @@ def timm_loader(work: Work) -> Any:
         interpolation="bilinear",
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        num_workers=work.workers,
+        num_workers=work.processes,
         pin_memory=work.device.type == "cuda",
         device=work.device,
     )
@@ -293,10 +297,10 @@ def torchvisions(work: Work) -> Stream:
         Decoded(work.index, v2.Compose(steps)),
         work.batch,
         shuffle=True,
-        num_workers=work.workers,
+        num_workers=work.processes,
         pin_memory=work.device.type == "cuda",
         drop_last=True,
-        persistent_workers=work.workers > 0,
+        persistent_workers=work.processes > 0,
     )
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     cutmix = v2.CutMix(num_classes=len(work.index.classes)) if work.cutmix else None
@@ -341,7 +345,7 @@ def stock(work: Work) -> Stream:
     pipe = stock_graph(
         work,
         batch_size=work.batch,
-        num_threads=work.workers,
+        num_threads=work.processes,
         device_id=work.device.index or 0 if work.device.type == "cuda" else None,
         prefetch_queue_depth=2,
         seed=0,

@@ -47,7 +47,8 @@ def end_to_end(
     after `warm_up` steps; the run has LEAST_STEPS at least. The index is taken as often as that takes, and for batches
     of P x K images as if of other classes. only: patterns of the contenders' names.
 
-    The recipes are resolved ones; `machine.workers` says how many threads, or processes, all loaders have.
+    The recipes are resolved ones; `machine.workers` says how many threads, or processes, all loaders have (0: the
+    project's default, and one per core for timm's).
     """
     for recipe in chosen:
         torch.compiler.reset()
@@ -84,6 +85,7 @@ def turns(
         device=device,
         dtype=DTYPES[recipe.precision],
         workers=ranks.threads(recipe.machine.workers),
+        processes=recipe.machine.workers or ranks.cores,
     )
 
     def timms(layout: torch.memory_format) -> Callable[[], float]:

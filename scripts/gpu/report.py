@@ -1,0 +1,55 @@
+"""Put the results of the slots together: python3 scripts/gpu/report.py PARTS OUT
+
+Writes OUT/gpu.json, all figures by the name of their part, OUT/gpu.md, their tables, and OUT/logs.tar.gz. What a part
+had measured when it was ended counts as well.
+"""
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from readme_tables import TABLES, caption, grid
+
+UNFINISHED = ".unfinished"
+
+
+def gather(parts: Path, out: Path) -> None:
+    """Over every NAME.json and NAME.unfinished.json in `parts`."""
+    everything: dict[str, Any] = {}
+    text = ["# One GPU", ""]
+    for path in sorted(parts.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # ended while it was written
+            continue
+        name = path.stem.removesuffix(UNFINISHED)
+        unfinished = path.stem.endswith(UNFINISHED)
+        everything[name] = told | ({"unfinished": True} if unfinished else {})
+        table = TABLES.get(name.split("-")[0], plain)
+        text += [f"## {name}{' (unfinished)' if unfinished else ''}", "", caption(told) + table(told["rows"]), ""]
+    (out / "gpu.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    (out / "gpu.md").write_text("\n".join(text), encoding="utf-8")
+    with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+        for log in sorted(parts.glob("*.log")):
+            archive.add(log, log.name)
+
+
+def plain(rows: list[dict[str, Any]]) -> str:
+    """A line a row, a column a value."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return grid(names, [[_short(row.get(name)) for name in names] for row in rows])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)[:200].replace("|", "/")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python3 scripts/gpu/report.py PARTS OUT")
+    gather(Path(sys.argv[1]), Path(sys.argv[2]))

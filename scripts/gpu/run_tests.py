@@ -1,0 +1,69 @@
+"""The tests that need a GPU, each file in processes of its own, so that a crash takes no other file's tests along.
+
+    python3 scripts/gpu/run_tests.py --json FILE test_gpu.py test_kernels_triton.py
+
+FILE has a row per test file, as soon as it is done: how many tests passed, and each failure with its reason. A failed
+test does not make the exit status other than 0: it is a result.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
+from fasttrain.benchmarks.common import write_figures
+from fasttrain.distributed import ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = 6  # processes that share the GPU
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--toy", action="store_true", help="on a CPU, where all of these tests are skipped")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in args.files:
+        rows.append(run(name))
+        print(rows[-1], flush=True)
+        with ranks("auto") as here:
+            write_figures(args.json, here.device, rows, {"files": args.files})
+
+
+def run(name: str) -> dict[str, Any]:
+    """A test file's row. A worker that crashes is replaced, and the test that it ran counts as failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "results.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--timeout=120", f"--junitxml={results}"]
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "-p", "no:cacheprovider", str(ROOT / "tests" / name)]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+        seconds = time.perf_counter() - start
+        print(done.stdout[-20000:], done.stderr[-4000:], flush=True)
+        cases = list(ElementTree.parse(results).iter("testcase")) if results.exists() else []
+    failures = {}
+    for case in cases:
+        for problem in (*case.findall("failure"), *case.findall("error")):
+            failures[case.get("name", "")] = (problem.get("message") or "")[:400]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {
+        "file": name,
+        "passed": len(cases) - skipped - len(failures),
+        "failed": len(failures),
+        "skipped": skipped,
+        "seconds": round(seconds, 1),
+        "exit_status": done.returncode,
+        "failures": failures,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What only a GPU can tell, in slots of at most eight minutes of work, the most telling first.
+
+    python3 scripts/gpu/slot.py A --data DIR --out OUT       (a checkout need not be installed)
+
+DIR is a folder of class folders of photographs; for slot C it holds train/ and val/. Each part runs in a process of
+its own under a time limit, says before it starts what it is expected to take, and leaves OUT/parts/NAME.json. A part
+whose file is there is not run again, and a part that needs DALI is left out where DALI is not installed. After each
+part OUT/gpu.json has all figures, OUT/gpu.md their tables, and OUT/logs.tar.gz what the parts printed.
+
+Inductor's cache is kept in OUT/parts and, at the end, as OUT/inductor.tar.xz; name that file by --cache to begin with
+it elsewhere.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import report
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGEST_CACHE = 15 << 20  # bytes; a larger one is not packed
+
+
+@dataclass(frozen=True)
+class Part:
+    """A measurement. expected: seconds it takes on one H100; limit: seconds after which it is ended. command: what
+    follows `python3`, as words of a shell; {data}, {out} and {json} stand for the images, a folder of the part's own
+    and the file to write. toy: what is added to the command on a CPU, where {arch} is a tiny network."""
+
+    name: str
+    expected: int
+    limit: int
+    command: str
+    toy: str = ""
+    arch: str = "tresnet_xl"
+    needs_dali: bool = True
+
+
+_TOY_STEP = "--device cpu --image-size 32 --batch-size 8 --rounds 1 --steps 2"
+_TOY_RUN = f"{_TOY_STEP} --warm-up 1"
+_STEP = "-m fasttrain bench step --json {json} --arch {arch} --classes 320 --rounds 3 --steps 10"
+_RUN = "-m fasttrain bench train --data {data} --json {json} --arch {arch} --rounds 2 --steps 60 --warm-up 20"
+_LOADERS = (
+    "-m fasttrain bench pipeline --data {data} --json {json} --autoaugment imagenet --batch-size 256"
+    " --images-per-class 0 --rounds 3 --steps 20"
+)
+_TOY_LOADERS = "--device cpu --batch-size 8 --image-size 32 --rounds 1 --steps 2"
+_TESTS = "scripts/gpu/run_tests.py --json {json}"
+_MAIN_JOB = "scripts/gpu/main_job.py --data {data} --out {out} --json {json}"
+_KERNELS = (
+    "-m fasttrain bench kernels --json {json} --rounds 9"
+    " --only 'mix 256*' --only 'triplet 256 x 2656*' --only 'triplet 1024*'"
+)
+_PROOF = "scripts/gpu/proof.py --data {data} --out {out} --json {json}"
+
+SLOTS = {
+    "A": [
+        Part("decoders", 50, 200, "-m fasttrain doctor --gpu --data {data} --json {json}"),
+        Part("main-job", 100, 240, _MAIN_JOB, "--toy"),
+        Part(
+            "step-tresnet_xl",
+            150,
+            270,
+            f"{_STEP} --also machine.align=true --only fasttrain --only '*align*' --only 'timm*eager'",
+            _TOY_STEP,
+            needs_dali=False,
+        ),
+        Part("tests-kernels", 60, 120, f"{_TESTS} test_kernels_triton.py", "--toy", needs_dali=False),
+        Part("pipeline-256", 60, 150, f"{_LOADERS} --only fasttrain --only timm", _TOY_LOADERS),
+        Part("pipeline-256-cpu-decoder", 20, 60, f"{_LOADERS} --only fasttrain --decoder cpu", _TOY_LOADERS),
+        Part("pipeline-256-stock", 20, 60, f"{_LOADERS} --only 'DALI*'", _TOY_LOADERS),
+    ],
+    "B": [
+        Part("train-tresnet_xl", 120, 240, f"{_RUN} --only fasttrain --only '[CD]:*' --only 'timm, *'", _TOY_RUN),
+        Part("tests-training", 60, 150, f"{_TESTS} test_gpu.py test_models_aligned.py", "--toy"),
+        Part(
+            "step-tresnet_xl-compiled",
+            120,
+            240,
+            f"{_STEP} --only fasttrain --only '*compiled'",
+            f"{_TOY_STEP} --compile",
+            needs_dali=False,
+        ),
+        Part("kernels", 40, 90, _KERNELS, "--device cpu --rounds 1", needs_dali=False),
+        Part(
+            "step-seresnext101_32x4d",
+            150,
+            240,
+            f"{_STEP} --only fasttrain --only 'timm*'",
+            _TOY_STEP,
+            arch="seresnext101_32x4d",
+            needs_dali=False,
+        ),
+        Part(
+            "step-resnest101e",
+            180,
+            270,
+            f"{_STEP} --only fasttrain --only 'timm*'",
+            _TOY_STEP,
+            arch="resnest101e",
+            needs_dali=False,
+        ),
+        Part("parity", 20, 60, "scripts/parity.py --data {data} --json {json}", "--device cpu --images 16"),
+        *(
+            Part(
+                f"step-graphs-{batch}",
+                80,
+                150,
+                f"{_STEP} --batch-size {batch} --set machine.compile=graphs"
+                " --only fasttrain --only 'fasttrain, compiled'",
+                _TOY_STEP,
+                arch="seresnext101_32x4d",
+                needs_dali=False,
+            )
+            for batch in (32, 128)
+        ),
+    ],
+    "C": [Part("proof", 450, 560, _PROOF, "--toy")],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slot", choices=SLOTS)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, in this order")
+    parser.add_argument("--total", type=int, default=480, help="seconds that all parts may take (default: 480)")
+    parser.add_argument("--work", type=Path, help="the parts' own files (default: OUT/parts)")
+    parser.add_argument("--cache", type=Path, help="Inductor's cache of an earlier run, a .tar.xz")
+    parser.add_argument("--toy", action="store_true", help="try every part on a CPU; the figures mean nothing")
+    args = parser.parse_args()
+    parts = {part.name: part for part in SLOTS[args.slot]}
+    unknown = [name for name in args.parts or () if name not in parts]
+    if unknown:
+        parser.error(f"slot {args.slot} has no part {unknown[0]}; there are {', '.join(parts)}")
+    if not args.data.is_dir():
+        parser.error(f"--data {args.data}: no such folder")
+    work = args.work or args.out / "parts"
+    for folder in (args.out, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    cache = work / "inductor"
+    if args.cache and not cache.exists():
+        with tarfile.open(args.cache) as packed:
+            packed.extractall(work, filter="data")
+    deadline = time.monotonic() + args.total
+    missing = []
+    for part in [parts[name] for name in args.parts or parts]:
+        left = deadline - time.monotonic()
+        if (work / f"{part.name}.json").exists():
+            print(f"== {part.name}: done before", flush=True)
+            continue
+        if part.needs_dali and not has_dali():
+            print(f"== {part.name}: left out, it needs DALI", flush=True)
+        elif left < 5:
+            print(f"== {part.name}: not begun, the {args.total} s are over", flush=True)
+        elif run(part, args.data.resolve(), work.resolve(), min(part.limit, left), args.toy):
+            report.gather(work, args.out)
+            continue
+        missing.append(part.name)
+        report.gather(work, args.out)
+    pack(cache, args.out / "inductor.tar.xz")
+    if missing:
+        print(f"slot {args.slot}: not done: {' '.join(missing)}; see NAME.log", flush=True)
+    return bool(missing)
+
+
+def has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def run(part: Part, data: Path, work: Path, limit: float, toy: bool) -> bool:
+    """Run a part; whether it has ended well and left its file. Its process and those it started are ended with it."""
+    unfinished, own = work / f"{part.name}.unfinished.json", work / part.name
+    places = {"data": data, "out": own, "json": unfinished, "arch": "test_resnet" if toy else part.arch}
+    template = f"{part.command} {part.toy}" if toy else part.command
+    words = [word.format(**places) for word in shlex.split(template)]
+    expected = "a toy" if toy else f"some {part.expected} s"
+    print(f"== {part.name}: {expected}, at most {limit:.0f} s", flush=True)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+    }
+    start = time.monotonic()
+    with (work / f"{part.name}.log").open("ab") as log:
+        print(shlex.join(words), file=sys.stderr, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, *words], stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            status: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with_children(process)
+    ended = "its time was over" if status is None else f"exit status {status}"
+    print(f"== {part.name}: {time.monotonic() - start:.0f} s, {ended}", flush=True)
+    if status == 0 and unfinished.exists():
+        unfinished.rename(work / f"{part.name}.json")
+        return True
+    lines = (work / f"{part.name}.log").read_text(errors="replace").splitlines()
+    print("\n".join(f"   {line[:300]}" for line in lines[-12:]), flush=True)
+    return False
+
+
+def with_children(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def pack(cache: Path, packed: Path) -> None:
+    """Keep Inductor's cache as one file, unless it is too large for that."""
+    if not cache.is_dir():
+        return
+    with tarfile.open(packed, "w:xz", preset=1) as archive:
+        archive.add(cache, "inductor")
+    if packed.stat().st_size > LARGEST_CACHE:
+        print(f"Inductor's cache is {packed.stat().st_size >> 20} MiB and is not kept", flush=True)
+        packed.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
