@@ -102,7 +102,7 @@ def _of_channel(channel, v0, v1, v2, v3):
 @triton.jit
 def mix_kernel(
     images,  # uint8 [B, H, W, C]
-    params,  # float32 [B, 7]
+    table,  # float32 [B, 7]; `params` is a name that Triton 3.6 uses when it binds arguments
     result,  # [B, H, W, C], the cast's dtype
     partners,  # int64 [B]
     shares,  # float32 [B]
@@ -124,7 +124,7 @@ def mix_kernel(
     row_bytes: tl.constexpr = WIDTH * CHANNELS
     row_groups: tl.constexpr = row_bytes // GROUP
     image = tl.program_id(1)
-    row = params + image * 7
+    row = table + image * 7
     partner = tl.load(row + 0).to(tl.int32)
     mode = tl.load(row + 1).to(tl.int32)
     top = tl.load(row + 2).to(tl.int32)

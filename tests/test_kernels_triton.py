@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from fasttrain.kernels import mix, triplet
 
@@ -326,6 +327,29 @@ def test_triplet_at_full_width(batch, dtype):
 
 
 # --------------------------------------------------------------------------------------------- ahead of time
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter binds by itself")
+def test_a_gpu_can_bind_the_arguments_of_every_launch(monkeypatch):
+    """Triton generates the function that binds a launch's arguments, and the kernel's names live among its own: one
+    called `params` broke every launch with Triton 3.6. The launches end before they would need a GPU."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bound = []
+
+    def bind(kernel, *args, grid, warmup, **options):
+        values, *_ = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
+        assert list(values) == list(kernel.arg_names)
+        for argument, value in zip(args, values.values(), strict=False):
+            assert argument is value
+        bound.append(kernel.__name__)
+
+    monkeypatch.setattr(triton.JITFunction, "run", bind)
+    mix.launch(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 7), MEAN, STD, torch.bfloat16)
+    rows, labels = torch.zeros(8, 16), torch.arange(8) // 2
+    _, valid, _, indices, slopes = triplet.launch(rows, labels, rows, labels, 0, 0.3, False)
+    for pool in (None, rows):
+        triplet.launch_gradient(torch.ones(4), rows, pool, indices, slopes, valid)
+    assert {*bound} == {"mix_kernel", "mine_kernel", "loss_kernel", "mean_kernel", "gradient_kernel"}
 
 
 def mix_signature(dtype: str, group: int):
