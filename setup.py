@@ -1,10 +1,27 @@
-"""Packages, the entry point and the extras; everything else about the build is in pyproject.toml."""
+"""Packages, the entry point and the extras; everything else about the build is in pyproject.toml.
 
+FASTTRAIN_CUDA chooses the CUDA version that torch and DALI are built for: 13 (the default, for NVIDIA drivers from 580
+on) or 12 (for drivers from 525 on).
+"""
+
+import os
+import sys
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+
+# PyPI has one build of each torch. From 2.11 on, it is built for CUDA 13. 2.10 is built for CUDA 12.8 on x86-64, and
+# without CUDA on aarch64, where the CUDA 12 builds come only from PyTorch's own index (fasttrain/doctor.py has the
+# command). torchvision 0.25 and Triton 3.6 belong to torch 2.10.
+TORCH = {
+    "12": ["torch>=2.10,<2.11", "torchvision>=0.25,<0.26", "triton>=3.6,<3.7"],
+    "13": ["torch>=2.11", "torchvision>=0.26", "triton>=3.6"],
+}
+CUDA = os.environ.get("FASTTRAIN_CUDA") or "13"
+if CUDA not in TORCH:
+    sys.exit(f"FASTTRAIN_CUDA must be 12 or 13, not {CUDA!r}")
 
 setup(
     name="fasttrain",
@@ -26,11 +43,12 @@ setup(
     ],
     package_data={"fasttrain": ["data/vipriors/*.txt.gz", "data/vipriors/CREDITS.txt"]},
     install_requires=[
-        "torch>=2.10",
-        "torchvision",
+        *TORCH[CUDA],
         "timm>=1.0.20",
-        "triton>=3.6",
-        "nvidia-dali-cuda130>=2.4",
+        # Left out: DALI before 2.2, whose decoders have no `adjust_orientation`, and 2.5, which is not released yet.
+        # 2.3 and 2.4 come with nvImageCodec 0.9, which crashes when it decodes a region on a GPU
+        # (NVIDIA/nvImageCodec#55): pipelines/decoders.py does not let it.
+        f"nvidia-dali-cuda{CUDA}0>=2.2,<2.5",
         "numpy>=2.0",
         "pillow>=10.0",
         "click>=8.1",

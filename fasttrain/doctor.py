@@ -57,8 +57,8 @@ def driver_version() -> str:
 
 
 def newest_cuda(driver: str) -> int:
-    """The newest CUDA version that a driver runs; 0 for a driver that is too old for all. Without a driver, 13."""
-    branch = int(driver.split(".")[0]) if driver else OLDEST_DRIVER[13]
+    """The newest CUDA version that a driver runs; 0 without a driver, or with one that is too old for all."""
+    branch = int(driver.split(".")[0]) if driver else 0
     return max((cuda for cuda, oldest in OLDEST_DRIVER.items() if branch >= oldest), default=0)
 
 
@@ -80,7 +80,7 @@ def _dali_installed() -> tuple[str, ...]:
 
 def _cuda_for(driver: str, torch: Any) -> int:
     """The CUDA version to install for: torch's own where the driver runs it, else the newest that the driver runs."""
-    newest = newest_cuda(driver) or 13  # a driver that runs neither has to be updated first
+    newest = newest_cuda(driver) or 13  # a driver that is too old for all has to be updated first
     own = _cuda_of(torch)
     return own if own in OLDEST_DRIVER and own <= newest else newest
 

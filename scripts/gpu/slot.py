@@ -34,8 +34,8 @@ LARGEST_CACHE = 15 << 20  # bytes; a larger one is not packed
 @dataclass(frozen=True)
 class Part:
     """A measurement. expected: seconds it takes on one H100; limit: seconds after which it is ended. command: what
-    follows `python3`, as words of a shell; {data}, {out} and {json} stand for the images, a folder of the part's own
-    and the file to write. toy: what is added to the command on a CPU, where {arch} is a tiny network."""
+    follows `python3`, as words of a shell; {data}, {classes}, {out} and {json} stand for the images, how many classes
+    they have, a folder of the part's own and the file to write. toy: what is added to the command on a CPU, where {arch} is a tiny network."""
 
     name: str
     expected: int
@@ -48,7 +48,7 @@ class Part:
 
 _TOY_STEP = "--device cpu --image-size 32 --batch-size 8 --rounds 1 --steps 2"
 _TOY_RUN = f"{_TOY_STEP} --warm-up 1"
-_STEP = "-m fasttrain bench step --json {json} --arch {arch} --classes 320 --rounds 3 --steps 10"
+_STEP = "-m fasttrain bench step --json {json} --arch {arch} --classes {classes} --rounds 3 --steps 10"
 _RUN = "-m fasttrain bench train --data {data} --json {json} --arch {arch} --rounds 2 --steps 60 --warm-up 20"
 _LOADERS = (
     "-m fasttrain bench pipeline --data {data} --json {json} --autoaugment imagenet --batch-size 256"
@@ -182,10 +182,22 @@ def has_dali() -> bool:
         return False
 
 
+def classes(data: Path) -> int:
+    """How many class folders there are: steps of as many classes share what is compiled with the main job."""
+    inside = data / "train"
+    return sum(each.is_dir() for each in (inside if inside.is_dir() else data).iterdir())
+
+
 def run(part: Part, data: Path, work: Path, limit: float, toy: bool) -> bool:
     """Run a part; whether it has ended well and left its file. Its process and those it started are ended with it."""
     unfinished, own = work / f"{part.name}.unfinished.json", work / part.name
-    places = {"data": data, "out": own, "json": unfinished, "arch": "test_resnet" if toy else part.arch}
+    places = {
+        "data": data,
+        "out": own,
+        "json": unfinished,
+        "arch": "test_resnet" if toy else part.arch,
+        "classes": classes(data),
+    }
     template = f"{part.command} {part.toy}" if toy else part.command
     words = [word.format(**places) for word in shlex.split(template)]
     expected = "a toy" if toy else f"some {part.expected} s"
