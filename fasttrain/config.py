@@ -233,8 +233,9 @@ class Machine:
     compile: torch.compile, `auto` is on for CUDA; `graphs` also replays whole steps as CUDA graphs, on one GPU, where
     the host cannot keep up with it; the memory that a step takes is then its own, and evaluation's comes on top.
     align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
-    and its checkpoints stay the same. log_steps: steps between two log points; the host waits for the device there
-    and, besides, only where a step is recorded to be replayed. hash_batches: log a hash of every step's images, in
+    and its checkpoints stay the same; `auto` is on for a TResNet on a GPU in bf16 or fp16.
+    log_steps: steps between two log points; the host waits for the device there and, besides, only where a step is
+    recorded to be replayed. hash_batches: log a hash of every step's images, in
     their order over all ranks, and wait for them. hang_timeout: seconds without progress after which a run on several
     ranks ends and names the rank that is behind (0: never). tensorboard: write its files, where it is installed.
     """
@@ -244,7 +245,7 @@ class Machine:
     decoder: str = "auto"
     hardware_load: float = 0.65
     compile: str = "auto"
-    align: bool = False
+    align: str = "auto"
     log_steps: int = 20
     hash_batches: bool = False
     hang_timeout: float = 1800.0
@@ -255,6 +256,7 @@ class Machine:
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
         _require(self.decoder in DECODERS, "decoder", f"one of {', '.join(DECODERS)}", self.decoder)
         _require(0 <= self.hardware_load <= 1, "hardware_load", "a share in [0, 1]", self.hardware_load)
+        _require(self.align in ("auto", "on", "off"), "align", "auto, on or off", self.align)
         modes = ("auto", "on", "off", "graphs")
         _require(self.compile in modes, "compile", "auto, on, off or graphs", self.compile)
         _require(self.log_steps >= 1, "log_steps", "1 or more", self.log_steps)

@@ -17,7 +17,11 @@ def resolve_auto(recipe: Recipe, device: torch.device) -> Recipe:
     machine = recipe.machine
     compiled = ("on" if on_gpu else "off") if machine.compile == "auto" else machine.compile
     decoder = decoders.resolve(machine.decoder, device)
-    return replace(recipe, precision=precision, machine=replace(machine, compile=compiled, decoder=decoder))
+    align = machine.align
+    if align == "auto":
+        align = "on" if on_gpu and precision != "fp32" and recipe.arch.startswith("tresnet") else "off"
+    machine = replace(machine, compile=compiled, decoder=decoder, align=align)
+    return replace(recipe, precision=precision, machine=machine)
 
 
 def decoder_of(recipe: Recipe) -> Decoder:

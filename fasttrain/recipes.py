@@ -313,6 +313,9 @@ def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
     return f"; there are: {', '.join(prefix + each for each in known)}" if known else ""
 
 
+_ONCE_TRUE_OR_FALSE = ("machine.align",)  # settings that were, and may still be written so: on and off
+
+
 def _build(cls: type[T], table: dict[str, Any], where: str, prefix: str) -> T:
     """A frozen dataclass from a table of plain values, each checked against the field's type."""
     hints = typing.get_type_hints(cls)
@@ -321,6 +324,8 @@ def _build(cls: type[T], table: dict[str, Any], where: str, prefix: str) -> T:
     for key, value in table.items():
         if key not in fields:
             raise UserError(f"{where}: no key {prefix + key!r}{_nearest(key, fields, prefix)}")
+        if type(value) is bool and prefix + key in _ONCE_TRUE_OR_FALSE:
+            value = "on" if value else "off"
         if key == "losses":
             values[key] = _losses(value, where)
         else:

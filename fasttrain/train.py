@@ -94,6 +94,9 @@ def course(
         changed = resume.accepted(saved, identity, recipe.resume.allow)
         if saved.meta["world"] != ranks.world:
             changed.append(f"ranks were {saved.meta['world']} and are {ranks.world}")
+        decoder = saved.meta["recipe"]["machine"].get("decoder", recipe.machine.decoder)
+        if decoder != recipe.machine.decoder:
+            changed.append(f"the decoder was {shown(decoder)} and is {recipe.machine.decoder}: pixels differ slightly")
         notes += [f"going on with changes: {'; '.join(changed)}"] if changed else []
         start, best = resume.step_of(saved.meta, plan.steps_per_epoch), saved.meta["best"]
         shift = saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"]

@@ -85,7 +85,7 @@ class Classifier(nn.Module):
             cosine_head=any(loss.cosine_head for loss in recipe.losses),
             projection_head=any(loss.projection_head for loss in recipe.losses),
             zero_gamma=recipe.zero_gamma,
-            aligned=recipe.machine.align,
+            aligned=recipe.machine.align == "on",
         )
 
     @property

@@ -1,0 +1,177 @@
+"""The doctor on made-up machines: NVIDIA drivers of all ages, builds of torch and DALI that fit them or do not."""
+
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from nvidia import dali
+
+from fasttrain import doctor
+from fasttrain.cli import main
+
+CUDA12, CUDA13 = "nvidia-dali-cuda120", "nvidia-dali-cuda130"
+TO_12 = f"pip uninstall -y {CUDA13} && FASTTRAIN_CUDA=12 pip install ."
+TO_13 = f"pip uninstall -y {CUDA12} && pip install ."
+KERNEL_MODULES = [
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+    "GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)\n",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  535.104.05  Release Build  (dvs-builder@U16-I1)\n",
+]
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function that makes a machine up, without a GPU that torch can use, and answers the doctor's findings on it.
+
+    smi: what nvidia-smi prints, or nothing where it fails. module: what the kernel module says of itself. cuda: what
+    torch is built for. installed: DALI's distributions, the first of which is the one that is imported.
+    """
+
+    def make(smi="", module="", cuda="13.0", installed=(CUDA13,), processor="x86_64", gpu=False):
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\necho '{smi}'\n" if smi else "#!/bin/sh\necho 'NVML 999.99 failed'\nexit 9\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+        monkeypatch.setattr(doctor, "KERNEL_MODULE", tmp_path / "module")
+        if module:
+            doctor.KERNEL_MODULE.write_text(module)
+        monkeypatch.setattr(doctor.platform, "machine", lambda: processor)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(doctor, "installed", lambda name: "2.4.0" if name in installed else None)
+        built = {CUDA12: "12090", CUDA13: "13000"}
+        monkeypatch.setattr(dali, "__cuda_version__", built[installed[0]] if installed else "13000")
+        return {finding.what: finding for finding in doctor.examine()}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda"),
+    [("610.43.02", 13), ("580.65.06", 13), ("575.57.08", 12), ("570.86.15", 12), ("535.54.03", 12), ("525.60.13", 12)],
+)
+def test_a_driver_names_its_cuda(machine, driver, cuda):
+    findings = machine(f"{driver}\n{driver}", cuda=f"{cuda}.0", installed=(f"nvidia-dali-cuda{cuda}0",))
+    assert findings["NVIDIA driver"].found == f"{driver}, runs CUDA {cuda} and older"
+    assert findings["NVIDIA driver"].good and not findings["NVIDIA driver"].mend
+    assert findings["DALI"].good and "CUDA_VISIBLE_DEVICES" in findings["GPU"].mend
+
+
+@pytest.mark.parametrize("driver", ["575.57.08", "550.54.15", "535.104.05", "525.60.13"])
+def test_a_driver_that_is_too_old_for_cuda_13_has_a_command(machine, driver):
+    findings = machine(driver)
+    assert not findings["NVIDIA driver"].good and findings["NVIDIA driver"].mend == TO_12
+    assert "too old for torch's CUDA 13.0, which needs 580 or newer" in findings["NVIDIA driver"].found
+    assert "see above" in findings["GPU"].mend and not findings["GPU"].good
+    assert machine(driver, installed=())["NVIDIA driver"].mend == "FASTTRAIN_CUDA=12 pip install ."
+
+
+@pytest.mark.parametrize("cuda", ["13.0", "12.8"])
+@pytest.mark.parametrize("driver", ["470.256.02", "515.105.01"])
+def test_a_driver_that_is_too_old_for_all_has_to_be_updated(machine, driver, cuda):
+    finding = machine(driver, cuda=cuda, installed=(f"nvidia-dali-cuda{cuda[:2]}0",))["NVIDIA driver"]
+    assert not finding.good and "update the driver" in finding.mend and "pip" not in finding.mend
+
+
+def test_an_old_driver_that_torch_can_use_is_fine(machine):
+    """NVIDIA's forward compatibility package makes CUDA 13 run on older drivers."""
+    findings = machine("550.54.15", gpu=True)
+    assert findings["NVIDIA driver"].good and not findings["NVIDIA driver"].mend
+
+
+@pytest.mark.parametrize("module", KERNEL_MODULES)
+def test_the_kernel_module_stands_in_for_nvidia_smi(machine, module):
+    assert machine(module=module)["NVIDIA driver"].found.startswith("535.104.05, ")
+
+
+def test_a_machine_without_a_driver(machine):
+    findings = machine()
+    assert "NVIDIA driver" not in findings and findings["GPU"].mend == "everything runs on the CPU"
+    assert findings["torch"].good and findings["DALI"].good
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "installed", "command"),
+    [
+        ("", "12.8", CUDA13, TO_12),
+        ("", "13.0", CUDA12, TO_13),
+        ("550.54.15", "12.8", CUDA13, TO_12),
+        ("550.54.15", "13.0", CUDA12, "FASTTRAIN_CUDA=12 pip install ."),
+        ("580.65.06", "12.8", CUDA13, TO_12),
+        ("580.65.06", "13.0", CUDA12, TO_13),
+    ],
+)
+def test_torch_and_dali_for_different_cudas(machine, driver, cuda, installed, command):
+    finding = machine(driver, cuda=cuda, installed=(installed,))["DALI"]
+    assert not finding.good and finding.needed and finding.mend == command
+    assert f"but torch is built for CUDA {cuda[:2]}" in finding.found
+
+
+@pytest.mark.parametrize(("cuda", "command"), [("12.8", "FASTTRAIN_CUDA=12 pip install ."), ("13.0", "pip install .")])
+def test_two_dalis(machine, cuda, command):
+    finding = machine(cuda=cuda, installed=(CUDA13, CUDA12))["DALI"]
+    assert not finding.good and finding.mend == f"pip uninstall -y {CUDA13} {CUDA12} && {command}"
+
+
+@pytest.mark.parametrize(("version", "good"), [("2.1.1", False), ("1.53.0", False), ("2.2.0", True), ("2.10.0", True)])
+def test_an_old_dali(machine, monkeypatch, version, good):
+    monkeypatch.setattr(dali, "__version__", version)
+    finding = machine()["DALI"]
+    assert finding.good == good and (finding.mend == "pip install .") == (not good)
+
+
+@pytest.mark.parametrize(
+    ("driver", "command"), [("", "pip install ."), ("580.65.06", "pip install ."), ("535.54.03", "FASTTRAIN_CUDA=12 ")]
+)
+@pytest.mark.parametrize("name", ["torch", "nvidia.dali"])
+def test_what_is_missing_is_installed_for_the_driver(machine, monkeypatch, driver, command, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    if name == "nvidia.dali":
+        monkeypatch.delattr("nvidia.dali")
+    finding = machine(driver, installed=(), cuda="13.0")[{"torch": "torch", "nvidia.dali": "DALI"}[name]]
+    assert not finding.good and finding.needed and finding.mend.startswith(command)
+
+
+def test_files_of_dali_that_are_gone_are_installed_again(machine, monkeypatch):
+    """As after removing one of two builds."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delattr("nvidia.dali")
+    assert machine()["DALI"].mend == f"pip uninstall -y {CUDA13} && pip install ."
+
+
+@pytest.mark.parametrize(
+    ("driver", "processor", "command"),
+    [
+        ("580.65.06", "x86_64", "pip install ."),
+        ("580.65.06", "aarch64", "pip install ."),
+        ("535.54.03", "x86_64", "FASTTRAIN_CUDA=12 pip install ."),
+        ("535.54.03", "aarch64", f"FASTTRAIN_CUDA=12 pip install . --extra-index-url {doctor.PYTORCH_INDEX}"),
+    ],
+)
+def test_a_torch_without_cuda_on_a_machine_with_a_driver(machine, driver, processor, command):
+    installed = (CUDA13 if driver >= "580" else CUDA12,)
+    finding = machine(driver, cuda=None, installed=installed, processor=processor)["torch"]
+    assert not finding.good and finding.mend == f"pip uninstall -y torch torchvision && {command}"
+
+
+@pytest.mark.parametrize(
+    ("processor", "good", "note"),
+    [
+        ("x86_64", True, ""),
+        ("aarch64", True, "has not been run"),
+        ("riscv64", False, "needs Linux on x86-64 or aarch64"),
+    ],
+)
+def test_processors(machine, processor, good, note):
+    finding = machine(processor=processor)["Python"]
+    assert finding.good == good and note in finding.mend and bool(finding.mend) == bool(note)
+
+
+def test_the_command_is_printed(machine):
+    machine("550.54.15")
+    lines = CliRunner().invoke(main, ["doctor"]).stdout.splitlines()
+    where = next(number for number, line in enumerate(lines) if line.startswith("LACK  NVIDIA driver: 550.54.15"))
+    assert lines[where + 1].strip() == TO_12

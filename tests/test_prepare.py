@@ -1,0 +1,63 @@
+"""What `auto` stands for on each device, without a GPU at hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fasttrain import recipes
+from fasttrain.config import Machine
+from fasttrain.errors import UserError
+from fasttrain.pipelines import decoders
+from fasttrain.prepare import decoder_of, resolve_auto
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["bf16", "no-bf16"])
+def has_bf16(request, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: request.param)
+    return request.param
+
+
+def test_a_gpu_gets_half_precision_compiled_and_decodes(has_bf16):
+    resolved = resolve_auto(recipes.for_arch("resnest101e"), GPU)
+    assert resolved.precision == ("bf16" if has_bf16 else "fp16") and resolved.machine.compile == "on"
+    assert resolved.machine.decoder == decoders.rule().auto == decoder_of(resolved).kind
+
+
+def test_a_cpu_gets_float32_uncompiled():
+    resolved = resolve_auto(recipes.for_arch("tresnet_xl"), CPU)
+    assert resolved.precision == "fp32"
+    assert (resolved.machine.compile, resolved.machine.decoder, resolved.machine.align) == ("off", "cpu", "off")
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision", "align", "expected"),
+    [
+        ("tresnet_xl", "auto", "auto", "on"),
+        ("tresnet_m", "fp16", "auto", "on"),
+        ("tresnet_xl", "fp32", "auto", "off"),
+        ("resnest101e", "auto", "auto", "off"),
+        ("tresnet_xl", "auto", "off", "off"),
+        ("tresnet_xl", "fp32", "on", "on"),
+    ],
+)
+def test_widths_are_aligned_where_tensor_cores_want_it(has_bf16, arch, precision, align, expected):
+    recipe = replace(recipes.for_arch(arch), precision=precision, machine=Machine(align=align))
+    assert resolve_auto(recipe, GPU).machine.align == expected
+
+
+@pytest.mark.parametrize(("written", "read"), [("true", "on"), ("false", "off"), ('"auto"', "auto"), ('"on"', "on")])
+def test_align_was_true_or_false_and_may_still_be_written_so(written, read):
+    toml = f'arch = "tresnet_xl"\n[machine]\nalign = {written}\n'
+    assert recipes.from_toml(toml).machine.align == read
+    assert recipes.override(recipes.for_arch("tresnet_xl"), f"machine.align={written}").machine.align == read
+
+
+def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monkeypatch):
+    monkeypatch.setattr(decoders, "installed", lambda *names: "0.9.0")
+    recipe = replace(recipes.for_arch("resnet18"), machine=Machine(decoder="gpu-region"))
+    with pytest.raises(UserError, match="nvImageCodec#55"):
+        resolve_auto(recipe, GPU)
+    assert resolve_auto(recipe, CPU).machine.decoder == "cpu"
