@@ -653,4 +653,9 @@ def _try_decoders(data: str | None, json_path: Path | None) -> None:
     for line, trials in decoder_check.report(data):
         click.echo(line)
         if json_path:
-            common.write_figures(json_path, device, [vars(each) for each in trials], {"data": data, "advice": line})
+            common.write_figures(
+                json_path,
+                device,
+                [vars(each) for each in trials],
+                {"data": "given" if data else "drawn", "advice": line},
+            )

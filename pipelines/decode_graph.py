@@ -25,7 +25,7 @@ def decode_region(encoded: Any, start: Any, shape: Any, decoder: Decoder, on_gpu
         images = fn.decoders.image_slice(encoded, device="cpu", **region, **_AS_STORED)
         return images.gpu() if on_gpu else images
     if decoder.kind == "gpu-region":
-        return fn.decoders.image_slice(encoded, device="mixed", **region, **_AS_STORED)
+        return fn.decoders.image_slice(encoded, device="mixed", hw_decoder_load=0.0, **region, **_AS_STORED)
     return fn.slice(decode(encoded, decoder, on_gpu), **region)
 
 

@@ -1,7 +1,8 @@
 """Write README.md's tables anew from the results in scripts/results: python scripts/readme_tables.py
 
 A table `<!-- NAME -->` … `<!-- end -->` is made of all results NAME-*.json (`fasttrain bench NAME --json`), one after
-another, each under a line that says on what and when it was measured.
+another, each under a line that says on what and when it was measured; `<!-- gpu -->` of gpu/*.json, which
+scripts/gpu/slot.py gives.
 """
 
 import json
@@ -60,8 +61,8 @@ def _a_column_each(cases: dict[str, Rows], cell: Any, title: str) -> str:
 
 def contenders(rows: Rows) -> str:
     """A line a contender: its time with the spread, its rate, and what else is known of it."""
-    known = ("eta", "host_ms", "peak_gib")
-    titles = {"eta": "η", "host_ms": "host, ms", "peak_gib": "memory, GiB"}
+    known = ("eta", "host_ms", "peak_gib", "x_best_peer")
+    titles = {"eta": "η", "host_ms": "host, ms", "peak_gib": "memory, GiB", "x_best_peer": "x the best peer"}
     found = [key for key in known if any(key in row for row in rows)]
     rates = any(row["images"] for row in rows)
     lines = []
@@ -109,6 +110,47 @@ def traffic(rows: Rows) -> str:
     return grid(["an image, forward and backward", "moved", "computed", *kinds], lines)
 
 
+def decoders(rows: Rows) -> str:
+    """A line a decoder, as `fasttrain doctor --gpu` tried it."""
+    lines = []
+    for row in rows:
+        if row["status"]:
+            lines.append([f"`{row['kind']}`", "", "", "", f"ended: {row['reason'] or row['status']}"])
+            continue
+        same = "yes" if row["same"] else "**no**"
+        lines.append([f"`{row['kind']}`", f"{row['images_per_s']:.0f}", same, f"{row['mean']:.3f}", f"{row['most']}"])
+    return grid(["decoder", "img/s", "same pixels each time", "mean difference to `cpu`, of 255", "largest"], lines)
+
+
+def main_job(rows: Rows) -> str:
+    """The rate of a real run by its log, after the first log point, which has the compilation in it."""
+    rates = [row["images_per_s"] for row in rows[1:]]
+    spread = f"{statistics.median(rates):.0f} ({min(rates):.0f} … {max(rates):.0f})"
+    memory = rows[-1]["memory_gib"]
+    cells = [str(rows[-1]["step"]), spread, "" if memory is None else f"{memory:.1f}"]
+    return grid(["steps", "img/s in the log", "memory, GiB"], [cells])
+
+
+def tests(rows: Rows) -> str:
+    """A line a test file."""
+    return grid(
+        ["tests", "passed", "failed", "seconds"],
+        [[f"`{row['file']}`", *(str(row[key]) for key in ("passed", "failed", "seconds"))] for row in rows],
+    )
+
+
+def plain(rows: Rows) -> str:
+    """A line a row, a column a value."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return grid(names, [[_short(row.get(name)) for name in names] for row in rows])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)[:200].replace("|", "/")
+
+
 TABLES = {
     "kernels": kernels,
     "pipeline": pipeline,
@@ -120,6 +162,8 @@ TABLES = {
     "save": save,
     "traffic": traffic,
 }
+# Of the parts of scripts/gpu/slot.py, by what their names begin with.
+GPU_PARTS = {**TABLES, "decoders": decoders, "main": main_job, "tests": tests}
 
 
 def caption(told: dict[str, Any]) -> str:
@@ -152,11 +196,23 @@ def tables(name: str, results: Path) -> str:
     return "\n\n".join(made)
 
 
+def part(name: str, told: dict[str, Any]) -> str:
+    """The table of a part of scripts/gpu/slot.py, under its name and caption."""
+    table = GPU_PARTS.get(name.split("-")[0], plain)
+    return f"**{name}**  \n{caption(told)}{table(told['rows'])}"
+
+
+def gpu(results: Path) -> str:
+    """All parts that were measured on GPUs."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "gpu").glob("*.json"))]
+    return "\n\n".join(part(name, told) for parts in found for name, told in parts.items())
+
+
 def write(readme: Path, results: Path) -> None:
     """Put the tables in their places. SystemExit where results have no place, or a place more than one."""
     text = readme.read_text(encoding="utf-8")
-    for name in TABLES:
-        made = tables(name, results)
+    for name in [*TABLES, "gpu"]:
+        made = gpu(results) if name == "gpu" else tables(name, results)
         if not made:
             continue
         place = re.compile(rf"(<!-- {name} -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)

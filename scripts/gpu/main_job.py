@@ -56,7 +56,8 @@ def main() -> int:
     keys = ("step", "images_per_s", "memory_gib", "loss")
     rows = [{key: line.get(key) for key in keys} for line in lines if line["event"] == "train"]
     with ranks("auto") as here:
-        settings = {"command": command[1:], "exit_status": status, "seconds": seconds, "batch_size": batch}
+        asked = ["fasttrain", "run", "--arch", arch, "--epochs", "1", "--set", "machine.log_steps=5", *args.set]
+        settings = {"command": asked, "exit_status": status, "seconds": seconds, "batch_size": batch}
         write_figures(args.json, here.device, rows, settings)
     for row in rows:
         print(row)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from readme_tables import TABLES, caption, grid
+from readme_tables import part
 
 UNFINISHED = ".unfinished"
 
@@ -28,25 +28,12 @@ def gather(parts: Path, out: Path) -> None:
         name = path.stem.removesuffix(UNFINISHED)
         unfinished = path.stem.endswith(UNFINISHED)
         everything[name] = told | ({"unfinished": True} if unfinished else {})
-        table = TABLES.get(name.split("-")[0], plain)
-        text += [f"## {name}{' (unfinished)' if unfinished else ''}", "", caption(told) + table(told["rows"]), ""]
+        text += [part(f"{name} (unfinished)" if unfinished else name, told), ""]
     (out / "gpu.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     (out / "gpu.md").write_text("\n".join(text), encoding="utf-8")
     with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
         for log in sorted(parts.glob("*.log")):
             archive.add(log, log.name)
-
-
-def plain(rows: list[dict[str, Any]]) -> str:
-    """A line a row, a column a value."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return grid(names, [[_short(row.get(name)) for name in names] for row in rows])
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)[:200].replace("|", "/")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""The proof on small data: a network through stage 1 and the three losses of stage 2, compared with timm.
+
+    python3 scripts/gpu/proof.py --data DIR --out OUT --json FILE
+
+DIR holds train/ and val/. Stage 1 trains with cross entropy; stage 2 goes on from it with cross entropy, with triplet
+and with ArcFace. timm's loader and a plain loop train the same network for as many epochs as a model has in both
+stages. FILE has, for each model, the best top-1 on val, the seconds until it was reached (start and compilation
+included), and top-1 with the report's 16 views; and the top-1 of all models together.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
+from fasttrain import predictions
+from fasttrain.benchmarks.common import write_figures
+from fasttrain.distributed import ranks
+from fasttrain.ensemble import fuse, load_alike
+from fasttrain.predictions import Predictions
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, SIZE = 128, 64
+STAGE1, STAGE2 = 40, 20  # epochs
+LOSSES = ("ce", "ce+triplet", "ce+arcface")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--toy", action="store_true", help="a tiny network, one epoch a stage, on a CPU")
+    args = parser.parse_args()
+    proof = Proof(args)
+    try:
+        proof.stages()
+        proof.ensemble()
+        proof.timm()
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+class Proof:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.data, self.out, self.json = args.data, args.out, args.json
+        self.arch, self.epochs = args.arch, (STAGE1, STAGE2)
+        self.run_options = ["--batch-size", str(BATCH), "--image-size", str(SIZE)]
+        self.device: list[str] = []
+        if args.toy:
+            self.arch, self.epochs = "test_resnet", (1, 1)
+            self.run_options = ["--batch-size", "16", "--image-size", "32"]
+            self.device = ["--device", "cpu"]
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = []
+
+    def stages(self) -> None:
+        first = self.out / "stage1"
+        self._train("stage 1, ce", first, self.epochs[0], ["--loss", "ce"])
+        for loss in LOSSES:
+            more = ["--loss", loss, "--init", str(first)]
+            self._train(f"stage 2, {loss}", self.out / f"stage2-{loss}", self.epochs[1], more)
+
+    def _train(self, name: str, folder: Path, epochs: int, more: list[str]) -> None:
+        """A run of fasttrain, its evaluations with the time at which they were in the log; then its 16 views."""
+        command = ["run", "--arch", self.arch, "--data", str(self.data), "--epochs", str(epochs), "--out", str(folder)]
+        start = time.perf_counter()
+        process = subprocess.Popen(self._fasttrain(*command, *self.run_options, *self.device, *more), env=self._env())
+        curve: list[tuple[float, float]] = []
+        while process.poll() is None:
+            time.sleep(0.1)
+            curve = stamped(folder / "log.jsonl", curve, time.perf_counter() - start)
+        curve = stamped(folder / "log.jsonl", curve, time.perf_counter() - start)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, name)
+        words = ["eval", str(folder), "--data", str(self.data / "val"), "--views", "report"]
+        evaluate = self._fasttrain(*words, "--out", str(views_of(folder)), *self.device)
+        subprocess.run(evaluate, env=self._env(), check=True)
+        (told,) = load_alike([views_of(folder)])
+        self._row(name, epochs, curve, top1_16_views=top1_of(told.probs, told))
+
+    def ensemble(self) -> None:
+        members = load_alike([views_of(self.out / f"stage2-{loss}") for loss in LOSSES])
+        fused = fuse([each.probs for each in members], None)
+        self._row("the three of stage 2 together", 0, [], top1_16_views=top1_of(fused, members[0]))
+
+    def timm(self) -> None:
+        """timm's loader and a plain loop, the same peak learning rate."""
+        epochs, size = sum(self.epochs), self.run_options[3]
+        batch = int(self.run_options[1])
+        command = [sys.executable, "scripts/train_with_timm.py", "--data", str(self.data), "--arch", self.arch]
+        command += ["--image-size", size, "--batch-size", str(batch), "--epochs", str(epochs)]
+        command += ["--lr", str(0.1 * batch / 256), "--workers", str(len(os.sched_getaffinity(0)))]
+        done = subprocess.run(command, cwd=ROOT, env=self._env(), check=True, stdout=subprocess.PIPE, text=True)
+        found = re.findall(r"top-1 ([\d.]+)% after ([\d.]+) s", done.stdout)
+        self._row("timm", epochs, [(float(seconds), float(top1) / 100) for top1, seconds in found])
+
+    def _row(self, name: str, epochs: int, curve: list[tuple[float, float]], **more: float) -> None:
+        row: dict[str, Any] = {"model": name, "epochs": epochs, "curve": curve, **more}
+        if curve:
+            best = max(top1 for _, top1 in curve)
+            row |= {"top1": best, "seconds": next(seconds for seconds, top1 in curve if top1 == best)}
+            row |= {"all_seconds": curve[-1][0]}
+        self.rows.append(row)
+        print({key: value for key, value in row.items() if key != "curve"}, flush=True)
+        with ranks("auto") as here:
+            write_figures(self.json, here.device, self.rows, {"arch": self.arch, "options": self.run_options})
+
+    def _fasttrain(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "fasttrain", *words]
+
+    def _env(self) -> dict[str, str]:
+        return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+def top1_of(probs: NDArray[Any], known: Predictions) -> float:
+    assert known.labels is not None
+    return predictions.scores(probs, known.labels).top1
+
+
+def views_of(folder: Path) -> Path:
+    """The file with a run's probabilities over the report's views."""
+    return folder / "views.npz"
+
+
+def stamped(log: Path, curve: list[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
+    """(seconds, top-1) of the evaluations in a log; those that are not in `curve` yet have come just now."""
+    if not log.exists():
+        return curve
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    found = [line for line in map(json.loads, lines) if line["event"] == "eval"]
+    return curve + [(seconds, line["top1"]) for line in found[len(curve) :]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
