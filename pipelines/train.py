@@ -13,6 +13,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from fasttrain.dataset import Index
 from fasttrain.pipelines import operation_graph, operations
+from fasttrain.pipelines.ahead import Ahead
 from fasttrain.pipelines.decode_graph import decode_region
 from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.faults import Skip, decode_error, substitutes
@@ -27,7 +28,7 @@ _OPERATION = list(zip(operation_graph.DTYPES, operation_graph.NDIMS, strict=True
 
 @dataclass(frozen=True)
 class Source:
-    """DALI asks for batch after batch; each is worked out from the plan when it is asked for."""
+    """What DALI is fed, batch after batch, each worked out from the plan alone."""
 
     plan: Plan
     index: Index
@@ -80,14 +81,17 @@ class Source:
 
 
 @pipeline_def(enable_conditionals=True)
-def graph(source: Source, decoder: Decoder, on_gpu: bool) -> tuple[Any, ...]:
+def graph(
+    source: Source, decoder: Decoder, on_gpu: bool, feed: Callable[[types.BatchInfo], Any] | None = None
+) -> tuple[Any, ...]:
     """read → decode what the views need → for each of them: its crop → resize, flipped or not → operations → erase.
-    Gives uint8 HWC images, view after view, and their numbers."""
+    Gives uint8 HWC images, view after view, and their numbers. feed: what gives the source's batches (default: the
+    source itself, when it is asked)."""
     plan = source.plan
     views = plan.rows_an_image
     inputs = _inputs(plan)
     paths, numbers, anchor, shape, *args = fn.external_source(
-        source=source,
+        source=feed or source,
         num_outputs=4 + views * len(inputs),
         batch=True,
         batch_info=True,
@@ -142,13 +146,21 @@ def _operate(images: Any, args: Any, plan: Plan, on_gpu: bool) -> Any:
     return operation_graph.apply(images, arguments, plan.image_size, _INTERPOLATIONS[plan.augment.warps])
 
 
-def build(source: Source, device: torch.device, threads: int, decoder: Decoder | None = None) -> Pipeline:
-    """The pipeline, not yet running. device: where the images come out. decoder: default `auto`'s."""
+def build(
+    source: Source,
+    device: torch.device,
+    threads: int,
+    decoder: Decoder | None = None,
+    feed: Callable[[types.BatchInfo], Any] | None = None,
+) -> Pipeline:
+    """The pipeline, not yet running. device: where the images come out. decoder: `auto`'s by default. feed: as in
+    `graph`."""
     on_gpu = device.type == "cuda"
     return graph(
         source,
         decoder or Decoder(resolve("auto", device)),
         on_gpu,
+        feed,
         batch_size=source.plan.micro_batch,
         num_threads=threads,
         device_id=device.index or 0 if on_gpu else None,
@@ -194,17 +206,18 @@ def batches(
     while done < total:
         # A pipeline is made anew after an error: the batches that it had in hand are lost with the one that failed.
         source = Source(plan, index, start_step, stop, replacement.copy(), done)
-        pipe = build(source, device, threads, decoder)
-        pipe.build()
-        while done < total:
-            try:
-                *views, numbers = pipe.run(output_stream(device))
-            except RuntimeError as error:
-                suspects = source.numbers(done - source.first)
-                if on_skip is not None and replace(suspects):
-                    break
-                raise decode_error(error, [index.paths[each] for each in suspects]) from None
-            done += 1
-            pixels = [torch.from_dlpack(each.as_tensor()) for each in views]
-            joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-            yield Images(joined, torch.from_numpy(np.array(numbers.as_array())))
+        with Ahead(source, PREFETCH + 1) as feed:
+            pipe = build(source, device, threads, decoder, feed)
+            pipe.build()
+            while done < total:
+                try:
+                    *views, numbers = pipe.run(output_stream(device))
+                except RuntimeError as error:
+                    suspects = source.numbers(done - source.first)
+                    if on_skip is not None and replace(suspects):
+                        break
+                    raise decode_error(error, [index.paths[each] for each in suspects]) from None
+                done += 1
+                pixels = [torch.from_dlpack(each.as_tensor()) for each in views]
+                joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+                yield Images(joined, torch.from_numpy(np.array(numbers.as_array())))

@@ -1,0 +1,131 @@
+"""`fasttrain doctor --gpu` without a GPU: its files, processes and verdict. What decoders do is in test_gpu.py."""
+
+import json
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from fasttrain import decoder_check
+from fasttrain.cli import main
+from fasttrain.decoder_check import Trial
+from fasttrain.pipelines import decoders
+
+
+def test_the_drawn_files_are_of_the_kinds_that_their_names_say(tmp_path):
+    decoder_check.draw(tmp_path, photos=3)
+    assert len(list(tmp_path.glob("photos*/*.jpg"))) == 3
+    rare = {path.name: Image.open(path) for path in (tmp_path / "rare").iterdir()}
+    assert rare["grey.jpg"].mode == "L" and rare["cmyk.jpg"].mode == "CMYK"
+    assert rare["progressive.jpg"].info["progressive"] and rare["exif-rotated.jpg"].getexif()[0x0112] == 6
+    assert rare["16-bit.png"].mode.startswith("I;16") and rare["picture.webp"].format == "WEBP"
+    layers = {name: rare[name].layer[0][1:3] for name in ("not-subsampled.jpg", "progressive.jpg")}  # type: ignore[attr-defined]
+    assert layers == {"not-subsampled.jpg": (1, 1), "progressive.jpg": (2, 2)}
+
+
+def test_a_process_of_its_own_tells_what_it_measured(tmp_path, monkeypatch):
+    """On a CPU, where the host's decoder is the only one."""
+    decoder_check.draw(tmp_path / "drawn", photos=12)
+    monkeypatch.setattr(decoder_check, "TIMED_BATCHES", 2)
+    settings = {"kind": "cpu", "data": None, "drawn": str(tmp_path / "drawn"), "device": "cpu"}
+    trial = decoder_check._apart(settings, tmp_path, 120)
+    assert trial.status == 0 and trial.good and trial.images_per_s > 0
+    assert (trial.mean, trial.most) == (0, 0)
+
+
+def test_pixels_that_change_and_differ_are_seen(tmp_path, monkeypatch):
+    """A decoder that is off by one level more each time."""
+    decoder_check.draw(tmp_path, photos=8)
+    photos, rare = decoder_check.files(None, str(tmp_path))
+    monkeypatch.setattr(decoder_check, "HASHED_BATCHES", 2)
+    monkeypatch.setattr(decoder_check, "TIMED_BATCHES", 1)
+    honest, made = decoder_check.stream, []
+
+    def off(index, decoder, *rest):
+        made.append(decoder.kind)
+        shift = len(made) if decoder.kind != "cpu" else 0
+        for batch in honest(index, decoders.Decoder("cpu"), *rest):
+            yield batch._replace(pixels=torch.clamp(batch.pixels.int() + shift, max=255).to(torch.uint8))
+
+    monkeypatch.setattr(decoder_check, "stream", off)
+    told = decoder_check.trial("gpu", photos, rare, torch.device("cpu"), 1)
+    assert (
+        not told["same"] and 4 < told["mean"] <= told["most"] == 7
+    )  # the fifth stream has photos, the seventh the rare
+    assert told["worst"] in {*photos.ids, *rare.ids} and told["worst_mean"] >= told["mean"]
+    assert not Trial("gpu", 0, **told).good
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "says"),
+    [
+        ("kill -SEGV $$", -11, "ended by signal 11"),
+        ("echo first >&2; echo 'nvImageCodec failure: #8' >&2; exit 1", 1, "exit status 1: nvImageCodec failure: #8"),
+        ("sleep 30", 124, "exit status 124: not done after 1 s"),
+    ],
+)
+def test_a_decoder_that_crashes_takes_nothing_with_it(tmp_path, monkeypatch, script, status, says):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    trial = decoder_check._apart({"kind": "gpu"}, tmp_path, 1)
+    assert trial.status == status and not trial.good and says in decoder_check.line(trial)
+
+
+def tried(**rates: float) -> list[Trial]:
+    """Good trials at so many images per second; 0: the decoder crashes."""
+    kinds = {name.replace("_", "-"): rate for name, rate in rates.items()}
+    return [Trial(kind, 0 if rate else -11, rate, same=bool(rate), mean=0.3) for kind, rate in kinds.items()]
+
+
+@pytest.mark.parametrize(
+    ("trials", "says"),
+    [
+        (tried(cpu=100, gpu=200, gpu_hardware=400, gpu_region=300), "auto is gpu here, the fastest that is safe"),
+        (tried(cpu=300, gpu=200, gpu_hardware=400), "auto is gpu here; faster and safe: --set machine.decoder=cpu"),
+        (tried(cpu=100, gpu=0), "--set machine.decoder=cpu"),
+        (tried(cpu=0, gpu=0), "no decoder works as it should"),
+        ([*tried(cpu=100), Trial("gpu", 0, 200, same=False)], "--set machine.decoder=cpu"),
+        ([*tried(cpu=100), Trial("gpu", 0, 200, same=True, mean=2.0)], "--set machine.decoder=cpu"),
+    ],
+)
+def test_it_ends_with_the_line_to_set(monkeypatch, trials, says):
+    monkeypatch.setattr(decoders, "installed", lambda *names: "0.9.0")
+    assert says in decoder_check.advice(trials)
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "found.json"
+    result = CliRunner().invoke(main, ["doctor", "--gpu", "--json", str(path)])
+    assert result.exit_code == 0 and result.output.startswith("no GPU that torch can use")
+    assert json.loads(path.read_text())["rows"] == []
+
+
+def test_lines_and_figures_of_all_trials_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(decoder_check, "run", lambda data: iter(tried(cpu=100, gpu=200)))
+    path = tmp_path / "found.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        lines = [line for line, _ in decoder_check.report(None)]
+    assert len(lines) == 4 and lines[0].startswith("A GPU, DALI ") and "200 img/s" in lines[2]
+    monkeypatch.setattr(decoder_check, "report", lambda data: iter([("a line", tried(cpu=100))]))
+    result = CliRunner().invoke(main, ["doctor", "--gpu", "--json", str(path)])
+    assert result.output == "a line\n"
+    assert json.loads(path.read_text())["rows"] == [asdict(each) for each in tried(cpu=100)]
+
+
+def test_its_options_go_together():
+    result = CliRunner().invoke(main, ["doctor", "--data", "."])
+    assert result.exit_code == 2 and "together with --gpu only" in result.stderr
+
+
+def test_the_busy_gpus_products_leave_the_pixels_alone():
+    pixels = torch.from_numpy(np.arange(12, dtype=np.uint8))
+    assert decoder_check._hash(pixels, busy=True) == decoder_check._hash(pixels, busy=False)
