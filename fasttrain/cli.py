@@ -625,7 +625,11 @@ main.add_command(bench)
 @click.option("--data", type=FOLDER, metavar="DIR", help="With --gpu: images in class folders. Default: drawn ones.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="With --gpu: write the figures.")
 def doctor(gpu: bool, data: str | None, json_path: Path | None) -> None:
-    """Say what this machine has and lacks, with the command that fixes it."""
+    """Say what this machine has and lacks, with the command that fixes it.
+
+    Exit status 1 where something that is needed is missing, or, with --gpu, where the decoder that a run takes by
+    default does not work.
+    """
     if gpu:
         _try_decoders(data, json_path)
         return
@@ -646,6 +650,7 @@ def _try_decoders(data: str | None, json_path: Path | None) -> None:
 
     from fasttrain import decoder_check
     from fasttrain.benchmarks import common
+    from fasttrain.pipelines import decoders
 
     if json_path:
         common.require_own(json_path)
@@ -653,9 +658,8 @@ def _try_decoders(data: str | None, json_path: Path | None) -> None:
     for line, trials in decoder_check.report(data):
         click.echo(line)
         if json_path:
-            common.write_figures(
-                json_path,
-                device,
-                [vars(each) for each in trials],
-                {"data": "given" if data else "drawn", "advice": line},
-            )
+            settings = {"data": "given" if data else "drawn", "advice": line}
+            common.write_figures(json_path, device, [vars(each) for each in trials], settings)
+    chosen = [each for each in trials if each.kind == decoders.rule().auto]
+    if chosen and not chosen[0].good:
+        sys.exit(1)

@@ -29,7 +29,7 @@ from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import Plan
 
 BATCH, SIZE = 64, 224
-HASHED_BATCHES, TIMED_BATCHES = 20, 60
+HASHED_BATCHES, WARM_UP, TIMED_BATCHES = 20, 6, 60
 LIMIT_S = 90  # a decoder's process is ended after so many seconds
 CLOSE = 1.5  # of 255: the mean difference to the host's decoder up to which pixels count as the same picture
 _SET = "--set machine.decoder="
@@ -153,17 +153,15 @@ def trial(kind: str, photos: Index, rare: Index, device: torch.device, threads: 
     for busy in (False, True, True):
         seen = stream(photos, decoder, device, batch, threads)
         hashes.append([_hash(next(seen).pixels, busy) for _ in range(HASHED_BATCHES)])
-        del seen
-    timed = stream(photos, decoder, device, batch, threads)
-    for _ in range(6):
-        next(timed)
+    for _ in range(WARM_UP):  # so that none of the timed ones was ready before
+        next(seen)
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(TIMED_BATCHES):
-        next(timed)
+        next(seen)
     _synchronize(device)
     rate = TIMED_BATCHES * batch / (time.perf_counter() - start)
-    del timed
+    del seen
     means, most = {}, 0
     for index in (photos, rare):
         count = min(batch, len(index))

@@ -100,6 +100,20 @@ def ablation(rows: Rows) -> str:
     return grid(["recipe", "top-1, %", "gain, points", "compared with"], lines)
 
 
+def loop(rows: Rows) -> str:
+    """A line a batch size: milliseconds of the host."""
+    titles = {
+        "allowed_ms": "a step at 2,500 img/s",
+        "main_thread_ms": "main thread, network apart",
+        "dali_run_ms": "of it DALI's run",
+        "stage_ms": "labels, mix parameters",
+        "step_ms": "step of one parameter",
+        "source_ms": "draws, in a thread of their own",
+    }
+    lines = [[str(row["batch"]), *(f"{row[key]:.2f} ms" for key in titles)] for row in rows]
+    return grid(["batch", *titles.values()], lines)
+
+
 def traffic(rows: Rows) -> str:
     """A line a network: what its step moves for an image, and how much of that each kind of operation does."""
     kinds = list(rows[0]["shares"])
@@ -160,6 +174,7 @@ TABLES = {
     "ablation": ablation,
     "noise": ablation,
     "save": save,
+    "loop": loop,
     "traffic": traffic,
 }
 # Of the parts of scripts/gpu/slot.py, by what their names begin with.

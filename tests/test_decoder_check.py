@@ -53,9 +53,8 @@ def test_pixels_that_change_and_differ_are_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decoder_check, "stream", off)
     told = decoder_check.trial("gpu", photos, rare, torch.device("cpu"), 1)
-    assert (
-        not told["same"] and 4 < told["mean"] <= told["most"] == 7
-    )  # the fifth stream has photos, the seventh the rare
+    # The fourth stream has the photos, the sixth the rare kinds.
+    assert not told["same"] and 3 < told["mean"] <= told["most"] == 6
     assert told["worst"] in {*photos.ids, *rare.ids} and told["worst_mean"] >= told["mean"]
     assert not Trial("gpu", 0, **told).good
 
@@ -119,6 +118,13 @@ def test_lines_and_figures_of_all_trials_are_written(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["doctor", "--gpu", "--json", str(path)])
     assert result.output == "a line\n"
     assert json.loads(path.read_text())["rows"] == [asdict(each) for each in tried(cpu=100)]
+
+
+@pytest.mark.parametrize(("rate", "status"), [(200, 0), (0, 1)])
+def test_a_default_that_does_not_work_is_a_failure(monkeypatch, rate, status):
+    monkeypatch.setattr(decoders, "installed", lambda *names: "0.9.0")
+    monkeypatch.setattr(decoder_check, "report", lambda data: iter([("a line", tried(cpu=100, gpu=rate))]))
+    assert CliRunner().invoke(main, ["doctor", "--gpu"]).exit_code == status
 
 
 def test_its_options_go_together():
