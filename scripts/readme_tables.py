@@ -153,6 +153,16 @@ def tests(rows: Rows) -> str:
     )
 
 
+def proof(rows: Rows) -> str:
+    """A line a model."""
+    lines = []
+    for row in rows:
+        views, epochs = row.get("top1_16_views"), row["epochs"] or ""
+        best = [f"{100 * row['top1']:.1f}", f"{row['seconds']:.0f} s"] if "top1" in row else ["", ""]
+        lines.append([row["model"], str(epochs), *best, f"{100 * views:.1f}" if views is not None else ""])
+    return grid(["model", "epochs", "best top-1, %", "reached after", "with 16 views, %"], lines)
+
+
 def plain(rows: Rows) -> str:
     """A line a row, a column a value."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -178,7 +188,7 @@ TABLES = {
     "traffic": traffic,
 }
 # Of the parts of scripts/gpu/slot.py, by what their names begin with.
-GPU_PARTS = {**TABLES, "decoders": decoders, "main": main_job, "tests": tests}
+GPU_PARTS = {**TABLES, "decoders": decoders, "main": main_job, "tests": tests, "proof": proof}
 
 
 def caption(told: dict[str, Any]) -> str:

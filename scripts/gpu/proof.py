@@ -101,9 +101,15 @@ class Proof:
         command = [sys.executable, "scripts/train_with_timm.py", "--data", str(self.data), "--arch", self.arch]
         command += ["--image-size", size, "--batch-size", str(batch), "--epochs", str(epochs)]
         command += ["--lr", str(0.1 * batch / 256), "--workers", str(len(os.sched_getaffinity(0)))]
-        done = subprocess.run(command, cwd=ROOT, env=self._env(), check=True, stdout=subprocess.PIPE, text=True)
-        found = re.findall(r"top-1 ([\d.]+)% after ([\d.]+) s", done.stdout)
-        self._row("timm", epochs, [(float(seconds), float(top1) / 100) for top1, seconds in found])
+        start, curve = time.perf_counter(), []
+        process = subprocess.Popen(command, cwd=ROOT, env=self._env(), stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.search(r"top-1 ([\d.]+)%", line):
+                curve.append((time.perf_counter() - start, float(found[1]) / 100))
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, "train_with_timm.py")
+        self._row("timm", epochs, curve)
 
     def _row(self, name: str, epochs: int, curve: list[tuple[float, float]], **more: float) -> None:
         row: dict[str, Any] = {"model": name, "epochs": epochs, "curve": curve, **more}
