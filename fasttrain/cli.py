@@ -296,7 +296,7 @@ def _predict(
         recipe = resolve_auto(replace(recipe, precision="auto", machine=machine), here.device)
         precision, threads = DTYPES[recipe.precision], here.threads(options["workers"])
         share = options["batch_size"], here.device, threads, here.world, here.rank
-        batches = Evaluation(index, views, *share, options["interpolation"], decoder_of(recipe))
+        batches = Evaluation(index, views, *share, options["interpolation"], decoder_of(recipe, here.device))
         total = len(batches.source.numbers)
         with tqdm(total=total, unit="img", desc="images", disable=None if here.first else True) as bar:
             per_size = probabilities(model, len(classes), batches, here, precision, bar.update)

@@ -24,6 +24,6 @@ def resolve_auto(recipe: Recipe, device: torch.device) -> Recipe:
     return replace(recipe, precision=precision, machine=machine)
 
 
-def decoder_of(recipe: Recipe) -> Decoder:
-    """The decoder of a resolved recipe."""
-    return Decoder(recipe.machine.decoder, recipe.machine.hardware_load)
+def decoder_of(recipe: Recipe, device: torch.device) -> Decoder:
+    """The decoder of a recipe, resolved or not, on this device."""
+    return Decoder(decoders.resolve(recipe.machine.decoder, device), recipe.machine.hardware_load)

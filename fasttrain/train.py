@@ -128,7 +128,14 @@ def course(
     if val_index is not None:
         views = named("center", recipe.image_size)
         evaluation = Evaluation(
-            val_index, views, plan.micro_batch, device, threads, ranks.world, ranks.rank, decoder=decoder_of(recipe)
+            val_index,
+            views,
+            plan.micro_batch,
+            device,
+            threads,
+            ranks.world,
+            ranks.rank,
+            decoder=decoder_of(recipe, device),
         )
     tolerant = recipe.checkpoint.on_error == "go_on"
     log = Log(
@@ -156,7 +163,7 @@ def course(
         log.event("note", text=line)
         log.say(line)
     skip = log.skip if recipe.data.on_bad == "skip" else None
-    stream = batches(plan, train_index, device, threads, start, on_skip=skip, decoder=decoder_of(recipe))
+    stream = batches(plan, train_index, device, threads, start, on_skip=skip, decoder=decoder_of(recipe, device))
     step = start
     watch = Watch(ranks, recipe.machine.hang_timeout)
     saver = Saver(out, recipe.checkpoint, log, alive=lambda: watch.at(step, SAVING))

@@ -23,7 +23,7 @@ def has_bf16(request, monkeypatch):
 def test_a_gpu_gets_half_precision_compiled_and_decodes(has_bf16):
     resolved = resolve_auto(recipes.for_arch("resnest101e"), GPU)
     assert resolved.precision == ("bf16" if has_bf16 else "fp16") and resolved.machine.compile == "on"
-    assert resolved.machine.decoder == decoders.rule().auto == decoder_of(resolved).kind
+    assert resolved.machine.decoder == decoders.rule().auto == decoder_of(resolved, GPU).kind
 
 
 def test_a_cpu_gets_float32_uncompiled():
@@ -61,3 +61,9 @@ def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monk
     with pytest.raises(UserError, match="nvImageCodec#55"):
         resolve_auto(recipe, GPU)
     assert resolve_auto(recipe, CPU).machine.decoder == "cpu"
+
+
+def test_a_recipe_that_was_not_resolved_or_elsewhere_decodes_on_a_cpu_all_the_same():
+    for decoder in ("auto", "gpu", "gpu-hardware"):
+        recipe = replace(recipes.for_arch("resnet18"), machine=Machine(decoder=decoder))
+        assert decoder_of(recipe, CPU).kind == "cpu"

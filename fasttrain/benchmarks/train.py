@@ -98,7 +98,7 @@ def turns(
         pipeline.ours,
         images_per_class=recipe.images_per_class,
         augment=recipe.augment,
-        decoder=decoder_of(recipe),
+        decoder=decoder_of(recipe, device),
     )
     return {
         OWN: lambda: partial(run, recipe, index, ranks, steps, warm_up),
