@@ -45,7 +45,7 @@ def main(data: str, batches: tuple[int, ...], steps: int, json_path: Path | None
     """Measure, and print a line per batch size."""
     torch.set_num_threads(1)
     photos, _ = dataset.open_data(Data(train=(data,)))
-    (rows,) = step_benchmark.host(CPU, rounds=5, only=[OWN])
+    *_, rows = step_benchmark.host(CPU, rounds=5, only=[OWN])
     loop = rows[0].seconds * 1e3
     found = []
     for batch in batches:

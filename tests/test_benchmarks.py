@@ -93,8 +93,9 @@ def test_kernels(monkeypatch, tmp_path):
 
 
 def flat(cases) -> list[common.Row]:
-    """All rows of a benchmark."""
-    return [row for case in cases for row in case]
+    """All rows of a benchmark, each case's as they were last."""
+    found = {(case[0].work, case[0].case): case for case in cases}
+    return [row for case in found.values() for row in case]
 
 
 def test_only_the_cases_asked_for_are_measured(monkeypatch):
@@ -122,12 +123,34 @@ def test_bytes_are_those_of_the_shapes():
 
 def test_contenders_have_turns_in_both_directions():
     order = []
-    contenders = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
-    timed = common.race("case", contenders, 3)
-    assert "".join(order) == "abccbaabc" and timed["a"] == [1.0, 6.0, 7.0]
-    row = common.row("work", "case", "a", timed["a"], images=12, note="x")
+    contenders = {name: lambda name=name: lambda: order.append(name) or float(len(order)) for name in "abc"}
+    known = [{name: [*times] for name, times in each.timed.items()} for each in common.race("case", contenders, 3)]
+    assert "".join(order) == "abccbaabc" and known[-1]["a"] == [1.0, 6.0, 7.0]
+    assert known[0] == {"a": [1.0]} and len(known) == 9  # after every turn
+    row = common.row("work", "case", "a", known[-1]["a"], images=12, note="x")
     assert (row.seconds, row.least, row.most, row.n, row.images_per_s) == (6.0, 1.0, 7.0, 3, 2.0)
     assert row.plain()["note"] == "x" and "details" not in row.plain()
+
+
+def test_a_peer_that_fails_later_is_left_out_with_its_times(capsys):
+    turns = iter([1.0, RuntimeError("out of memory\nmore")])
+
+    def peer() -> float:
+        if isinstance(told := next(turns), Exception):
+            raise told
+        return told
+
+    *_, found = common.race("case", {common.OWN: lambda: lambda: 2.0, "timm, a": lambda: peer}, 3)
+    assert found.timed == {common.OWN: [2.0] * 3} and found.left_out == {"timm, a": "out of memory"}
+    assert "case: timm, a is left out: out of memory" in capsys.readouterr().err
+    (own,) = common.compared_with_best([common.row("step", "case", common.OWN, [2.0])], "timm*", found.left_out)
+    assert own.details == {"left_out": "timm, a: out of memory"}
+    with pytest.raises(RuntimeError, match="ours"):
+        list(common.race("case", {"fasttrain, eager": lambda: fail("ours")}, 1))
+
+
+def fail(reason: str):
+    raise RuntimeError(reason)
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -180,7 +203,7 @@ def test_a_turn_takes_as_many_batches_as_it_claims(colours, name):
             yield batch
 
     assert pipeline.turn(counted, work_of(colours), 3) > 0
-    assert taken == [4] * (pipeline.WARM_UP + 3)
+    assert taken == [4] * (pipeline.WARM_UP + 2 + 3)  # two for the process
 
 
 def test_a_loader_that_ends_early_is_an_error():
@@ -243,7 +266,7 @@ def test_step(tmp_path):
 
 
 def test_a_step_alone():
-    (rows,) = step.step([tiny()], CPU, rounds=1, steps=1, warm_up=1, only=[common.OWN])
+    rows = flat(step.step([tiny()], CPU, rounds=1, steps=1, warm_up=1, only=[common.OWN]))
     assert [each.contender for each in rows] == [common.OWN]
 
 
@@ -253,16 +276,72 @@ def test_a_peer_that_fails_is_reported_and_left_out(monkeypatch, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     monkeypatch.setattr(step, "Timm", Failing)
-    (rows,) = step.step([tiny()], CPU, rounds=1, steps=1, warm_up=1)
-    assert [each.contender for each in rows] == [common.OWN] and not rows[0].details
+    rows = flat(step.step([tiny()], CPU, rounds=2, steps=1, warm_up=1))
+    reason = "CUDA out of memory. Tried to allocate 2 GiB."
+    assert [each.contender for each in rows] == [common.OWN] and f"timm, NCHW, eager: {reason}" in rows[0].details[
+        "left_out"
+    ]
     lines = capsys.readouterr().err.splitlines()
-    assert any("timm, NCHW, eager is left out: CUDA out of memory. Tried to allocate 2 GiB." in line for line in lines)
+    assert sum(f"timm, NCHW, eager is left out: {reason}" in line for line in lines) == 1
 
 
 def test_the_step_can_be_measured_without_dali():
-    """On a machine that does not have it: it imports it nowhere."""
-    code = "import sys; sys.modules['nvidia.dali'] = None\nfrom fasttrain.benchmarks import kernels, step"
+    """On a machine that does not have it, nor tomli_w."""
+    code = "import sys; sys.modules['nvidia.dali'] = sys.modules['tomli_w'] = None\nfrom fasttrain.cli import main\n"
+    code += "main('bench step --arch test_resnet --image-size 32 --batch-size 8 --rounds 1 --steps 1'.split())"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compiled_layouts_of_a_network_are_compiled_for_their_own_strides():
+    """Both share a code object, so that dynamo would take the second layout's strides for dynamic ones."""
+    seen = []
+
+    def look(module, inputs):
+        for node in module.graph.nodes:
+            value = node.meta.get("example_value")
+            if node.op == "placeholder" and isinstance(value, torch.Tensor) and [*value.shape[1:]] == [3, 32, 32]:
+                seen.append([isinstance(each, int) for each in value.stride()])
+        return module
+
+    honest = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda network, **options: honest(network, backend=look, **options))
+        torch.compiler.reset()
+        made = step.contenders(tiny(compiled="on"), CPU, 10)
+        for layout in step.LAYOUTS:
+            made[f"timm, {layout}, compiled"]()()
+    assert len(seen) == 2 and all(all(each) for each in seen)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--no-peers", "--only", "timm*"], "--only and --no-peers exclude each other"),
+        (["--only", "tim"], "--only tim: no contender; there are 'fasttrain', 'timm, NCHW, eager'"),
+        (["--also", "optim.lrr=1"], "--set: no key 'optim.lrr'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(words, says):
+    result = CliRunner().invoke(main, ["bench", "step", "--arch", "test_resnet", "--device", "cpu", *words])
+    assert result.exit_code == 2 and says in result.stderr
+
+
+def test_settings_of_another_step_may_be_auto_and_go_without_peers(monkeypatch, tmp_path):
+    path = tmp_path / "a.json"
+    words = ["--no-peers", "--also", "precision=auto", "--rounds", "1", "--steps", "1", "--json", str(path)]
+    small = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "8", "--device", "cpu"]
+    result = CliRunner().invoke(main, ["bench", "step", *small, *words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert [row["contender"] for row in json.loads(path.read_text())["rows"]] == [
+        "fasttrain",
+        "fasttrain, precision=auto",
+    ]
+
+
+def test_a_loader_that_not_every_case_has_can_be_chosen(colours):
+    with pytest.raises(UserError, match="--only nothing: no contender"):
+        flat(pipeline.pipeline(colours, CPU, torch.float32, batch_sizes=(4,), only=["nothing"]))
+    assert common.chosen(["fasttrain"], [pipeline.LINEAR], pipeline.LOADERS) == []
 
 
 @pytest.mark.parametrize("layout", step.LAYOUTS)
@@ -281,7 +360,7 @@ def test_timms_weights_and_images_have_the_layout_that_is_named(layout):
 def test_a_step_of_several_views_is_told_beside_one_of_one_view():
     second = recipes.calibrating(recipes.attracting(tiny()))
     recipe = replace(tiny(), losses=second.losses, ema=second.ema)
-    (rows,) = step.step([recipe], CPU, classes=10, rounds=1, steps=1, warm_up=1)
+    rows = flat(step.step([recipe], CPU, classes=10, rounds=1, steps=1, warm_up=1))
     assert [each.contender for each in rows][:2] == [common.OWN, "fasttrain, CE on one view"]
     assert rows[0].images_per_s == pytest.approx(8 / rows[0].seconds)  # images, not rows
 

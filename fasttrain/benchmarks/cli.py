@@ -81,18 +81,23 @@ def _tell(
     plot: Path | None,
     settings: dict[str, Any],
 ) -> None:
-    """Print a benchmark's figures, and write them where asked, after each case: what ends it early leaves those that
-    were measured. settings: what it was asked to do."""
+    """Print a benchmark's figures, case by case, and write them where asked, as often as there are new ones: what ends
+    it early leaves those that were measured. cases: the rows of a case, or again with more turns. settings: what it was
+    asked to do."""
     from fasttrain.benchmarks import common
 
-    rows: list[Row] = []
+    found: dict[tuple[str, str], list[Row]] = {}
     for case in cases:
-        rows += case
-        click.echo(common.table(case) + "\n")
+        name = case[0].work, case[0].case
+        if found and name not in found:
+            click.echo(common.table([*found.values()][-1]) + "\n")
+        found[name] = case
+        rows = [row for each in found.values() for row in each]
         if json_path:
             common.write_json(json_path, device, rows, settings)
         if plot:
             common.write_plot(plot, rows, PNG_SOFTWARE)
+    click.echo(common.table([*found.values()][-1]))
 
 
 @bench.command("kernels")
@@ -133,14 +138,16 @@ def bench_pipeline(
     images."""
     from fasttrain import dataset
     from fasttrain.benchmarks import pipeline
-    from fasttrain.config import Data
+    from fasttrain.config import Data, Machine
     from fasttrain.pipelines import decoders
 
     index, _ = dataset.open_data(Data(train=(data,)))
     asked |= {"workers": here.threads(workers), "processes": workers or here.cores}
     dtype = pipeline.dtype_of(precision, here.device)
     kind = decoders.resolve(decoder, here.device)
-    rows = pipeline.pipeline(index, here.device, dtype, profile=profile, decoder=decoders.Decoder(kind, 0.65), **asked)
+    rows = pipeline.pipeline(
+        index, here.device, dtype, profile=profile, decoder=decoders.Decoder(kind, Machine().hardware_load), **asked
+    )
     return rows, {"images": len(index), "precision": precision, "decoder": kind, **asked}
 
 
@@ -216,7 +223,10 @@ def bench_step(
     if host:
         return step.host(here.device, rounds=rounds, only=only), {"rounds": rounds}
     chosen = _chosen_networks(here.device, **options)
-    only = only if peers else (step.OWN,)
+    if not peers:
+        if only:
+            raise UserError("--only and --no-peers exclude each other: --no-peers is --only fasttrain")
+        only = (step.OWN, f"{step.OWN}, *") if also else (step.OWN,)
     rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, only=only, also=also)
     return rows, {"losses": _losses(chosen), "classes": classes, "steps": steps, "rounds": rounds}
 

@@ -8,8 +8,9 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,42 +51,71 @@ class Row:
         return told | ({"images_per_s": self.images_per_s} if self.images else {}) | dict(self.details)
 
 
-def chosen(names: Iterable[str], only: Sequence[str]) -> list[str]:
-    """The names that a pattern of `only` matches, in their order; all where there is none. UserError where a pattern
-    matches nothing."""
+def chosen(names: Iterable[str], only: Sequence[str], known: Iterable[str] = ()) -> list[str]:
+    """The names that a pattern of `only` matches, in their order; all where there is no pattern. UserError where a
+    pattern matches none of them, nor any other name that is `known`."""
     names = list(names)
+    every = list(dict.fromkeys([*names, *known]))
     for pattern in only:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"--only {shown(pattern)}: no contender; there are {', '.join(map(repr, names))}")
+        if not fnmatch.filter(every, pattern):
+            raise UserError(f"--only {shown(pattern)}: no contender; there are {', '.join(map(repr, every))}")
     return [name for name in names if not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)]
 
 
-def compared_with_best(rows: list[Row], peers: str) -> list[Row]:
+def compared_with_best(rows: list[Row], peers: str, left_out: Mapping[str, str] | None = None) -> list[Row]:
     """The rows of a case, the project's own with the fastest peer's name (`best_peer`, one of those that match the
-    pattern `peers`) and how many times as fast as that it is (`x_best_peer`)."""
+    pattern `peers`), how many times as fast as that it is (`x_best_peer`), and the peers that failed (`left_out`)."""
+    failed = "; ".join(f"{name}: {why}" for name, why in (left_out or {}).items())
+    more = {"left_out": failed} if failed else {}
     found = [row for row in rows if fnmatch.fnmatchcase(row.contender, peers)]
-    if not found:
-        return rows
-    best = min(found, key=lambda row: row.seconds)
-    return [
-        replace(row, details={**row.details, "best_peer": best.contender, "x_best_peer": best.seconds / row.seconds})
-        if row.contender == OWN
-        else row
-        for row in rows
-    ]
+    best = min(found, key=lambda row: row.seconds) if found else None
+
+    def compared(row: Row) -> Row:
+        ratio = {"best_peer": best.contender, "x_best_peer": best.seconds / row.seconds} if best else {}
+        return replace(row, details={**row.details, **ratio, **more})
+
+    return [compared(row) if row.contender == OWN else row for row in rows]
 
 
-def race(case: str, contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each contender tells of its turns: seconds a call. Each has one in every round, and every other round goes
-    the other way, so that none always follows the same one. Progress goes to stderr."""
-    timed: dict[str, list[float]] = {name: [] for name in contenders}
-    with tqdm(total=rounds * len(contenders), desc=case, unit="turn", leave=False, disable=None) as bar:
+@dataclass
+class Race:
+    """The turns of a case so far. timed: seconds per call of each contender. left_out: why a peer failed, by name."""
+
+    timed: dict[str, list[float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def race(case: str, makers: Mapping[str, Callable[[], Callable[[], float]]], rounds: int) -> Iterator[Race]:
+    """Run the contenders' turns, and yield what is known after each of them: what ends a benchmark early leaves that.
+
+    makers: makes what runs a contender's turn and gives its seconds per call; it is called for the first turn. Each
+    contender has one turn in every round, and every other round goes the other way, so that none always follows the
+    same one. A peer that fails (out of memory, say) is reported and left out; the project's own failures are raised.
+    Progress goes to stderr.
+    """
+    found = Race()
+    turns: dict[str, Callable[[], float]] = {}
+    with tqdm(total=rounds * len(makers), desc=case, unit="turn", leave=False, disable=None) as bar:
         for number in range(rounds):
-            for name in list(contenders)[:: -1 if number % 2 else 1]:
-                bar.set_postfix_str(name)
-                timed[name].append(contenders[name]())
+            for name in list(makers)[:: -1 if number % 2 else 1]:
                 bar.update()
-    return timed
+                if name in found.left_out:
+                    continue
+                bar.set_postfix_str(name)
+                try:
+                    if name not in turns:
+                        turns[name] = makers[name]()
+                    seconds = turns[name]()
+                except RuntimeError as error:
+                    if name.startswith(OWN):
+                        raise
+                    found.left_out[name] = str(error).partition("\n")[0]
+                    tqdm.write(f"{case}: {name} is left out: {found.left_out[name]}", file=sys.stderr)
+                    found.timed.pop(name, None)
+                    turns.pop(name, None)
+                    continue
+                found.timed.setdefault(name, []).append(seconds)
+                yield found
 
 
 def row(work: str, case: str, contender: str, times: list[float], images: int = 0, **details: Any) -> Row:

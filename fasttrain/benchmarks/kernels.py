@@ -185,9 +185,10 @@ def _race(
     for function in contenders.values():
         for _ in range(3):
             function()
-    timed = race(f"{work} {case}", {name: partial(_seconds, each, device) for name, each in contenders.items()}, rounds)
+    turns = {name: partial(partial, _seconds, each, device) for name, each in contenders.items()}
+    *_, whole = race(f"{work} {case}", turns, rounds)
     traces = {name: {} if "compiled" in name else _trace(each, device) for name, each in contenders.items()}
-    return [row(work, case, name, times, **traces[name]) for name, times in timed.items()]
+    return [row(work, case, name, times, **traces[name]) for name, times in whole.timed.items()]
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -28,9 +28,10 @@ from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, wall
 from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Mix
 from fasttrain.dataset import Index
 from fasttrain.kernels.mix import mix
+from fasttrain.pipelines.ahead import Ahead
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import Source, batches, build, output_stream
+from fasttrain.pipelines.train import PREFETCH, Source, batches, build, output_stream
 from fasttrain.prepare import resolve_auto
 from fasttrain.present import to_device
 from fasttrain.step import DTYPES
@@ -40,6 +41,7 @@ LEAST_STEPS = 50  # in an epoch
 POLICIES = ("none", "imagenet")
 GROUPED, LINEAR = "fasttrain, P x K batches", "fasttrain, linear warps"
 TIMM, TORCHVISION, STOCK = "timm", "torchvision v2", "DALI's stock pipeline"
+LOADERS = (OWN, GROUPED, LINEAR, TIMM, TORCHVISION, STOCK)  # not every case has all
 # Stages of the project's graph by the operator that each ends with; what follows them are AutoAugment, which ends
 # with the graph, and the mix kernel, which makes it the whole.
 # (the crop is decoded, or cut out of the decoded image)
@@ -96,8 +98,8 @@ def pipeline(
     only: Sequence[str] = (),
     decoder: Decoder | None = None,
 ) -> Iterator[list[Row]]:
-    """Seconds per batch of every loader, for each batch size and policy, each over `steps` batches in each round: a
-    list of rows per case, as soon as it is measured. only: patterns of the loaders' names. decoder: the project's.
+    """Seconds per batch of every loader, for each batch size and policy, each over `steps` batches in each round: the
+    rows of a case, again after every turn. only: patterns of the loaders' names. decoder: the project's.
 
     images_per_class: of the batches of P classes x K images (0: leave that contender out), for which the images are
     taken to be of other classes. profile: also the project's pipeline cut after each of its stages, as rows of the
@@ -116,16 +118,17 @@ def pipeline(
         if policy != "none":
             contenders[LINEAR] = partial(own, augment=Augment(autoaugment=policy, warps="linear"))
         contenders |= {TIMM: timms, TORCHVISION: torchvisions, STOCK: stock}
-        contenders = {name: contenders[name] for name in common.chosen(contenders, only)}
+        contenders = {name: contenders[name] for name in common.chosen(contenders, only, LOADERS)}
         cuts = stages(work, decoder) if profile and OWN in contenders else {}
-        turns = {name: partial(turn, loader, work, steps) for name, loader in {**contenders, **cuts}.items()}
+        turns = {name: partial(partial, turn, loader, work, steps) for name, loader in {**contenders, **cuts}.items()}
         case = f"{batch} x {image_size}², AutoAugment {policy}"
-        timed = race(case, turns, rounds)
-        rows = [row("pipeline", case, name, timed[name], batch) for name in contenders]
-        if cuts:
-            told = {name: timed[name] for name in cuts} | {LAST_STAGES[1]: timed[OWN]}
-            rows += of_stages(case, told, batch)
-        yield rows
+        for so_far in race(case, turns, rounds):
+            timed = so_far.timed
+            rows = [row("pipeline", case, name, timed[name], batch) for name in contenders if name in timed]
+            if cuts and timed.keys() >= {OWN, *cuts}:
+                told = {name: timed[name] for name in cuts} | {LAST_STAGES[1]: timed[OWN]}
+                rows += of_stages(case, told, batch)
+            yield common.compared_with_best(rows, TIMM, so_far.left_out)
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
@@ -145,10 +148,11 @@ def of_stages(case: str, timed: dict[str, list[float]], batch: int) -> list[Row]
 
 
 def turn(loader: Loader, work: Work, steps: int) -> float:
-    """Seconds a batch over so many, after a few that fill the loader's queues. The loader is made for this and gone
-    afterwards, because one that waits still works ahead."""
+    """Seconds per batch over so many, after those that the loader's queues hold: torch's DataLoader asks each process
+    for two batches at once. The loader is made for this and gone afterwards, because one that waits still works
+    ahead."""
     with closing(loader(work)) as stream:
-        take(stream, WARM_UP)
+        take(stream, WARM_UP + 2 * work.processes)
         spent = wall(partial(take, stream, steps), work.device)
     del stream
     gc.collect()
@@ -371,12 +375,14 @@ def stages(work: Work, decoder: Decoder | None = None) -> dict[str, Loader]:
 def cut(work: Work, operators: tuple[str, ...], decoder: Decoder | None = None) -> Stream:
     """The project's graph up to its one operator of these kinds, or whole where there are none: what DALI gives."""
     plan = plan_of(work)
-    pipe = build(Source(plan, work.index, 0, plan.steps), work.device, work.workers, decoder)
-    if operators:
-        end_with(pipe, operators)
-    pipe.build()
-    while True:
-        yield pipe.run(output_stream(work.device))
+    source = Source(plan, work.index, 0, plan.steps)
+    with Ahead(source, PREFETCH + 1) as feed:
+        pipe = build(source, work.device, work.workers, decoder, feed)
+        if operators:
+            end_with(pipe, operators)
+        pipe.build()
+        while True:
+            yield pipe.run(output_stream(work.device))
 
 
 def end_with(pipe: Pipeline, operators: tuple[str, ...]) -> None:

@@ -8,7 +8,6 @@ meters. What either loop does at its log points is left out.
 import gc
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -89,30 +88,31 @@ def step(
     also: Sequence[str] = (),
 ) -> Iterator[list[Row]]:
     """Seconds per step of each resolved recipe, over `steps` steps in each round, after `warm_up` steps that compile
-    and tune: a list of rows per recipe, as soon as it is measured. timm's loop trains with cross entropy whatever the
+    and tune: the rows of a recipe, again after every turn. timm's loop trains with cross entropy whatever the
     recipe's losses are. only: patterns of the contenders' names. also: settings, as `--set` takes them, each of which
     makes the project's step once more with it.
 
-    A contender that fails (out of memory, say) is reported and left out, unless it is the project's. On a GPU a row
-    also has `host_ms`, the median time until the call of one step returns, and `peak_gib`, the memory that the
-    contender's tensors take at most; that of CUDA graphs is their own and not known.
+    On a GPU a row also has `host_ms`, the median time until the call of one step returns, and `peak_gib`, the memory
+    that the contender's tensors take at most; that of CUDA graphs is their own and not known.
     """
     for recipe in chosen:
         torch.compiler.reset()  # so that shapes of another case do not count as dynamic ones
+        made: dict[str, Turns] = {}
+
+        def turns(name: str, make: Callable[[], Ours | Timm], made: dict[str, Turns] = made) -> Turns:
+            made[name] = Turns(make, device, steps, warm_up)
+            return made[name]
+
         makers = contenders(recipe, device, classes, also)
-        turns: dict[str, Turns] = {}
-        for name in common.chosen(makers, only):
-            try:
-                turns[name] = Turns(makers[name], device, steps, warm_up)
-            except RuntimeError as error:
-                if name.startswith(OWN):
-                    raise
-                print(f"{recipe.name}: {name} is left out: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        wanted = {name: partial(turns, name, makers[name]) for name in common.chosen(makers, only)}
         case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
-        timed = race(case, turns, rounds)
-        rows = [row("step", case, name, timed[name], recipe.batch_size, **turns[name].told()) for name in turns]
-        yield common.compared_with_best(rows, f"{TIMM}*")
-        del turns, makers
+        for so_far in race(case, wanted, rounds):
+            rows = [
+                row("step", case, name, times, recipe.batch_size, **made[name].told())
+                for name, times in so_far.timed.items()
+            ]
+            yield common.compared_with_best(rows, f"{TIMM}*", so_far.left_out)
+        del made, makers, wanted
         gc.collect()
 
 
@@ -142,7 +142,7 @@ def contenders(
     compiled = recipe.machine.compile != "off"
     made: dict[str, Callable[[], Ours | Timm]] = {OWN: partial(ours, recipe)}
     for setting in also:
-        made[f"{OWN}, {setting}"] = partial(ours, recipes.override(recipe, setting))
+        made[f"{OWN}, {setting}"] = partial(ours, resolve_auto(recipes.override(recipe, setting), device))
     if rows > recipe.batch_size:
         plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=Ema())
         made["fasttrain, CE on one view"] = partial(ours, plain)
@@ -269,7 +269,8 @@ class Timm:
         self.losses, self.times, self.updates = AverageMeter(), AverageMeter(), 0
         self.network: Callable[[Tensor], Tensor] = model.train()
         if compiled:
-            self.network = torch.compile(self.network)
+            # Without `dynamic`, dynamo takes a second layout of the same network for a dynamic one.
+            self.network = torch.compile(self.network, dynamic=False)
         self.optimizer.zero_grad()
         self.since = time.time()
 
@@ -431,5 +432,6 @@ def host(
     wanted = {name: made[name] for name in common.chosen(made, only)}
     for each in wanted.values():
         warmed(each, warm_up)
-    timed = race("host", {name: partial(returned, each, device, steps) for name, each in wanted.items()}, rounds)
-    yield [row("host", "one parameter", name, times) for name, times in timed.items()]
+    turns = {name: partial(partial, returned, each, device, steps) for name, each in wanted.items()}
+    for so_far in race("host", turns, rounds):
+        yield [row("host", "one parameter", name, times) for name, times in so_far.timed.items()]

@@ -43,7 +43,7 @@ def end_to_end(
     only: Sequence[str] = (),
 ) -> Iterator[list[Row]]:
     """Seconds per step of the real loop, with `eta`; of its parts; and of timm's loader with timm's loop, compiled
-    where the recipe is: a list of rows per recipe, as soon as it is measured. Each over `steps` steps in each round,
+    where the recipe is: the rows of a recipe, again after every turn. Each over `steps` steps in each round,
     after `warm_up` steps; the run has LEAST_STEPS at least. The index is taken as often as that takes, and for batches
     of P x K images as if of other classes. only: patterns of the contenders' names.
 
@@ -55,13 +55,15 @@ def end_to_end(
         images = whole(index, recipe, warm_up + steps)
         case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
         makers = turns(recipe, images, ranks, steps, warm_up)
-        timed = race(case, {name: makers[name]() for name in common.chosen(makers, only)}, rounds)
-        parts = [statistics.median(timed[name]) for name in (STEP, PIPELINE) if name in timed]
-        rows = []
-        for name, times in timed.items():
-            eta = {"eta": max(parts) / statistics.median(times)} if name == OWN and len(parts) == 2 else {}
-            rows.append(row("train", case, name, times, recipe.batch_size, **eta))
-        yield common.compared_with_best(rows, f"{TIMM}*")
+        wanted = {name: makers[name] for name in common.chosen(makers, only)}
+        for so_far in race(case, wanted, rounds):
+            medians = {name: statistics.median(times) for name, times in so_far.timed.items()}
+            parts = [medians[name] for name in (STEP, PIPELINE) if name in medians]
+            rows = []
+            for name, times in so_far.timed.items():
+                eta = {"eta": max(parts) / medians[name]} if name == OWN and len(parts) == 2 else {}
+                rows.append(row("train", case, name, times, recipe.batch_size, **eta))
+            yield common.compared_with_best(rows, f"{TIMM}*", so_far.left_out)
         gc.collect()
 
 
