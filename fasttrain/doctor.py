@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttrain.versions import DALI, installed
+from fasttrain.versions import COMPANIONS, DALI, installed
 
 # The oldest NVIDIA driver that runs each CUDA version: NVIDIA's table of minor version compatibility.
 OLDEST_DRIVER = {13: 580, 12: 525}
@@ -69,7 +69,8 @@ def install_command(cuda: int, remove: tuple[str, ...] = ()) -> str:
         command += f" --extra-index-url {PYTORCH_INDEX}"
     dali = _dali_installed()
     if dali != (f"nvidia-dali-cuda{cuda}0",):
-        remove = tuple(dict.fromkeys((*remove, *dali)))
+        companions = (name for name in COMPANIONS if installed(name))
+        remove = tuple(dict.fromkeys((*remove, *dali, *companions)))
     return f"pip uninstall -y {' '.join(remove)} && {command}" if remove else command
 
 

@@ -10,12 +10,16 @@ from fasttrain.pipelines.decoders import Decoder
 _AS_STORED = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
 
 
+# Threads that are tied to cores compete with the loop's and DALI's own for the same ones.
+_ON_GPU = {**_AS_STORED, "device": "mixed", "affine": False}
+
+
 def decode(encoded: Any, decoder: Decoder, on_gpu: bool) -> Any:
     """Whole images. on_gpu: where they come out; only then may the decoder be another than `cpu`."""
     if decoder.kind == "cpu":
         images = fn.decoders.image(encoded, device="cpu", **_AS_STORED)
         return images.gpu() if on_gpu else images
-    return fn.decoders.image(encoded, device="mixed", hw_decoder_load=_hardware_load(decoder), **_AS_STORED)
+    return fn.decoders.image(encoded, hw_decoder_load=_hardware_load(decoder), **_ON_GPU)
 
 
 def decode_region(encoded: Any, start: Any, shape: Any, decoder: Decoder, on_gpu: bool) -> Any:
@@ -25,7 +29,7 @@ def decode_region(encoded: Any, start: Any, shape: Any, decoder: Decoder, on_gpu
         images = fn.decoders.image_slice(encoded, device="cpu", **region, **_AS_STORED)
         return images.gpu() if on_gpu else images
     if decoder.kind == "gpu-region":
-        return fn.decoders.image_slice(encoded, device="mixed", hw_decoder_load=0.0, **region, **_AS_STORED)
+        return fn.decoders.image_slice(encoded, hw_decoder_load=0.0, **region, **_ON_GPU)
     return fn.slice(decode(encoded, decoder, on_gpu), **region)
 
 

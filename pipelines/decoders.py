@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fasttrain.errors import UserError
-from fasttrain.versions import NVIMAGECODEC, installed
+from fasttrain.versions import nvimagecodec
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 # Newest first. DALI 2.2 comes with nvImageCodec 0.8, DALI 2.3 and 2.4 with 0.9.
 RULES = (
     Rule((0, 9), "gpu", ("gpu-region",), "nvImageCodec 0.9 crashes in it (NVIDIA/nvImageCodec#55)"),
-    Rule((0, 0), "gpu", (), "regions are decoded correctly, but untested here"),
+    Rule((0, 0), "gpu", (), "no fault is known of nvImageCodec 0.8, which issue 55 names as the version that works"),
 )
 # `gpu-hardware` is never `auto`: on H100 nvJPEG's hardware decoder may write its output without waiting for the
 # stream (meta-pytorch/torchcodec#1634), which corrupts pixels without an error.
@@ -44,7 +44,7 @@ RULES = (
 
 def rule() -> Rule:
     """The rule for the nvImageCodec that is installed; for the newest where its version is not known."""
-    parts = re.match(r"(\d+)\.(\d+)", installed(*NVIMAGECODEC) or "")
+    parts = re.match(r"(\d+)\.(\d+)", nvimagecodec() or "")
     if not parts:
         return RULES[0]
     version = int(parts[1]), int(parts[2])
@@ -58,5 +58,6 @@ def resolve(kind: str, device: torch.device) -> str:
         return "cpu"
     known = rule()
     if kind in known.refused:
-        raise UserError(f"machine.decoder={kind}: {known.why}; set machine.decoder=auto, or install nvidia-dali 2.2")
+        older = "pip install 'nvidia-dali-cuda130==2.2.*' (for CUDA 12: nvidia-dali-cuda120)"
+        raise UserError(f"the decoder {kind} is refused: {known.why}; leave machine.decoder at auto, or {older}")
     return known.auto if kind == "auto" else kind

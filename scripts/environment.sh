@@ -25,10 +25,10 @@ environment() {
         echo "making $VENV" >&2
         "$PYTHON" -m venv "$VENV" || fail "cannot make $VENV; install Python's venv (Debian: apt install python3-venv)"
     fi
-    # DALI's builds for the two CUDA versions overwrite each other's files, so the other one is removed first.
+    # The builds of DALI and its companions for the two CUDA versions overwrite each other's files, so all are removed.
     if [ "$(cat "$VENV/cuda" 2>/dev/null || echo 13)" != "$cuda" ]; then
         "$VENV/bin/python" -m pip --disable-pip-version-check uninstall -qy \
-            nvidia-dali-cuda120 nvidia-dali-cuda130 2>/dev/null || fail "cannot remove another DALI; remove $VENV"
+            nvidia-{dali-cuda120,dali-cuda130,{nvimgcodec,nvjpeg2k,nvtiff,libnvcomp}-cu{12,13}} 2>/dev/null || fail "cannot remove another DALI; remove $VENV"
         rm -f "$VENV"/installed*
     fi
     echo "$cuda" >"$VENV/cuda"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fasttrain import config, options
+from fasttrain import config, options, versions
 from fasttrain.errors import UserError
 from fasttrain.pipelines import decoders
 
@@ -13,13 +13,15 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 @pytest.fixture
 def nvimagecodec(monkeypatch):
     """Sets the version of nvImageCodec that seems to be installed."""
-    return lambda version: monkeypatch.setattr(decoders, "installed", lambda *names: version)
+    return lambda version: monkeypatch.setattr(decoders, "nvimagecodec", lambda: version)
 
 
 @pytest.mark.parametrize("version", ["0.9.0.20", "0.9", "1.0.1", None, "unknown"])
 def test_no_region_is_decoded_where_that_crashes(nvimagecodec, version):
     nvimagecodec(version)
-    with pytest.raises(UserError, match=r"machine.decoder=gpu-region: .*nvImageCodec#55.*; set machine.decoder=auto"):
+    with pytest.raises(
+        UserError, match=r"decoder gpu-region is refused: .*nvImageCodec#55.*; leave machine.decoder at auto"
+    ):
         decoders.resolve("gpu-region", GPU)
     assert decoders.resolve("auto", GPU) not in ("auto", "gpu-region", "gpu-hardware")
 
@@ -37,6 +39,23 @@ def test_a_cpu_decodes_by_itself(kind):
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "gpu-hardware"])
 def test_what_is_asked_for_is_taken(kind):
     assert decoders.resolve(kind, GPU) == kind
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({"nvidia-dali-cuda130": "2.4", "nvidia-nvimgcodec-cu13": "0.9"}, "0.9"),
+        ({"nvidia-dali-cuda120": "2.2", "nvidia-nvimgcodec-cu12": "0.8"}, "0.8"),
+        ({"nvidia-dali-cuda120": "2.2", "nvidia-nvimgcodec-cu12": "0.8", "nvidia-nvimgcodec-cu13": "0.9"}, "0.8"),
+        ({}, None),
+    ],
+)
+def test_the_version_is_that_of_the_installed_dalis_build(monkeypatch, there, expected):
+    """A switch between CUDA versions may leave the other's metadata."""
+    monkeypatch.setattr(
+        versions, "installed", lambda *names: next((there[name] for name in names if name in there), None)
+    )
+    assert versions.nvimagecodec() == expected
 
 
 def test_the_command_line_offers_what_the_settings_have():

@@ -175,3 +175,10 @@ def test_the_command_is_printed(machine):
     lines = CliRunner().invoke(main, ["doctor"]).stdout.splitlines()
     where = next(number for number, line in enumerate(lines) if line.startswith("LACK  NVIDIA driver: 550.54.15"))
     assert lines[where + 1].strip() == TO_12
+
+
+def test_what_dali_brings_along_is_removed_with_it(machine):
+    """Its files have the same paths for both CUDA versions: pip would take what was overwritten for installed."""
+    there = (CUDA13, "nvidia-nvimgcodec-cu13", "nvidia-libnvcomp-cu12")
+    expected = f"pip uninstall -y {' '.join(there)} && FASTTRAIN_CUDA=12 pip install ."
+    assert machine("535.54.03", cuda="12.8", installed=there)["DALI"].mend == expected

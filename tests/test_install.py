@@ -142,7 +142,8 @@ def test_an_environment_is_installed_once(environment):
 
 
 def test_another_cuda_replaces_dali(environment):
-    removal = f"-m pip uninstall -qy {CUDA12} {CUDA13}"
+    names = [f"{name}-cu{cuda}" for name in ("nvimgcodec", "nvjpeg2k", "nvtiff", "libnvcomp") for cuda in (12, 13)]
+    removal = " ".join(["-m pip uninstall -qy", CUDA12, CUDA13, *(f"nvidia-{name}" for name in names)])
     environment()
     assert environment(cuda="12") == ("", [removal, INSTALL])
     assert environment(cuda="12") == ("", [])

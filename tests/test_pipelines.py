@@ -268,20 +268,23 @@ def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy, 
     ],
 )
 def test_each_decoder_has_its_operators_on_a_gpu(index, monkeypatch, kind, expected, views):
-    """Only `gpu-hardware` gives the GPU's JPEG engine a share."""
-    loads = []
-    image = decode_graph.fn.decoders.image
-    monkeypatch.setattr(
-        decode_graph.fn.decoders,
-        "image",
-        lambda *args, **kw: loads.append(kw.get("hw_decoder_load")) or image(*args, **kw),
-    )
+    """Only `gpu-hardware` gives the GPU's JPEG engine a share, and no thread is tied to a core."""
+    asked = []
+    for name in ("image", "image_slice"):
+        operator = getattr(decode_graph.fn.decoders, name)
+        monkeypatch.setattr(
+            decode_graph.fn.decoders,
+            name,
+            lambda *args, operator=operator, **kw: asked.append(kw) or operator(*args, **kw),
+        )
     source = train.Source(replace(make_plan(index, augment=Augment(autoaugment="none")), views=views), index, 0, 1)
     decoder = Decoder(kind, hardware_load=0.25)
     found = operators(train.graph(source, decoder, True, batch_size=6, num_threads=1, device_id=None))
     wanted = {**expected, "Resize": "gpu"} | ({"Slice": "gpu"} if views > 1 else {})
     assert {name: device for name, device in found if name not in ("ExternalSource", "Read", "Copy")} == wanted
-    assert loads == {"gpu": [0.0], "gpu-hardware": [0.25]}.get(kind, [])
+    (words,) = asked
+    assert words.get("hw_decoder_load") == {"gpu": 0.0, "gpu-region": 0.0, "gpu-hardware": 0.25}.get(kind)
+    assert kind == "cpu" or words["affine"] is False
 
 
 def test_a_region_cut_out_of_the_whole_image_is_the_decoded_region(index, monkeypatch):

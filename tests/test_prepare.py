@@ -56,7 +56,7 @@ def test_align_was_true_or_false_and_may_still_be_written_so(written, read):
 
 
 def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monkeypatch):
-    monkeypatch.setattr(decoders, "installed", lambda *names: "0.9.0")
+    monkeypatch.setattr(decoders, "nvimagecodec", lambda: "0.9.0")
     recipe = replace(recipes.for_arch("resnet18"), machine=Machine(decoder="gpu-region"))
     with pytest.raises(UserError, match="nvImageCodec#55"):
         resolve_auto(recipe, GPU)
