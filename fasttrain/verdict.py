@@ -240,10 +240,13 @@ def _decoder() -> Any:
     """DALI's decoder as the training pipelines use it, for the contents of up to CHUNK files."""
     from nvidia.dali import fn, pipeline_def, types
 
+    from fasttrain.pipelines import decode_graph
+    from fasttrain.pipelines.decoders import Decoder
+
     @pipeline_def(batch_size=CHUNK, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     def decode() -> Any:
         content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(content, output_type=types.RGB, adjust_orientation=False)
+        return decode_graph.decode(content, Decoder("cpu"), on_gpu=False)
 
     pipe = decode()
     pipe.build()

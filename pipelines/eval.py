@@ -125,7 +125,7 @@ class Evaluation:
             try:
                 *pixels, numbers = self.pipe.run(output_stream(self.device))
             except RuntimeError as error:
-                paths = [self.source.index.paths[each] for each in self.source.chunk(count)]
-                raise decode_error(error, paths) from None
+                index, chunk = self.source.index, self.source.chunk(count)
+                raise decode_error(error, [index.paths[each] for each in chunk], index.sizes[chunk]) from None
             tensors = tuple(torch.from_dlpack(each.as_tensor()) for each in pixels)
             yield Crops(tensors, torch.from_numpy(np.array(numbers.as_array())))

@@ -10,27 +10,32 @@ from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain.dataset import Index, shown
 from fasttrain.errors import RunError
+from fasttrain.pipelines.decode_graph import decode
+from fasttrain.pipelines.decoders import Decoder
 
 
 @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
 def _decode_one() -> Any:
     path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
-    return fn.decoders.image(fn.io.file.read(path), output_type=types.RGB, adjust_orientation=False)
+    return decode(fn.io.file.read(path), Decoder("cpu"), on_gpu=False)
 
 
-def trouble(path: str) -> str:
-    """Why an image cannot be read and decoded, or nothing where it can."""
+def trouble(path: str, size: Sequence[int] | None = None) -> str:
+    """Why an image cannot be read and decoded, or nothing where it can. size: (height, width) in the index; with
+    another size, the crops that were planned may be outside the image."""
     try:
         if os.path.getsize(path) == 0:
             return "the file is empty"
         pipe = _decode_one()  # afresh each time: after some errors a pipeline fails for ever
         pipe.build()
         pipe.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
-        pipe.run()
+        height, width, _ = pipe.run()[0].shape()[0]
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     except RuntimeError:  # DALI's reason is a number, or nothing
         return "it is damaged, or no image that DALI reads"
+    if size is not None and (height, width) != tuple(size):
+        return f"it has {width} x {height} pixels, but {size[1]} x {size[0]} when the folder was scanned"
     return ""
 
 
@@ -62,14 +67,16 @@ def substitutes(
     RunError where a class has no image that can be decoded, or its folder has gone.
     """
     for number in numbers.tolist():
-        reason = "its header cannot be read" if index.sizes[number, 0] == 0 else trouble(index.paths[number])
+        size = index.sizes[number]
+        reason = "its header cannot be read" if size[0] == 0 else trouble(index.paths[number], size)
         if not reason:
             continue
         require_folder(index.paths[number])
         same = np.flatnonzero(index.labels == index.labels[number])
         start = int(np.searchsorted(same, number)) + 1
         for other in np.roll(same, -start)[:-1].tolist():
-            if index.sizes[other, 0] and replacement[other] == other and not trouble(index.paths[other]):
+            size = index.sizes[other]
+            if size[0] and replacement[other] == other and not trouble(index.paths[other], size):
                 yield number, other, Skip(index.paths[number], reason, index.paths[other])
                 break
         else:
@@ -77,11 +84,11 @@ def substitutes(
             raise RunError(f"no image of class {name!r} can be decoded, such as {shown(index.paths[number])}")
 
 
-def decode_error(error: Exception, paths: Sequence[str]) -> RunError:
+def decode_error(error: Exception, paths: Sequence[str], sizes: NDArray[np.int32]) -> RunError:
     """A RunError that names the first of `paths` that cannot be read and decoded, or all of the batch if each can.
-    Raises one itself where a folder has gone."""
-    for path in paths:
-        reason = trouble(path)
+    sizes: int32 [N, 2], those in the index. Raises one itself where a folder has gone."""
+    for path, size in zip(paths, sizes, strict=True):
+        reason = trouble(path, size)
         if reason:
             require_folder(path)
             return RunError(f"cannot decode {shown(path)}: {reason}; mend or remove it")

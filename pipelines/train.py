@@ -216,7 +216,7 @@ def batches(
                     suspects = source.numbers(done - source.first)
                     if on_skip is not None and replace(suspects):
                         break
-                    raise decode_error(error, [index.paths[each] for each in suspects]) from None
+                    raise decode_error(error, [index.paths[each] for each in suspects], index.sizes[suspects]) from None
                 done += 1
                 pixels = [torch.from_dlpack(each.as_tensor()) for each in views]
                 joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)

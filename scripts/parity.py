@@ -1,24 +1,28 @@
 """How far the evaluation pipeline's pixels are from PIL's and torchvision's: python scripts/parity.py --data DIR
 
-On a GPU that is nvJPEG's decoder against libjpeg's. For each size the mean and largest difference of 255, over the
-same central crops of the same photographs.
+For each decoder (on a GPU; on a CPU there is one) and size the mean and largest difference of 255, over the same
+central crops of the same photographs.
 """
 
-import json
+import itertools
 import sys
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain import dataset
 from fasttrain.benchmarks import common
-from fasttrain.config import Data
-from fasttrain.distributed import ranks
+from fasttrain.config import DECODERS, Data, Machine
+from fasttrain.dataset import Index
+from fasttrain.distributed import Ranks, ranks
+from fasttrain.pipelines import decoders
+from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.eval import Evaluation
 from fasttrain.pipelines.views import named
 
@@ -29,30 +33,40 @@ SIZES = (224, 448)
 @click.option("--data", required=True, type=click.Path(exists=True), help="Photographs in class folders.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
 @click.option("--images", type=click.IntRange(1), default=320, show_default=True, help="At most so many of them.")
+@click.option(
+    "--decoder", "kinds", type=click.Choice(DECODERS[1:]), multiple=True, help="Default: all that are not refused."
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
-def main(data: str, device: str, images: int, json_path: Path | None) -> None:
-    """Measure, and print a line a size."""
+def main(data: str, device: str, images: int, kinds: tuple[str, ...], json_path: Path | None) -> None:
+    """Measure, and print a line per decoder and size."""
     index, _ = dataset.open_data(Data(train=(data,)))
     rows = []
     with ranks(device) as here:
-        for size in SIZES:
-            as_pil = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)])
-            differences = []
-            for crops, numbers in Evaluation(index, named("center", size), 16, here.device, here.threads(0)):
-                for pixels, number in zip(crops[0].cpu().numpy(), numbers.tolist(), strict=True):
-                    with Image.open(index.paths[number]) as image:
-                        expected = np.asarray(as_pil(image.convert("RGB")), np.int16)
-                    differences.append(np.abs(pixels.astype(np.int16) - expected))
-                if len(differences) >= images:
-                    break
-            found = np.stack(differences)
-            row = {"size": size, "images": len(found), "mean": float(found.mean()), "most": int(found.max())}
-            row["worst_image_mean"] = float(found.mean((1, 2, 3)).max())
+        usual = [kind for kind in DECODERS[1:] if kind not in decoders.rule().refused]
+        for kind, size in itertools.product(kinds or (usual if device == "cuda" else ["cpu"]), SIZES):
+            decoder = Decoder(decoders.resolve(kind, here.device), Machine().hardware_load)
+            found = differences(index, size, images, decoder, here)
+            row = {"decoder": decoder.kind, "size": size, "images": len(found), "mean": float(found.mean())}
+            row |= {"most": int(found.max()), "worst_image_mean": float(found.mean((1, 2, 3)).max())}
             rows.append(row)
-            click.echo(f"{size} px, {len(found)} images: mean {row['mean']:.3f}, most {row['most']} of 255")
-        if json_path:
-            told = common.about(here.device) | {"rows": rows}
-            json_path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            click.echo(f"{kind}, {size} px, {len(found)} images: mean {row['mean']:.3f}, most {row['most']} of 255")
+            if json_path:
+                common.write_figures(json_path, here.device, rows, {"images": images})
+
+
+def differences(index: Index, size: int, images: int, decoder: Decoder, here: Ranks) -> NDArray[np.int16]:
+    """|pipeline - PIL| of each image's central crop, int16 [N, size, size, 3]."""
+    as_pil = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)])
+    found: list[NDArray[np.int16]] = []
+    batches = Evaluation(index, named("center", size), 16, here.device, here.threads(0), decoder=decoder)
+    for crops, numbers in batches:
+        for pixels, number in zip(crops[0].cpu().numpy(), numbers.tolist(), strict=True):
+            with Image.open(index.paths[number]) as image:
+                expected = np.asarray(as_pil(image.convert("RGB")), np.int16)
+            found.append(np.abs(pixels.astype(np.int16) - expected))
+        if len(found) >= images:
+            break
+    return np.stack(found)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,19 @@ def pipeline(rows: Rows) -> str:
     """A line a case: images a second of each loader; and below, where they were measured, the stages' microseconds."""
     whole = by_case([row for row in rows if row["work"] == "pipeline"])
     stages = by_case([row for row in rows if row["work"] == "stages"])
-    made = [_a_column_each(whole, lambda row: f"{row['images_per_s']:.0f} img/s", "batch")]
+    made = [_a_column_each(whole, _rate, "batch")]
     if stages:
         # Cases without AutoAugment lack a stage, so the longest gives the columns.
         made.append(
             _a_column_each(stages, lambda row: f"{row['us_per_image']:.0f} µs", "an image's time in each stage")
         )
     return "\n\n".join(made)
+
+
+def _rate(row: dict[str, Any]) -> str:
+    """Images per second, with the slowest and the fastest round."""
+    slowest, fastest = (row["images"] / row[key] for key in ("most", "least"))
+    return f"{row['images_per_s']:.0f} img/s ({slowest:.0f} … {fastest:.0f})"
 
 
 def _a_column_each(cases: dict[str, Rows], cell: Any, title: str) -> str:
@@ -60,14 +66,18 @@ def _a_column_each(cases: dict[str, Rows], cell: Any, title: str) -> str:
 
 
 def contenders(rows: Rows) -> str:
-    """A line a contender: its time with the spread, its rate, and what else is known of it."""
-    known = ("eta", "host_ms", "peak_gib", "x_best_peer")
-    titles = {"eta": "η", "host_ms": "host, ms", "peak_gib": "memory, GiB", "x_best_peer": "x the best peer"}
+    """One row per contender: its time with the spread, its rate, and what else is known of it; then the comparison with
+    the fastest peer."""
+    known = ("eta", "host_ms", "peak_gib")
+    titles = {"eta": "η", "host_ms": "host, ms", "peak_gib": "memory, GiB"}
     found = [key for key in known if any(key in row for row in rows)]
     rates = any(row["images"] for row in rows)
-    lines = []
+    lines, best = [], []
     for case, inside in by_case(rows).items():
         own = inside[0]["seconds"]
+        if "best_peer" in inside[0]:
+            ratio = f"{inside[0]['x_best_peer']:.2f} times as fast as the fastest peer, {inside[0]['best_peer']}"
+            best.append(f"{case.partition(' ')[2]}: {ratio}")
         digits = 1 if own > 0.01 else 2
         for number, row in enumerate(inside):
             middle, least, most = (f"{row[key] * 1e3:.{digits}f}" for key in ("seconds", "least", "most"))
@@ -76,8 +86,8 @@ def contenders(rows: Rows) -> str:
             more = [f"{row[key]:.2f}" if key in row else "" for key in found]
             title = "" if number else case.partition(" ")[2]
             lines.append([title, row["contender"], spread, *rate, f"{row['seconds'] / own:.2f}", *more])
-    head = ["", "contender", "ms a step", *(["img/s"] if rates else []), f"x {OWN}", *(titles[key] for key in found)]
-    return grid(head, lines)
+    head = ["", "contender", "ms per step", *(["img/s"] if rates else []), f"x {OWN}", *(titles[key] for key in found)]
+    return "\n\n".join([grid(head, lines), *best])
 
 
 def save(rows: Rows) -> str:
@@ -101,7 +111,7 @@ def ablation(rows: Rows) -> str:
 
 
 def loop(rows: Rows) -> str:
-    """A line a batch size: milliseconds of the host."""
+    """One row per batch size: milliseconds of the host."""
     titles = {
         "allowed_ms": "a step at 2,500 img/s",
         "main_thread_ms": "main thread, network apart",
@@ -125,7 +135,7 @@ def traffic(rows: Rows) -> str:
 
 
 def decoders(rows: Rows) -> str:
-    """A line a decoder, as `fasttrain doctor --gpu` tried it."""
+    """One row per decoder, as `fasttrain doctor --gpu` tried it."""
     lines = []
     for row in rows:
         if row["status"]:
@@ -146,15 +156,15 @@ def main_job(rows: Rows) -> str:
 
 
 def tests(rows: Rows) -> str:
-    """A line a test file."""
+    """One row per test file."""
     return grid(
-        ["tests", "passed", "failed", "seconds"],
-        [[f"`{row['file']}`", *(str(row[key]) for key in ("passed", "failed", "seconds"))] for row in rows],
+        ["tests", "passed", "failed", "skipped", "seconds"],
+        [[f"`{row['file']}`", *(str(row[key]) for key in ("passed", "failed", "skipped", "seconds"))] for row in rows],
     )
 
 
 def proof(rows: Rows) -> str:
-    """A line a model."""
+    """One row per model."""
     lines = []
     for row in rows:
         views, epochs = row.get("top1_16_views"), row["epochs"] or ""
@@ -164,7 +174,7 @@ def proof(rows: Rows) -> str:
 
 
 def plain(rows: Rows) -> str:
-    """A line a row, a column a value."""
+    """One row per result, one column per value."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return grid(names, [[_short(row.get(name)) for name in names] for row in rows])
 
@@ -221,10 +231,10 @@ def tables(name: str, results: Path) -> str:
     return "\n\n".join(made)
 
 
-def part(name: str, told: dict[str, Any]) -> str:
+def part(name: str, told: dict[str, Any], remark: str = "") -> str:
     """The table of a part of scripts/gpu/slot.py, under its name and caption."""
     table = GPU_PARTS.get(name.split("-")[0], plain)
-    return f"**{name}**  \n{caption(told)}{table(told['rows'])}"
+    return f"**{name}**{remark}  \n{caption(told)}{table(told['rows'])}"
 
 
 def gpu(results: Path) -> str:

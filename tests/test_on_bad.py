@@ -1,20 +1,25 @@
 """Training over images that cannot be decoded: another of the class takes the place, every skip is told."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_pipelines import broken_files
 from test_train import events, run, tiny
 
-from fasttrain import dataset
+from fasttrain import dataset, verdict
+from fasttrain.check import BAD
 from fasttrain.config import Augment, Data
 from fasttrain.errors import RunError, UserError
-from fasttrain.pipelines.faults import Skip
+from fasttrain.pipelines.faults import Skip, trouble
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train import batches
 
@@ -37,11 +42,11 @@ def plan_of(index, **changes) -> Plan:
     return Plan.of(tiny(batch_size=6, epochs=2, augment=Augment(autoaugment="none"), **changes), index)
 
 
-@pytest.mark.parametrize("kind", [*broken_files(), "missing"])
+@pytest.mark.parametrize("kind", [*broken_files(), "missing", "smaller"])
 @pytest.mark.parametrize("when", ["before the scan", "after the scan"])
 def test_another_image_of_the_class_takes_the_place(folder, kind, when):
     """Images 7 and 8, next to each other in a class: the ninth stands in for both, wherever they come."""
-    if kind == "missing" and when == "before the scan":
+    if kind in ("missing", "smaller") and when == "before the scan":
         return
     index = scan(folder)
     whole = plan_of(index)
@@ -52,6 +57,8 @@ def test_another_image_of_the_class_takes_the_place(folder, kind, when):
     for number in (7, 8):
         if kind == "missing":
             Path(index.paths[number]).unlink()
+        elif kind == "smaller":  # a sound image, but the crops that were planned are outside it
+            Image.new("RGB", (8, 8)).save(index.paths[number])
         else:
             Path(index.paths[number]).write_bytes(broken_files()[kind])
     if when == "before the scan":
@@ -72,6 +79,24 @@ def test_another_image_of_the_class_takes_the_place(folder, kind, when):
         for at, number in enumerate(planned.tolist()):
             same = pixels_of_9[step // 10] if number in (7, 8) else pixels[at]
             np.testing.assert_array_equal(batch.pixels[at].numpy(), same)
+
+
+@pytest.mark.parametrize("kind", broken_files())
+def test_the_data_check_agrees(tmp_path, kind):
+    (tmp_path / kind).write_bytes(broken_files()[kind])
+    assert trouble(str(tmp_path / kind))
+    ((notes, _),) = verdict.read([(str(tmp_path / kind), False)])
+    assert notes[-1][0] in BAD and "DALI decodes it" not in notes[-1][1]
+
+
+def test_a_large_truncated_bmp_does_not_crash(tmp_path):
+    """A decoder that reads past the end of the file reads outside the process's memory here."""
+    victim = tmp_path / "large.bmp"
+    Image.new("RGB", (4000, 4000)).save(victim)
+    os.truncate(victim, 1000)
+    code = "import sys; from fasttrain.pipelines.faults import trouble; print(trouble(sys.argv[1]))"
+    ran = subprocess.run([sys.executable, "-c", code, victim], capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout == "it is damaged, or no image that DALI reads\n"
 
 
 def test_the_last_image_of_a_class_is_followed_by_its_first(folder):

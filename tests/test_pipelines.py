@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_the_gpu_evaluation_graph_serialises(index):
     for kind in ("cpu", "gpu", "gpu-region", "gpu-hardware"):
         pipe = eval_graph(source, Decoder(kind), True, "bilinear", batch_size=4, num_threads=1, device_id=None)
         devices = dict(operators(pipe))
-        assert devices["Image"] == ("cpu" if kind == "cpu" else "gpu")
+        assert devices["ImageSlice" if kind == "cpu" else "Image"] == ("cpu" if kind == "cpu" else "gpu")
         assert devices["Resize"] == "gpu" and devices["Read"] == "cpu"
 
 
@@ -324,11 +325,16 @@ def broken_files() -> dict[str, bytes]:
         stored = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (60, 60, 3)).astype(np.uint8)).save(stored, kind)
         kinds[f"truncated{suffix}"] = stored.getvalue()[: len(stored.getvalue()) // 2]
+    stored = io.BytesIO()
+    Image.new("RGB", (61, 60)).save(stored, "BMP")
+    kinds["padding.bmp"] = stored.getvalue()[:-1]  # of the last row; no pixel is missing
     return kinds | {"empty.jpg": b"", "text.jpg": b"this is not a picture\n" * 40}
 
 
-@pytest.mark.parametrize("name", [*broken_files(), "missing.jpg"])
-@pytest.mark.parametrize("part", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [*product(("training", "evaluation"), [*broken_files(), "missing.jpg"]), ("training", "smaller.jpg")],
+)
 def test_a_file_that_does_not_decode_is_named(demo_set, tmp_path, name, part):
     """The file breaks after the scan, as files do."""
     shutil.copytree(demo_set / "val", tmp_path / "set")
@@ -338,6 +344,8 @@ def test_a_file_that_does_not_decode_is_named(demo_set, tmp_path, name, part):
     index = dataset.scan(tmp_path / "set")
     if name == "missing.jpg":
         bad.unlink()
+    elif name == "smaller.jpg":  # a sound image, but the crops that were planned are outside it
+        Image.new("RGB", (8, 8)).save(bad)
     else:
         bad.write_bytes(broken_files()[name])
     plan = make_plan(index, augment=Augment(autoaugment="none"))

@@ -28,7 +28,7 @@ def gather(parts: Path, out: Path) -> None:
         name = path.stem.removesuffix(UNFINISHED)
         unfinished = path.stem.endswith(UNFINISHED)
         everything[name] = told | ({"unfinished": True} if unfinished else {})
-        text += [part(f"{name} (unfinished)" if unfinished else name, told), ""]
+        text += [part(name, told, ", unfinished" if unfinished else ""), ""]
     (out / "gpu.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     (out / "gpu.md").write_text("\n".join(text), encoding="utf-8")
     with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:

@@ -3,7 +3,7 @@
     python3 scripts/gpu/run_tests.py --json FILE test_gpu.py test_kernels_triton.py
 
 FILE has a row per test file, as soon as it is done: how many tests passed, and each failure with its reason. A failed
-test does not make the exit status other than 0: it is a result.
+test is a result, and leaves the exit status 0. It is 1 where pytest itself failed, or found no test.
 """
 
 import argparse
@@ -24,18 +24,22 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 6  # processes that share the GPU
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--toy", action="store_true", help="on a CPU, where all of these tests are skipped")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    broken = False
     for name in args.files:
         rows.append(run(name))
         print(rows[-1], flush=True)
         with ranks("auto") as here:
             write_figures(args.json, here.device, rows, {"files": args.files})
+        ran = rows[-1]["passed"] + rows[-1]["failed"] + (rows[-1]["skipped"] if args.toy else 0)
+        broken |= rows[-1]["exit_status"] not in (0, 1) or not ran
+    return int(broken)
 
 
 def run(name: str) -> dict[str, Any]:
@@ -66,4 +70,4 @@ def run(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
