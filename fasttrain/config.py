@@ -227,9 +227,9 @@ class Machine:
     workers: DALI's threads a rank (0: this rank's share of the cores, on a GPU less two, which the loop and the
     decoder's own threads need).
     decoder: what turns files into pixels on a GPU: `cpu`, `gpu` (nvJPEG, whole images), `gpu-region` (nvJPEG, the crop
-    alone) or `gpu-hardware` (the GPU's JPEG engine for the share `hardware_load` of a batch, nvJPEG for the rest);
-    `auto` is the fastest that is known to be correct with the installed versions, and `fasttrain doctor --gpu` tries
-    them all. The pixels of two decoders differ by less than one level of 255 on average.
+    alone) or `gpu-hardware` (the GPU's JPEG engine as well; hardware_load is DALI's hw_decoder_load, a share of a
+    batch); `auto` is the fastest that is known to be correct with the installed versions, and `fasttrain doctor --gpu`
+    tries them all. The pixels of two decoders differ by less than one level of 255 on average.
     compile: torch.compile, `auto` is on for CUDA; `graphs` also replays whole steps as CUDA graphs, on one GPU, where
     the host cannot keep up with it; the memory that a step takes is then its own, and evaluation's comes on top.
     align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
