@@ -13,7 +13,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 # PyPI has one build of each torch. From 2.11 on, it is built for CUDA 13. 2.10 is built for CUDA 12.8 on x86-64, and
-# without CUDA on aarch64, where the CUDA 12 builds come only from PyTorch's own index (fasttrain/doctor.py has the
+# without CUDA on aarch64, where the CUDA 12 builds come only from PyTorch's own index (fasttrain/doctor/machine.py has the
 # command). torchvision 0.25 and Triton 3.6 belong to torch 2.10.
 TORCH = {
     "12": ["torch>=2.10,<2.11", "torchvision>=0.25,<0.26", "triton>=3.6,<3.7"],
@@ -36,12 +36,22 @@ setup(
     packages=[
         "fasttrain",
         "fasttrain.benchmarks",
-        "fasttrain.models",
-        "fasttrain.losses",
-        "fasttrain.pipelines",
+        "fasttrain.checkpoints",
+        "fasttrain.cli",
+        "fasttrain.config",
+        "fasttrain.data",
+        "fasttrain.data.vipriors",
+        "fasttrain.distributed",
+        "fasttrain.doctor",
+        "fasttrain.evaluation",
         "fasttrain.kernels",
+        "fasttrain.losses",
+        "fasttrain.models",
+        "fasttrain.pipelines",
+        "fasttrain.training",
+        "fasttrain.utils",
     ],
-    package_data={"fasttrain": ["data/vipriors/*.txt.gz", "data/vipriors/CREDITS.txt"]},
+    package_data={"fasttrain.data.vipriors": ["*.txt.gz", "CREDITS.txt"]},
     install_requires=[
         *TORCH[CUDA],
         "timm>=1.0.20",
@@ -72,5 +82,5 @@ setup(
             "ruff",
         ],
     },
-    entry_points={"console_scripts": ["fasttrain = fasttrain.cli:main"]},
+    entry_points={"console_scripts": ["fasttrain = fasttrain.cli.main:main"]},
 )

@@ -1,4 +1,4 @@
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from fasttrain.config import Recipe
+from fasttrain.config.schema import Recipe
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
 

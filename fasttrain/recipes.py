@@ -11,19 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fasttrain.batch import Loss
-from fasttrain.config import Augment, Data, Ema, Mix, Optim, Recipe
-from fasttrain.dataset import shown
-from fasttrain.errors import UserError
-from fasttrain.files import read_text
+from fasttrain.config.schema import Augment, Data, Ema, Mix, Optim, Recipe
 from fasttrain.losses import LOSSES
 from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.base import Loss
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
 from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.files import read_text
+from fasttrain.utils.text import printable
 
 T = TypeVar("T")
 
@@ -182,8 +182,8 @@ def by_name(name: str) -> Recipe:
             text = read_text(name, _TOML_LENGTH)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"cannot read the recipe {shown(name)}: {shown(why)}") from None
-        return from_toml(text, where=shown(name))
+            raise UserError(f"cannot read the recipe {printable(name)}: {printable(why)}") from None
+        return from_toml(text, where=printable(name))
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}{_nearest(name, RECIPES)}; `fasttrain recipes` lists them")
     return RECIPES[name]
@@ -220,7 +220,7 @@ def to_toml(recipe: Recipe) -> str:
     for text in _texts(table):
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise UserError(
-                f"{shown(text)} is not UTF-8, and a recipe could not name it; rename it, or name a link to it"
+                f"{printable(text)} is not UTF-8, and a recipe could not name it; rename it, or name a link to it"
             )
     import tomli_w  # not needed to train, and not everywhere where kernels are measured
 
@@ -242,7 +242,7 @@ def from_toml(text: str, where: str = "recipe") -> Recipe:
     try:
         table = _parsed(text)
     except ValueError as error:
-        raise UserError(f"{where}: not valid TOML: {shown(str(error))}") from None
+        raise UserError(f"{where}: not valid TOML: {printable(str(error))}") from None
     return from_dict(table, where)
 
 
@@ -283,7 +283,7 @@ def _read(setting: str, by: str) -> tuple[str, object]:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"{by} {shown(setting)}: expected key=value or part.key=value")
+        raise UserError(f"{by} {printable(setting)}: expected key=value or part.key=value")
     try:
         return key, _parsed(f"value = {text}")["value"]
     except ValueError:

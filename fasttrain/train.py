@@ -15,27 +15,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasttrain import __version__, checkpoint, recipes, resume, rundir
-from fasttrain.config import Checkpoints, Recipe
-from fasttrain.dataset import Index, require_classes, shown
-from fasttrain.distributed import Ranks, StopSignals
-from fasttrain.errors import RunError, Stopped, UserError
-from fasttrain.evaluate import evaluate
-from fasttrain.guard import REPORT, Diverged
-from fasttrain.initial import initialise
+from fasttrain import __version__, recipes
+from fasttrain.checkpoints import checkpoint, resume
+from fasttrain.checkpoints.async_save import Saver
+from fasttrain.checkpoints.init_weights import initialise
+from fasttrain.checkpoints.run_dir import before_streak, leave_after, require_own, write_recipe
+from fasttrain.config.schema import Checkpoints, Recipe
+from fasttrain.data.index import Index, require_classes
+from fasttrain.distributed.ranks import Ranks, StopSignals
+from fasttrain.distributed.watchdog import EVALUATING, SAVING, TRAINING, WAITING, Watch
+from fasttrain.evaluation.evaluate import evaluate
+from fasttrain.evaluation.predictions import Scores
 from fasttrain.losses.distillation import Distillation
-from fasttrain.meter import Log
 from fasttrain.models import Classifier, outlined, tried
-from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.eval_loader import Evaluation
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import batches
+from fasttrain.pipelines.train_loader import batches
 from fasttrain.pipelines.views import named
-from fasttrain.predictions import Scores
 from fasttrain.prepare import decoder_of
-from fasttrain.saver import Saver
-from fasttrain.step import Step
-from fasttrain.watch import EVALUATING, SAVING, TRAINING, WAITING, Watch
+from fasttrain.training.guard import REPORT, Diverged
+from fasttrain.training.meter import Log
+from fasttrain.training.step import Step
+from fasttrain.utils.errors import RunError, Stopped, UserError
+from fasttrain.utils.text import printable
 
 
 class Result(NamedTuple):
@@ -68,7 +71,7 @@ def train(
             except Diverged as fault:
                 resume_from = ranks.from_first(partial(go_back, out, fault, train_index, recipe.guard.rewinds))
                 if resume_from is None:
-                    raise RunError(f"{fault}; {shown(out / REPORT)} has the steps and their images") from None
+                    raise RunError(f"{fault}; {printable(out / REPORT)} has the steps and their images") from None
 
 
 def course(
@@ -96,7 +99,9 @@ def course(
             changed.append(f"ranks were {saved.meta['world']} and are {ranks.world}")
         decoder = saved.meta["recipe"]["machine"].get("decoder", recipe.machine.decoder)
         if decoder != recipe.machine.decoder:
-            changed.append(f"the decoder was {shown(decoder)} and is {recipe.machine.decoder}: pixels differ slightly")
+            changed.append(
+                f"the decoder was {printable(decoder)} and is {recipe.machine.decoder}: pixels differ slightly"
+            )
         notes += [f"going on with changes: {'; '.join(changed)}"] if changed else []
         start, best = resume.step_of(saved.meta, plan.steps_per_epoch), saved.meta["best"]
         shift = saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"]
@@ -120,7 +125,7 @@ def course(
         if start >= plan.steps:
             return Result(start, None, best)
         if ranks.first:
-            rundir.write_recipe(out, recipes.to_toml(recipe))
+            write_recipe(out, recipes.to_toml(recipe))
         saved = None  # its tensors take as much memory as the network's
 
     threads = ranks.threads(recipe.machine.workers)
@@ -272,18 +277,18 @@ COLLAPSED = "its mean stayed at the margin, as if all images were one; lower lr_
 def go_back(out: Path, fault: Diverged, index: Index, rewinds: int) -> Path | None:
     """The checkpoint from which a run that has diverged goes on, past the images at which it did; or None, and a
     report in the run's folder, where it has gone back `rewinds` times or has none."""
-    found = rundir.before_streak(out) if fault.rewinds < rewinds else None
+    found = before_streak(out) if fault.rewinds < rewinds else None
     if found is None:
         fault.report(out, index)
         return None
-    rundir.leave_after(out, found)
+    leave_after(out, found)
 
     def changes(meta: dict[str, Any]) -> dict[str, Any]:
         step = resume.step_of(meta, fault.plan.steps_per_epoch)
         return {"shift": fault.shift(step), "rewinds": fault.rewinds + 1, "best": fault.best}
 
     made = checkpoint.branch(out, found, changes)
-    print(f"{fault}; going back to {shown(found)}, on with the images after these", file=sys.stderr)
+    print(f"{fault}; going back to {printable(found)}, on with the images after these", file=sys.stderr)
     return made
 
 
@@ -406,7 +411,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     if recipe.init.weights:
         initialise(model, recipe.init, recipe.arch, train_index.classes)
     load_teacher(recipe, train_index.classes, torch.device("cpu"))
-    rundir.require_own(out)
+    require_own(out)
     weights = sum(each.numel() for each in model.parameters())
     weighing = sum(each.nbytes for each in model.state_dict().values())
     state = weighing * (2 if recipe.ema.decay else 1) + sum(each.nbytes for each in model.parameters())
@@ -422,7 +427,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
         "peak lr": f"{recipe.peak_lr:g}",
         "device": f"{ranks.device}, compile {recipe.machine.compile}, {ranks.threads(recipe.machine.workers)} threads",
         "checkpoint": f"{state / 2**20:.0f} MiB each, up to {kept} kept",
-        "writes": f"{shown(out)}/: recipe.toml, log.jsonl, checkpoints/, last, best",
+        "writes": f"{printable(out)}/: recipe.toml, log.jsonl, checkpoints/, last, best",
     }
     if several := about_views(plan, recipe):
         facts["views"] = several

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from fasttrain.errors import UserError
-from fasttrain.versions import nvimagecodec
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.versions import nvimagecodec
 
 
 @dataclass(frozen=True)

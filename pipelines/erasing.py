@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.config import IMAGENET_MEAN
+from fasttrain.config.schema import IMAGENET_MEAN
 
 _TRIES = 10
 DRAWS = 1 + 2 * _TRIES + 2  # uniforms an image: whether, then the area and the ratio of each try, then the place

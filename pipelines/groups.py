@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.dataset import Index, shown
-from fasttrain.errors import UserError
+from fasttrain.data.index import Index
 from fasttrain.pipelines.philox import ORDER, generator
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.text import printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +42,8 @@ class Groups:
             more = f" (and {len(short) - 1} more classes)" if len(short) > 1 else ""
             fewer = f"set images_per_class={sizes.min()} or less, or " if sizes.min() > 1 else ""
             raise UserError(
-                f"images_per_class is {k}, but class {shown(index.classes[short[0]])!r} has {sizes[short[0]]}{more}; "
-                f"{fewer}add images, or leave it out"
+                f"images_per_class is {k}, but class {printable(index.classes[short[0]])!r} has {sizes[short[0]]}"
+                f"{more}; {fewer}add images, or leave it out"
             )
         p = batch_size // k
         if len(sizes) < p:

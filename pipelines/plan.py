@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.config import Augment, Mix, Recipe
-from fasttrain.dataset import Index
-from fasttrain.errors import UserError
+from fasttrain.config.schema import Augment, Mix, Recipe
+from fasttrain.data.index import Index
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import autoaugment, erasing, randaugment
 from fasttrain.pipelines.groups import Groups
 from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, passing_generator, uniforms
+from fasttrain.utils.errors import UserError
 
 _TRIES = 10
 CROP_DRAWS = 2 * _TRIES + 2

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.config import IMAGE_SIZES
-from fasttrain.errors import UserError
+from fasttrain.config.schema import IMAGE_SIZES
 from fasttrain.pipelines.philox import VIEW, uniforms
 from fasttrain.pipelines.plan import CROP_DRAWS, random_resized_crop
+from fasttrain.utils.errors import UserError
 
 NAMES = ("center", "report", "tencrop")
 CENTRE, RANDOM = "centre", "random"

@@ -29,20 +29,23 @@ import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain import checkpoint, dataset, recipes, rundir
-from fasttrain.config import Augment, Ema, Init, Mix, Optim, Recipe
-from fasttrain.distributed import ranks
-from fasttrain.evaluate import evaluate
+from fasttrain import recipes
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.config.schema import Augment, Ema, Init, Mix, Optim, Recipe
+from fasttrain.data.index import scan
+from fasttrain.distributed.ranks import ranks
+from fasttrain.evaluation.evaluate import evaluate
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
-from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.eval_loader import Evaluation
 from fasttrain.pipelines.views import named
 from fasttrain.prepare import resolve_auto
-from fasttrain.step import DTYPES
 from fasttrain.train import train
+from fasttrain.training.step import DTYPES
 
 
 class Row(NamedTuple):
@@ -134,7 +137,7 @@ def main() -> None:
         "device": f"CPU, cores used: {len(os.sched_getaffinity(0))}" if not torch.cuda.is_available() else gpu(),
         "torch": torch.__version__,
         "label_noise": args.label_noise,
-        "images": {split: len(dataset.scan(data / split)) for split in ("train", "val")},
+        "images": {split: len(scan(data / split)) for split in ("train", "val")},
         "rows": table,
     }
     if args.json:
@@ -226,9 +229,9 @@ def trained(args: argparse.Namespace, data: Path, out: Path, seed: int, row: Row
     recipe = recipe_of(args, row.run, seed, out.parent / stage1 / "last")
     with ranks("auto") as here:
         recipe = resolve_auto(recipe, here.device)
-        start = rundir.open_run(out, "auto", recipes.to_toml(recipe))
-        train(recipe, out, dataset.scan(data / "train"), None, here, start)
-        val = dataset.scan(data / "val")
+        start = open_run(out, "auto", recipes.to_toml(recipe))
+        train(recipe, out, scan(data / "train"), None, here, start)
+        val = scan(data / "val")
         model, _, _ = checkpoint.network(out / "last", averaged=row.averaged)
         centre = named("center", args.image_size)
         crops = Evaluation(val, centre, args.batch_size, here.device, here.threads(args.workers))

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 
 if __name__ == "__main__":
     main(["bench", "kernels", *sys.argv[1:]])

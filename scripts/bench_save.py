@@ -18,10 +18,11 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain import checkpoint, optim
 from fasttrain.benchmarks import common
-from fasttrain.config import Optim
+from fasttrain.checkpoints import checkpoint
+from fasttrain.config.schema import Optim
 from fasttrain.models import ARCHS, Classifier
+from fasttrain.training import optim
 
 META: dict[str, Any] = {
     "recipe": {},

@@ -21,15 +21,16 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain import dataset, recipes
+from fasttrain import recipes
 from fasttrain.benchmarks import step as step_benchmark
 from fasttrain.benchmarks.common import OWN, write_figures
 from fasttrain.benchmarks.pipeline import repeated
-from fasttrain.config import Data
+from fasttrain.config.schema import Data
+from fasttrain.data.index import open_data
 from fasttrain.pipelines.ahead import Ahead
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import PREFETCH, Source, build
-from fasttrain.present import Present
+from fasttrain.pipelines.train_loader import PREFETCH, Source, build
+from fasttrain.training.inputs import Present
 
 STEPS = 40
 TARGET = 2500  # images per second; what a step of a batch may take at that rate
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
 def main(data: str, batches: tuple[int, ...], steps: int, json_path: Path | None) -> None:
     """Measure, and print a line per batch size."""
     torch.set_num_threads(1)
-    photos, _ = dataset.open_data(Data(train=(data,)))
+    photos, _ = open_data(Data(train=(data,)))
     *_, rows = step_benchmark.host(CPU, rounds=5, only=[OWN])
     loop = rows[0].seconds * 1e3
     found = []

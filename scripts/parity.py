@@ -16,14 +16,13 @@ from PIL import Image
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain import dataset
 from fasttrain.benchmarks import common
-from fasttrain.config import DECODERS, Data, Machine
-from fasttrain.dataset import Index
-from fasttrain.distributed import Ranks, ranks
+from fasttrain.config.schema import DECODERS, Data, Machine
+from fasttrain.data.index import Index, open_data
+from fasttrain.distributed.ranks import Ranks, ranks
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
-from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.eval_loader import Evaluation
 from fasttrain.pipelines.views import named
 
 SIZES = (224, 448)
@@ -39,7 +38,7 @@ SIZES = (224, 448)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def main(data: str, device: str, images: int, kinds: tuple[str, ...], json_path: Path | None) -> None:
     """Measure, and print a line per decoder and size."""
-    index, _ = dataset.open_data(Data(train=(data,)))
+    index, _ = open_data(Data(train=(data,)))
     rows = []
     with ranks(device) as here:
         usual = [kind for kind in DECODERS[1:] if kind not in decoders.rule().refused]

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain.benchmarks.common import require_own
-from fasttrain.errors import UserError
-from fasttrain.files import replacing
 from fasttrain.models import ARCHS, Classifier
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.files import replacing
 
 KINDS = ("convolution", "depthwise", "norm", "activation", "add and scale", "pooling", "rest")
 _KIND_OF = {

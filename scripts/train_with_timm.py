@@ -17,9 +17,9 @@ from timm.data import ImageDataset, Mixup, create_loader
 from timm.loss import SoftTargetCrossEntropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.pipelines.views import shorter_edge
-from fasttrain.schedule import lr_at
+from fasttrain.training.schedule import lr_at
 
 
 def main() -> None:

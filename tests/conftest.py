@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain import demo
+from fasttrain.data.demo_set import make
 
 # Downloads must fail at once, and no run may find another's cached indices.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,7 +32,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="session")
 def demo_set(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "set"
-    demo.make(folder)
+    make(folder)
     return folder
 
 

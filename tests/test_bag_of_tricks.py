@@ -8,11 +8,12 @@ import timm
 import torch
 from test_train import events, index, run, tiny  # noqa: F401 (index is a fixture)
 
-from fasttrain import optim, recipes
-from fasttrain.config import Mix, Optim
+from fasttrain import recipes
+from fasttrain.config.schema import Mix, Optim
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
 from fasttrain.models import Classifier
+from fasttrain.training import optim
 
 
 def flat(recipe) -> dict:
@@ -130,7 +131,7 @@ def test_half_precision_keeps_master_weights_in_float32(index, tmp_path, precisi
     monkeypatch.setattr(training, "Classifier", Watched)
     run(tiny(epochs=1, precision=precision), tmp_path / "run", index)
     assert seen == {(dtype, dtype)}
-    from fasttrain import checkpoint
+    from fasttrain.checkpoints import checkpoint
 
     saved = checkpoint.load(tmp_path / "run" / "last")
     assert {each.dtype for each in (saved.model | saved.train).values()} == {torch.float32, torch.int64}

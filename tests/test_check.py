@@ -19,9 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fasttrain import check, verdict, workers
-from fasttrain import quarantine as quarantining
-from fasttrain.errors import UserError
+from fasttrain.data import check
+from fasttrain.data import quarantine as quarantining
+from fasttrain.data.decode_check import read
+from fasttrain.data.process_pool import in_processes
+from fasttrain.utils.errors import UserError
 
 
 def quarantine(report, aside) -> int:
@@ -282,7 +284,7 @@ def verdicts(folder: Path, contents: list[bytes], name="x{}.jpg") -> list[list[t
     paths = [folder / name.format(number) for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    return [notes for notes, _ in verdict.read([(str(path), False) for path in paths])]
+    return [notes for notes, _ in read([(str(path), False) for path in paths])]
 
 
 TRUNCATABLE = [name for name in GOOD if name != "appended.jfif"]
@@ -306,7 +308,7 @@ def test_decoders_that_differ_are_reported_either_way(tmp_path):
 
 
 def test_a_worker_says_why_it_cannot_read(tmp_path):
-    ((notes, digest),) = verdict.read([(str(tmp_path), True)])
+    ((notes, digest),) = read([(str(tmp_path), True)])
     assert notes == [("unreadable", os.strerror(errno.EISDIR))] and digest is None
 
 
@@ -355,12 +357,12 @@ def never(items):
 
 def test_an_item_that_ends_its_process_costs_no_other():
     chunks = [list(range(first, first + 4)) for first in range(0, 20, 4)]
-    results = dict(workers.in_processes(fragile, iter(chunks), 2))
+    results = dict(in_processes(fragile, iter(chunks), 2))
     assert results == {item: None if item % 10 == 3 else item * item for item in range(20)}
 
 
 def test_processes_that_do_not_start_are_an_error():
-    refuse("do not start", list, workers.in_processes(never, iter([[1]]), 1))
+    refuse("do not start", list, in_processes(never, iter([[1]]), 1))
 
 
 def test_a_decoder_that_does_not_return_is_ended(tmp_path):

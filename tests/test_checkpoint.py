@@ -7,10 +7,13 @@ import pytest
 import torch
 from nvidia import dali
 
-from fasttrain import __version__, checkpoint, optim
-from fasttrain.config import Optim
-from fasttrain.errors import RunError, UserError
+from fasttrain import __version__
+from fasttrain.checkpoints import checkpoint
+from fasttrain.config.schema import Optim
 from fasttrain.models import Classifier
+from fasttrain.training import optim
+from fasttrain.training.state import State
+from fasttrain.utils.errors import RunError, UserError
 
 META = {
     "recipe": {"arch": "test_resnet"},
@@ -42,7 +45,7 @@ SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 def save(out, step=1, improved=False, keep=2, of=None):
     model, optimizer = of or state()
-    snapshot = checkpoint.Snapshot().take(checkpoint.State(model, optimizer, SCALER))
+    snapshot = checkpoint.Snapshot().take(State(model, optimizer, SCALER))
     return checkpoint.save(out, step, snapshot, improved=improved, keep=keep, meta=META)
 
 
@@ -50,7 +53,7 @@ def test_everything_comes_back_in_the_parameters_own_layout(tmp_path):
     model, optimizer = state()
     save(tmp_path, of=(model, optimizer))
     other, fresh = state(seed=1, steps=0)
-    checkpoint.restore(checkpoint.load(tmp_path / "last"), checkpoint.State(other, fresh, SCALER))
+    checkpoint.restore(checkpoint.load(tmp_path / "last"), State(other, fresh, SCALER))
     for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):

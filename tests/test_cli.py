@@ -14,8 +14,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from fasttrain import __version__, dataset, demo, predictions, recipes
-from fasttrain.cli import main
+from fasttrain import __version__, recipes
+from fasttrain.cli.main import main
+from fasttrain.data.demo_set import CLASSES
+from fasttrain.data.index import cache_dir, scan
+from fasttrain.evaluation import predictions
 
 TINY = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--device", "cpu"]
 
@@ -27,7 +30,7 @@ def call(*args, status=0):
 
 
 def test_help_needs_neither_torch_nor_dali_nor_timm():
-    code = "import sys; from fasttrain.cli import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from fasttrain.cli.main import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
     code += "print([each for each in ('torch', 'timm', 'nvidia.dali', 'numpy', 'PIL') if each in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]" and "--batch-size" in done.stdout
@@ -88,7 +91,7 @@ def test_the_bare_command_uses_the_demo_set_and_says_so(monkeypatch, tmp_path):
     assert "500 images of 10 classes; validation: 250 images" in result.stdout
     assert "75.81 M parameters" in result.stdout and "runs/demo-tresnet_xl" in result.stdout
     assert not (tmp_path / "runs").exists()
-    assert len(dataset.scan(dataset.cache_dir() / "demo-1" / "train").classes) == len(demo.CLASSES)
+    assert len(scan(cache_dir() / "demo-1" / "train").classes) == len(CLASSES)
 
 
 def test_dry_run_says_what_a_run_would_do(demo_set, tmp_path):
@@ -155,8 +158,8 @@ def test_a_path_that_no_recipe_could_hold_is_refused_at_the_start(option, demo_s
 )
 def test_mistakes_get_one_line_and_status_2(args, says, demo_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    dataset.cache_dir().mkdir(parents=True)
-    (dataset.cache_dir() / "demo-1").symlink_to(demo_set)  # there are no images among the arguments
+    cache_dir().mkdir(parents=True)
+    (cache_dir() / "demo-1").symlink_to(demo_set)  # there are no images among the arguments
     result = call("run", *args, status=2)
     complaint = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
     assert len(complaint) == 1 and says in complaint[0] and "Traceback" not in result.output
@@ -365,7 +368,7 @@ def test_doctor_reports_every_part():
 @pytest.mark.parametrize("module", ["torch", "nvidia.dali", "timm"])
 def test_a_missing_package_is_one_line(module, tmp_path):
     """A package that cannot be imported, on a machine set up by halves."""
-    code = f"import sys; sys.modules[{module!r}] = None\nfrom fasttrain.cli import main\n"
+    code = f"import sys; sys.modules[{module!r}] = None\nfrom fasttrain.cli.main import main\n"
     code += "main(['show', '--arch', 'test_resnet', '--out', 'x.png'])"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)

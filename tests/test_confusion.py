@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from fasttrain import confusion
-from fasttrain.errors import RunError
+from fasttrain.evaluation import confusion
+from fasttrain.utils.errors import RunError
 
 
 def test_the_matrix_is_scikit_learns():

@@ -5,9 +5,10 @@ import shutil
 import pytest
 from PIL import Image
 
-from fasttrain import cut, dataset
-from fasttrain.errors import UserError
-from fasttrain.place import Placed
+from fasttrain.data import subset
+from fasttrain.data.index import scan
+from fasttrain.data.place_files import Placed
+from fasttrain.utils.errors import UserError
 
 COUNTS = {"ape": 9, "bee": 7, "cow": 12}
 
@@ -23,8 +24,8 @@ def photos_of_animals(tmp_path):
 
 
 def make(folder, out, per_class=4, val_per_class=3, seed=0, link=False):
-    placed = cut.make(folder, per_class, val_per_class, out, seed, link, progress=False)
-    return placed, {split: set(dataset.scan(out / split).ids) for split in ("train", "val")}
+    placed = subset.make(folder, per_class, val_per_class, out, seed, link, progress=False)
+    return placed, {split: set(scan(out / split).ids) for split in ("train", "val")}
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
@@ -53,7 +54,7 @@ def test_the_draw_depends_on_seed_and_names_only(photos_of_animals, tmp_path):
 
 
 def test_a_cut_may_have_no_val(photos_of_animals, tmp_path):
-    assert cut.make(photos_of_animals, 7, 0, tmp_path / "out", progress=False).counts == {"train": 21, "val": 0}
+    assert subset.make(photos_of_animals, 7, 0, tmp_path / "out", progress=False).counts == {"train": 21, "val": 0}
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["cut.json", "train"]
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain import dataset
-from fasttrain.config import Data
-from fasttrain.errors import UserError
+from fasttrain.config.schema import Data
+from fasttrain.data import index as dataset
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.text import printable
 
 
 def picture(path, size=(8, 6), kind=None):
@@ -115,12 +116,12 @@ def test_names_that_are_not_utf8_work_and_print_safely(small):
     os.rename(os.fsencode(small / "zebra" / "b.jpg"), raw)
     index = dataset.scan(small)
     assert os.fsencode(index.paths[1]) == raw
-    assert dataset.shown(index.ids[1]) == "ape/caf\\xe9.jpg"
+    assert printable(index.ids[1]) == "ape/caf\\xe9.jpg"
     index.fingerprint()
 
 
 def test_shown_escapes_what_a_terminal_would_obey():
-    assert dataset.shown("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
+    assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
 
 
 def refuse(says, call, *args):

@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from fasttrain import decoder_check
-from fasttrain.cli import main
-from fasttrain.decoder_check import Trial
+from fasttrain.cli.main import main
+from fasttrain.doctor import decoders as decoder_check
+from fasttrain.doctor.decoders import Trial
 from fasttrain.pipelines import decoders
 
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from fasttrain import config, options, versions
-from fasttrain.errors import UserError
+from fasttrain.cli import options
+from fasttrain.config.schema import DECODERS
 from fasttrain.pipelines import decoders
+from fasttrain.utils import versions
+from fasttrain.utils.errors import UserError
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -31,7 +33,7 @@ def test_regions_are_decoded_by_nvimagecodec_0_8(nvimagecodec):
     assert decoders.resolve("gpu-region", GPU) == "gpu-region"
 
 
-@pytest.mark.parametrize("kind", config.DECODERS)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_a_cpu_decodes_by_itself(kind):
     assert decoders.resolve(kind, CPU) == "cpu"
 
@@ -59,4 +61,4 @@ def test_the_version_is_that_of_the_installed_dalis_build(monkeypatch, there, ex
 
 
 def test_the_command_line_offers_what_the_settings_have():
-    assert options.DECODERS == config.DECODERS
+    assert options.DECODERS == DECODERS

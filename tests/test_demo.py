@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fasttrain import dataset, demo, recipes
-from fasttrain.errors import UserError
+from fasttrain import recipes
+from fasttrain.data import demo_set as demo
+from fasttrain.data.index import scan
+from fasttrain.utils.errors import UserError
 
 
 def digest(folder: Path) -> str:
@@ -16,18 +18,18 @@ def digest(folder: Path) -> str:
 
 
 def test_ten_classes_with_fifty_and_twenty_five_images(demo_set):
-    train, val = dataset.scan(demo_set / "train"), dataset.scan(demo_set / "val")
+    train, val = scan(demo_set / "train"), scan(demo_set / "val")
     assert train.classes == val.classes == tuple(sorted(demo.CLASSES)) and len(train.classes) == 10
     assert (len(train), len(val)) == (500, 250)
     assert not {Path(p).read_bytes() for p in train.paths} & {Path(p).read_bytes() for p in val.paths}
 
 
 def test_sizes_and_orientations_are_mixed(demo_set):
-    sizes = dataset.scan(demo_set / "train").sizes
+    sizes = scan(demo_set / "train").sizes
     height, width = sizes[:, 0], sizes[:, 1]
     assert (height > width).sum() > 50 and (width > height).sum() > 50 and (width == height).sum() > 50
     assert sizes.min() >= 80 and sizes.max() <= 320 and len({tuple(each) for each in sizes.tolist()}) > 200
-    with Image.open(dataset.scan(demo_set / "train").paths[0]) as image:
+    with Image.open(scan(demo_set / "train").paths[0]) as image:
         assert image.format == "JPEG"
 
 

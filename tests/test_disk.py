@@ -17,11 +17,14 @@ from test_cli import call
 from test_resume import LONG, await_line, same, start
 from test_train import events, part_of, run, tiny
 
-from fasttrain import checkpoint, optim, saver
 from fasttrain import train as training
-from fasttrain.config import Checkpoints, Data
-from fasttrain.errors import RunError
-from fasttrain.meter import Log
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.async_save import Saver
+from fasttrain.config.schema import Checkpoints, Data
+from fasttrain.training import optim
+from fasttrain.training.meter import Log
+from fasttrain.training.state import State
+from fasttrain.utils.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +110,9 @@ def test_a_log_that_cannot_grow(tmp_path, capsys, tolerant):
 import resource, sys
 from pathlib import Path
 import torch
-from fasttrain.distributed import Ranks
-from fasttrain.errors import RunError
-from fasttrain.meter import Log
+from fasttrain.distributed.ranks import Ranks
+from fasttrain.utils.errors import RunError
+from fasttrain.training.meter import Log
 log = Log(Path({str(tmp_path)!r}), Ranks(0, 1, 0, 1, torch.device("cpu")), start_step=0, steps=9, batch_size=1,
           tolerant={tolerant})
 log.board = None
@@ -154,7 +157,7 @@ def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch, seen, tops, f
         honest(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    monkeypatch.setattr(saver.Saver, "look", saver.Saver.finish if seen == "at once" else lambda self: None)
+    monkeypatch.setattr(Saver, "look", Saver.finish if seen == "at once" else lambda self: None)
     result = run(tiny(epochs=4, checkpoint=Checkpoints(on_error="go_on", keep=9)), tmp_path / "run", index, index)
     assert result.best == best and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == best
     assert checkpoint.load(tmp_path / "run" / "last").meta["best"] == best
@@ -253,15 +256,15 @@ def test_ctrl_c_while_a_checkpoint_is_being_written(index, tmp_path, monkeypatch
         time.sleep(1.5)
         honest(tensors, path)
 
-    wait = saver.Saver._wait
+    wait = Saver._wait
 
     def interrupted(self):
         assert began.wait(20)
-        monkeypatch.setattr(saver.Saver, "_wait", wait)
+        monkeypatch.setattr(Saver, "_wait", wait)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
-    monkeypatch.setattr(saver.Saver, "_wait", interrupted)
+    monkeypatch.setattr(Saver, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny(epochs=2), tmp_path / "run", index)
     written = [each for each in events(tmp_path / "run") if each["event"] == "checkpoint"]
@@ -273,13 +276,13 @@ def test_no_thread_is_left(index, tmp_path, monkeypatch):
     """Not after a run, nor after one that failed while a checkpoint was being written."""
     before = set(threading.enumerate())
     run(tiny(epochs=1), tmp_path / "run", index)
-    honest = saver.Saver.save
+    honest = Saver.save
 
     def save(*args, **settings):
         honest(*args, **settings)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(saver.Saver, "save", save)
+    monkeypatch.setattr(Saver, "save", save)
     with pytest.raises(ZeroDivisionError):
         run(tiny(epochs=1), tmp_path / "failed", index)
     assert {each for each in threading.enumerate() if each.name in ("saver", "watch")} <= before
@@ -347,7 +350,7 @@ def test_weights_are_there_after_a_save_of_a_moved_model(index, tmp_path):
     """The copies are of the values at the time, also for tensors that later change in place."""
     model = training.Classifier("test_resnet", 3)
     optimizer = optim.sgd(model, tiny().optim)
-    state = checkpoint.State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    state = State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
     snapshot = checkpoint.Snapshot().take(state)
     kept = {name: each.clone() for name, each in model.state_dict().items()}
     with torch.no_grad():

@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 from nvidia import dali
 
-from fasttrain import doctor
-from fasttrain.cli import main
+from fasttrain.cli.main import main
+from fasttrain.doctor import machine as doctor
 
 CUDA12, CUDA13 = "nvidia-dali-cuda120", "nvidia-dali-cuda130"
 TO_12 = f"pip uninstall -y {CUDA13} && FASTTRAIN_CUDA=12 pip install ."

@@ -15,20 +15,20 @@ from test_cli import call
 from test_resume import same
 from test_train import events, part_of, run, tiny
 
-from fasttrain import checkpoint
-from fasttrain import resume as resuming
-from fasttrain.config import Checkpoints, Ema, Machine, Mix, Optim, Resume
-from fasttrain.errors import UserError
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.resume import accepted, identity
+from fasttrain.config.schema import Checkpoints, Ema, Machine, Mix, Optim, Resume
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import batches
+from fasttrain.pipelines.train_loader import batches
+from fasttrain.utils.errors import UserError
 
 PROGRAM = """
 import os, signal, sys
 from fasttrain import train
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 honest, stop = train.batches, int(os.environ.get("STOP", -1))
 
 
@@ -76,9 +76,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_train import tiny
 from fasttrain import dataset, recipes, rundir, train
-from fasttrain.config import Ema, Init, Machine
-from fasttrain.distributed import ranks
-from fasttrain.errors import Stopped
+from fasttrain.config.schema import Ema, Init, Machine
+from fasttrain.distributed.ranks import ranks
+from fasttrain.utils.errors import Stopped
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.mean_teacher import MeanTeacher
@@ -247,14 +247,14 @@ def test_what_is_advised_is_accepted(index, begun):
     """Also for what only one of the two has, such as a loss that came or went."""
     more = tiny(losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, seed=3)
     saved = checkpoint.load(begun / "last")
-    theirs = replace(saved, meta=saved.meta | resuming.identity(more, index))
+    theirs = replace(saved, meta=saved.meta | identity(more, index))
     for one, ours in ((saved, more), (theirs, tiny())):
         with pytest.raises(UserError) as caught:
-            resuming.accepted(one, resuming.identity(ours, index), ())
+            accepted(one, identity(ours, index), ())
         asked = tuple(json.loads(str(caught.value).split("resume.allow=")[1].rstrip("'")))
         assert {"seed", "losses.triplet.margin"} <= set(asked)
         for allow in (asked, ("losses", "seed", "images_per_class"), ("losses.triplet", "seed", "images_per_class")):
-            assert len(resuming.accepted(one, resuming.identity(ours, index), allow)) == len(asked)
+            assert len(accepted(one, identity(ours, index), allow)) == len(asked)
 
 
 def test_an_average_may_begin_on_the_way(index, begun):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
-from fasttrain import predictions, submission
-from fasttrain.ensemble import agreement, fuse, greedy_weights, load_alike
-from fasttrain.errors import UserError
-from fasttrain.predictions import Predictions
+from fasttrain.evaluation import predictions, submission
+from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_alike
+from fasttrain.evaluation.predictions import Predictions
+from fasttrain.utils.errors import UserError
 
 
 def some(seed=0, count=40, classes=7, labels=True) -> Predictions:

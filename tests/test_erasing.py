@@ -7,7 +7,7 @@ from nvidia.dali import fn, pipeline_def, types
 from scipy import stats
 from torchvision.transforms import RandomErasing
 
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.pipelines import erasing, operation_graph
 from fasttrain.pipelines.philox import uniforms
 

@@ -8,13 +8,13 @@ import torch
 from test_train import CPU
 from torch import nn
 
-from fasttrain import evaluate as evaluation
-from fasttrain import meter
-from fasttrain.batch import Output
-from fasttrain.dataset import Index
-from fasttrain.evaluate import evaluate, normalised
-from fasttrain.pipelines.eval import Crops
-from fasttrain.predictions import Scores
+from fasttrain.data.index import Index
+from fasttrain.evaluation import evaluate as evaluation
+from fasttrain.evaluation.evaluate import evaluate, normalised
+from fasttrain.evaluation.predictions import Scores
+from fasttrain.losses.base import Output
+from fasttrain.pipelines.eval_loader import Crops
+from fasttrain.training import meter
 
 LABELS = np.arange(20) % 10
 INDEX = Index(

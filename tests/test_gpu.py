@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fasttrain import dataset, meter, recipes, rundir
+from fasttrain import recipes
 from fasttrain import train as training
-from fasttrain.config import DECODERS, Augment, Ema, Init, Machine, Mix
-from fasttrain.distributed import Ranks
+from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.config.schema import DECODERS, Augment, Ema, Init, Machine, Mix
+from fasttrain.data.index import scan
+from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -18,13 +20,14 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 from fasttrain.pipelines import decoders
-from fasttrain.pipelines import train as pipeline
 from fasttrain.pipelines.decoders import Decoder
-from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.eval_loader import Evaluation
 from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.train_loader import batches
 from fasttrain.pipelines.views import named
 from fasttrain.prepare import resolve_auto
-from fasttrain.step import Step
+from fasttrain.training import meter
+from fasttrain.training.step import Step
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -32,7 +35,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(scope="module")
 def index(demo_set):
-    return dataset.scan(demo_set / "train")
+    return scan(demo_set / "train")
 
 
 def tiny(**changes):
@@ -54,8 +57,8 @@ def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy, kind):
     plan = Plan.of(tiny(augment=Augment(autoaugment=policy)), index)
     decoder = Decoder(kind, hardware_load=0.65)
     for ours, theirs in zip(
-        pipeline.batches(plan, index, GPU, 4, stop_step=4, decoder=decoder),
-        pipeline.batches(plan, index, torch.device("cpu"), 4, stop_step=4),
+        batches(plan, index, GPU, 4, stop_step=4, decoder=decoder),
+        batches(plan, index, torch.device("cpu"), 4, stop_step=4),
         strict=True,
     ):
         assert ours.pixels.device == GPU and ours.pixels.dtype == torch.uint8 and ours.pixels.is_contiguous()
@@ -108,7 +111,7 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(training, "batches", watched)
     monkeypatch.setattr(meter.Meter, "read", read)
     recipe = tiny(**changes)
-    start = rundir.open_run(tmp_path / "run", "auto", recipes.to_toml(recipe))
+    start = open_run(tmp_path / "run", "auto", recipes.to_toml(recipe))
     try:
         result = training.train(recipe, tmp_path / "run", index, None, Ranks(0, 1, 0, 1, GPU), start)
     finally:
@@ -130,7 +133,7 @@ def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, mo
         machine = Machine(compile=compiled, log_steps=1)
         recipe = tiny(losses=losses, ema=Ema(0.9), micro_batch=micro_batch)
         recipe = replace(recipe, precision="fp32", machine=machine, epochs=2)
-        start = rundir.open_run(tmp_path / compiled, "never", recipes.to_toml(recipe))
+        start = open_run(tmp_path / compiled, "never", recipes.to_toml(recipe))
         training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
         lines = map(json.loads, (tmp_path / compiled / "log.jsonl").read_text().splitlines())
         told.append([line["terms"] for line in lines if line["event"] == "train"])
@@ -152,7 +155,7 @@ def test_replayed_steps_wait_for_nothing(index, changes):
     step = Step(recipe, plan, model, torch.from_numpy(index.labels), Ranks(0, 1, 0, 1, GPU))
     assert step.graphs is not None
     replayed = 0
-    for number, images in enumerate(pipeline.batches(plan, index, GPU, 4)):
+    for number, images in enumerate(batches(plan, index, GPU, 4)):
         if len(step.graphs.recorded) < 2:
             step(number, iter([images]))
             continue

@@ -11,11 +11,9 @@ from test_train import part_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fasttrain import graphs, recipes
-from fasttrain import step as stepping
-from fasttrain.config import Ema, Machine, Mix, Optim
-from fasttrain.distributed import Ranks
-from fasttrain.errors import UserError
+from fasttrain import recipes
+from fasttrain.config.schema import Ema, Machine, Mix, Optim
+from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -24,10 +22,12 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import batches
+from fasttrain.pipelines.train_loader import batches
 from fasttrain.prepare import resolve_auto
-from fasttrain.present import Now, Staged
-from fasttrain.step import Step
+from fasttrain.training.cuda_graphs import PATIENCE, WARM_UP, Graphs
+from fasttrain.training.inputs import Now, Staged
+from fasttrain.training.step import Step, require_replayable
+from fasttrain.utils.errors import UserError
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -102,7 +102,7 @@ def steps_of(recipe, index, recorder, seen):
     plan = Plan.of(recipe, index)
     step = Step(recipe, plan, Classifier.of(recipe, len(index.classes)), torch.from_numpy(index.labels), ALONE)
     if recorder is not None:
-        step.graphs = graphs.Graphs(CPU, recipe.mix.kinds, recorder)
+        step.graphs = Graphs(CPU, recipe.mix.kinds, recorder)
     feed = batches(plan, index, CPU, 1, stop_step=STEPS)
     for number in range(STEPS):
         seen(number, step)
@@ -149,7 +149,7 @@ def test_replayed_steps_are_the_steps(index, case):
     plain, replayed = (steps_of(recipe, index, recorder, seen) for recorder in (None, taped))
     kinds = len(taped.tapes)
     assert kinds == (1 if case == "never mixed" else 2)
-    assert taped.ran >= kinds * graphs.WARM_UP and taped.replayed == STEPS - taped.ran >= 4
+    assert taped.ran >= kinds * WARM_UP and taped.replayed == STEPS - taped.ran >= 4
     assert norms[False] == pytest.approx(norms[True], rel=1e-4)
     for found, expected in zip(vars(plain.state).values(), vars(replayed.state).values(), strict=True):
         compare(found, expected)
@@ -207,12 +207,12 @@ def test_what_a_recording_takes_from_the_host_stays(index):
 def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
     count = torch.zeros(())
     taped = Taped()
-    made = graphs.Graphs[torch.Tensor](CPU, {True, False}, taped)
+    made = Graphs[torch.Tensor](CPU, {True, False}, taped)
     batch = Staged(torch.zeros(1, 2, 2, 3), torch.zeros(1), torch.zeros(1, 7), True)
-    for step in range(graphs.PATIENCE + 5):
+    for step in range(PATIENCE + 5):
         made(lambda now, staged: count.add_(1), Now(0.0, 0.0), 0.1, [batch._replace(mixed=step != 50)])
-    assert taped.ran == graphs.PATIENCE and taped.replayed == 5 and not made.complete
-    assert count == graphs.PATIENCE + 5
+    assert taped.ran == PATIENCE and taped.replayed == 5 and not made.complete
+    assert count == PATIENCE + 5
 
 
 @pytest.mark.parametrize(
@@ -222,11 +222,11 @@ def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
 def test_what_cannot_be_replayed_is_refused(index, setting, needs):
     recipe = recipes.override(tiny(machine=Machine(device="cpu", compile="graphs")), tuple(setting.split("=")))
     with pytest.raises(UserError, match=f"machine.compile=graphs replays whole steps and needs {needs}"):
-        stepping.require_replayable(resolve_auto(recipe, CPU), ALONE)
+        require_replayable(resolve_auto(recipe, CPU), ALONE)
 
 
 def test_several_ranks_are_refused():
     recipe = resolve_auto(tiny(machine=Machine(device="cpu", compile="graphs")), CPU)
-    stepping.require_replayable(recipe, ALONE)
+    require_replayable(recipe, ALONE)
     with pytest.raises(UserError, match="needs one rank"):
-        stepping.require_replayable(recipe, replace(ALONE, world=2))
+        require_replayable(recipe, replace(ALONE, world=2))

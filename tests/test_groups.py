@@ -11,9 +11,9 @@ from scipy import stats
 from test_plan import images
 
 from fasttrain import recipes
-from fasttrain.errors import UserError
 from fasttrain.pipelines.groups import Groups
 from fasttrain.pipelines.plan import Plan
+from fasttrain.utils.errors import UserError
 
 
 def batches_of(groups: Groups, seed=0, epoch=0) -> np.ndarray:

@@ -13,14 +13,15 @@ from test_resume import logged, same
 from test_train import CPU, events, part_of, run, tiny, weights
 from torch import nn
 
-from fasttrain import checkpoint, optim, present
 from fasttrain import train as training
-from fasttrain.config import Checkpoints, Ema, Guard, Init, Machine, Mix, Optim
-from fasttrain.errors import RunError
-from fasttrain.guard import Guard as Guarding
+from fasttrain.checkpoints import checkpoint
+from fasttrain.config.schema import Checkpoints, Ema, Guard, Init, Machine, Mix, Optim
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
+from fasttrain.training import inputs, optim
+from fasttrain.training.guard import Guard as Guarding
+from fasttrain.utils.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def index(demo_set):
 
 def poison(monkeypatch, calls, value=math.nan):
     """Put `value` into one pixel of the images that the network gets in the given calls of the mix, from 0."""
-    honest, count = present.mix, [0]
+    honest, count = inputs.mix, [0]
 
     def mix(*args):
         mixed = honest(*args)
@@ -40,7 +41,7 @@ def poison(monkeypatch, calls, value=math.nan):
         count[0] += 1
         return mixed
 
-    monkeypatch.setattr(present, "mix", mix)
+    monkeypatch.setattr(inputs, "mix", mix)
 
 
 def explode(monkeypatch, steps):
@@ -359,7 +360,7 @@ def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
 RANKED = """
 import os, sys
 from fasttrain import present
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 honest, count = present.mix, [0]
 
 

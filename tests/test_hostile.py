@@ -32,30 +32,27 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as to_safetensors
 
-from fasttrain import (
-    checkpoint,
-    cli,
-    cut,
-    dataset,
-    demo,
-    optim,
-    place,
-    predictions,
-    quarantine,
-    recipes,
-    rundir,
-    submission,
-)
-from fasttrain import resume as resuming
+from fasttrain import recipes
 from fasttrain import train as training
-from fasttrain.config import Data, Init, Machine, Mix, Optim, Recipe
-from fasttrain.distributed import Ranks, ranks
-from fasttrain.errors import Ended, UserError
-from fasttrain.initial import initialise
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.init_weights import initialise
+from fasttrain.checkpoints.resume import accepted, step_of
+from fasttrain.checkpoints.run_dir import lock, newest, open_run
+from fasttrain.cli.main import main
+from fasttrain.config.schema import Data, Init, Machine, Mix, Optim, Recipe
+from fasttrain.data import demo_set, place_files, quarantine
+from fasttrain.data import index as dataset
+from fasttrain.data.subset import make
+from fasttrain.distributed.ranks import Ranks, ranks
+from fasttrain.evaluation import predictions, submission
 from fasttrain.losses.cross_entropy import CrossEntropy
-from fasttrain.meter import Meter
 from fasttrain.models import Classifier
 from fasttrain.prepare import resolve_auto
+from fasttrain.training import optim
+from fasttrain.training.meter import Meter
+from fasttrain.training.state import State
+from fasttrain.utils.errors import Ended, UserError
+from fasttrain.utils.text import printable
 
 T = TypeVar("T")
 
@@ -229,9 +226,13 @@ READERS: dict[str, tuple[str, Callable[[Path], object], bool]] = {
     "checkpoint, archived or not": ("meta.json", lambda path: checkpoint._holds(path.parent, "archived", True), False),
     "quarantine": ("restore.json", lambda path: quarantine.restore(path.parent, path.parent.parent), True),
     "quarantine to add to": ("restore.json", lambda path: quarantine.quarantine("/nowhere", ["a"], path.parent), True),
-    "set": ("cut.json", lambda path: place.finished(path.parent, "cut.json", {"fasttrain_cut": 1}), True),
-    "demo set": ("demo.json", demo._read_mark, False),
-    "list of missing files": ("set.missing.txt", lambda path: place._refuse_missing(path, {"/nowhere": None}), True),
+    "set": ("cut.json", lambda path: place_files.finished(path.parent, "cut.json", {"fasttrain_cut": 1}), True),
+    "demo set": ("demo.json", demo_set._read_mark, False),
+    "list of missing files": (
+        "set.missing.txt",
+        lambda path: place_files._refuse_missing(path, {"/nowhere": None}),
+        True,
+    ),
     "index cache": ("x.npy", lambda path: dataset._load_sizes(path, 2), False),
 }
 
@@ -262,7 +263,7 @@ def test_tensors_that_are_no_files_are_not_waited_for(whole, name, special):
 @pytest.mark.parametrize("special", SPECIAL)
 def test_a_run_whose_link_to_the_last_checkpoint_is_none_still_has_its_newest(special, whole):
     SPECIAL[special](whole.parent.parent / "last")
-    took, found = outcome(lambda: rundir.newest(whole.parent.parent), "")
+    took, found = outcome(lambda: newest(whole.parent.parent), "")
     assert took and found is not None and found.name == whole.name
 
 
@@ -347,16 +348,16 @@ def test_a_recipes_name_leads_to_no_folder_outside(name):
 
 @pytest.mark.parametrize("name", [f"{EVIL.replace('/', '')}.toml", "a\0b.toml", "x" * 5000 + ".toml"])
 def test_names_of_recipes_are_escaped(name):
-    refused(lambda: recipes.by_name(name), dataset.shown(name))
+    refused(lambda: recipes.by_name(name), printable(name))
     with suppress(OSError, ValueError):  # those that a file cannot have
         Path(name).write_text("arch = 1")
-        refused(lambda: recipes.by_name(name), dataset.shown(name))
+        refused(lambda: recipes.by_name(name), printable(name))
 
 
 def test_a_recipe_is_shown_escaped():
     """`fasttrain recipes FILE.toml` prints a stranger's texts."""
     Path("evil.toml").write_text(f"{HEAD}data.val = {json.dumps(EVIL)}\n")
-    said = CliRunner().invoke(cli.main, ["recipes", "evil.toml"])
+    said = CliRunner().invoke(main, ["recipes", "evil.toml"])
     assert said.exit_code == 0 and all(c.isprintable() or c == "\n" for c in said.output)
     assert recipes.from_toml(said.output).data.val == EVIL
 
@@ -451,7 +452,7 @@ META = {
 def written(network, tmp_path_factory) -> Path:
     """A run's folder with one checkpoint, as fasttrain writes it, but for `last` and `best`."""
     out = tmp_path_factory.mktemp("written") / "run"
-    snapshot = checkpoint.Snapshot().take(checkpoint.State(network, optim.sgd(network, RECIPE.optim), SCALER))
+    snapshot = checkpoint.Snapshot().take(State(network, optim.sgd(network, RECIPE.optim), SCALER))
     checkpoint.save(out, 1, snapshot, improved=True, keep=1, meta=META)
     (out / "last").unlink()
     (out / "best").unlink()
@@ -601,14 +602,14 @@ def test_evil_names_of_classes_are_shown_escaped(whole, names):
     assert found is not None and found[2] == names
     refused(lambda: dataset.require_classes(found[2], "ours", ["a"], "theirs"), "theirs")
     identity = {**META, "classes": ["a", "b"]}
-    refused(lambda: resuming.accepted(checkpoint.load(whole), identity, ()), whole.name)
+    refused(lambda: accepted(checkpoint.load(whole), identity, ()), whole.name)
 
 
 def test_a_recipe_of_a_checkpoint_is_shown_escaped(whole):
     recipe = recipes.to_dict(RECIPE) | {EVIL: 1, "\ud800": {"\ud800": "\ud800"}, "seed": EVIL}
     forge(whole, recipe=recipe)
     refused(lambda: checkpoint.network(whole), whole.name)
-    refused(lambda: resuming.accepted(checkpoint.load(whole), META, ()), whole.name)
+    refused(lambda: accepted(checkpoint.load(whole), META, ()), whole.name)
 
 
 @pytest.mark.parametrize("depth", range(100, 1000, 75))
@@ -617,7 +618,7 @@ def test_recipes_as_deep_as_json_allows_are_refused(whole, depth):
         nested = json.loads(opening * depth + ("1" if closing == "}" else "") + closing * depth)
         forge(whole, recipe=recipes.to_dict(RECIPE) | {"epochs": nested})
         refused(lambda: checkpoint.network(whole), whole.name)
-        refused(lambda: resuming.accepted(checkpoint.load(whole), META, ()), whole.name)
+        refused(lambda: accepted(checkpoint.load(whole), META, ()), whole.name)
 
 
 def header(content: object, tail: bytes = b"", size: int | None = None) -> bytes:
@@ -701,7 +702,7 @@ def test_momentum_of_other_shapes_is_refused(whole, network, shape):
     forge(whole, train=to_safetensors({f"momentum.{name}": torch.zeros(shape) for name in names}))
     saved = checkpoint.load(whole)
     refused(
-        lambda: checkpoint.restore(saved, checkpoint.State(network, optim.sgd(network, RECIPE.optim), SCALER)),
+        lambda: checkpoint.restore(saved, State(network, optim.sgd(network, RECIPE.optim), SCALER)),
         whole.name,
     )
 
@@ -712,7 +713,7 @@ def test_momentum_of_other_shapes_is_refused(whole, network, shape):
 def test_a_scalers_state_of_other_kinds_is_refused(whole, network, state):
     forge(whole, scaler=state)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    to = checkpoint.State(network, optim.sgd(network, RECIPE.optim), scaler)
+    to = State(network, optim.sgd(network, RECIPE.optim), scaler)
     refused(lambda: checkpoint.restore(checkpoint.load(whole), to), whole.name)
 
 
@@ -737,7 +738,7 @@ def test_a_recipe_is_not_written_through_a_link(tmp_path):
     Path("run").mkdir()
     Path("run", "recipe.toml").symlink_to(tmp_path / "outside" / "victim.txt")
     with suppress(UserError):
-        rundir.open_run(Path("run"), "auto", "arch = 1")
+        open_run(Path("run"), "auto", "arch = 1")
 
 
 @pytest.mark.parametrize("content", [EVIL.encode(), b"\xff\xff", b"\0" * 100, b""])
@@ -748,7 +749,7 @@ def test_the_holder_of_a_lock_is_shown_escaped(content):
         fcntl.flock(file, fcntl.LOCK_EX)
 
         def take() -> None:
-            with rundir.lock(Path("run").absolute()):
+            with lock(Path("run").absolute()):
                 pass
 
         refused(take, "run")
@@ -779,10 +780,10 @@ def test_any_meta_value_is_read_or_refused(whole, network, alone, monkeypatch):
 
     def go_on() -> None:
         saved = checkpoint.load(whole)
-        resuming.accepted(saved, META, ["classes", "data", "seed"])
-        checkpoint.restore(saved, checkpoint.State(network, sgd, SCALER))
+        accepted(saved, META, ["classes", "data", "seed"])
+        checkpoint.restore(saved, State(network, sgd, SCALER))
         meter.restore(saved.meta["meters"], saved.meta["streak"], alone)
-        assert resuming.step_of(saved.meta, 2) >= 0 and all(map(math.isfinite, meter.sums + meter.shares))
+        assert step_of(saved.meta, 2) >= 0 and all(map(math.isfinite, meter.sums + meter.shares))
 
     def check(changes: list[tuple[str, Any]]) -> None:
         (whole / "meta.json").write_text(json.dumps(valid))
@@ -982,7 +983,7 @@ def test_a_small_file_of_probabilities_does_not_take_much_memory():
 def test_names_of_probabilities_are_escaped():
     for name in ("\x1b[31m\n.npz", "\u202e.npz", os.fsdecode(b"\xff.npz")):
         Path(name).write_bytes(npz(ids=np.array([1])))
-        refused(partial(predictions.load, Path(name)), dataset.shown(name))
+        refused(partial(predictions.load, Path(name)), printable(name))
 
 
 def test_any_arrays_are_read_or_refused():
@@ -999,7 +1000,7 @@ def test_any_arrays_are_read_or_refused():
         took, found = outcome(lambda: predictions.load(Path("x.npz")), "x.npz")
         if took:
             assert found is not None and found.probs.shape == (1, 2) and abs(float(found.probs.sum()) - 1) < 0.01
-            assert all(dataset.shown(each).isprintable() for each in (*found.ids.tolist(), *found.classes.tolist()))
+            assert all(printable(each).isprintable() for each in (*found.ids.tolist(), *found.classes.tolist()))
             submission.write(Path("x.csv"), found.ids.tolist(), [0])
 
     fuzz("predictions.load", 250, st.dictionaries(names, arrays, min_size=1, max_size=3), check)
@@ -1214,9 +1215,9 @@ def test_a_set_of_another_mark_is_refused(folder, content):
     Path(folder).mkdir()
     Path(folder, "cut.json").write_bytes(MARKS[content])
     Path(folder, "another").write_text("years of work")
-    refused(lambda: place.finished(Path("out"), "cut.json", STAMP), "out")
+    refused(lambda: place_files.finished(Path("out"), "cut.json", STAMP), "out")
     with limits():
-        assert demo._read_mark(Path(folder, "cut.json")) != STAMP
+        assert demo_set._read_mark(Path(folder, "cut.json")) != STAMP
 
 
 def test_any_mark_is_known_or_refused():
@@ -1224,7 +1225,7 @@ def test_any_mark_is_known_or_refused():
 
     def check(content: bytes) -> None:
         Path("out", "cut.json").write_bytes(content)
-        took, known = outcome(lambda: place.finished(Path("out"), "cut.json", STAMP), "out")
+        took, known = outcome(lambda: place_files.finished(Path("out"), "cut.json", STAMP), "out")
         assert not took or (known is True and json.loads(content) == STAMP)
 
     texts = anything.map(lambda each: json.dumps(each).encode())
@@ -1241,14 +1242,15 @@ def test_a_set_is_not_placed_through_links(tmp_path, images, link):
         (partial / link).parent.mkdir(parents=True)
         (partial / link).symlink_to(outside / "victim.txt" if "json" in link else outside)
     sources = {f"train/{each}": path for each, path in zip(images.ids, images.paths, strict=True)}
-    outcome(lambda: place.place(Path("out"), sources, {}, "cut.json", STAMP, link=False, progress=False), "out")
+    outcome(lambda: place_files.place(Path("out"), sources, {}, "cut.json", STAMP, link=False, progress=False), "out")
     assert not Path("out").is_symlink()
 
 
 def test_sources_of_evil_names_are_shown_escaped():
     sources = {f"train/{number}": f"/nowhere/{EVIL}{number}" for number in range(5)}
     refused(
-        lambda: place.place(Path("out"), sources, {}, "cut.json", STAMP, link=False, progress=False), "out.missing.txt"
+        lambda: place_files.place(Path("out"), sources, {}, "cut.json", STAMP, link=False, progress=False),
+        "out.missing.txt",
     )
 
 
@@ -1317,7 +1319,7 @@ def scan_both_ways(folder: Path, name: str) -> None:
     assert took and kept is not None and kept.sizes.dtype == np.int32
     size = kept.sizes[kept.ids.index(f"a/{name}")]
     assert (size == 0).all() or (size > 0).all(), size
-    took, index = outcome(lambda: dataset.scan(folder, progress=False), dataset.shown(name))
+    took, index = outcome(lambda: dataset.scan(folder, progress=False), printable(name))
     assert took == bool(size[0])
     assert index is None or (index.sizes > 0).all()
 
@@ -1347,11 +1349,11 @@ def test_names_of_classes_and_images_are_shown_escaped(tmp_path):
     folder = folder_of(b"no image", f"{name}.png")
     scan_both_ways(folder, f"{name}.png")
     (folder / name).mkdir()
-    refused(lambda: dataset.scan(folder, progress=False), dataset.shown(name))
+    refused(lambda: dataset.scan(folder, progress=False), printable(name))
     (folder / name).rmdir()
     (folder / name).symlink_to(tmp_path / "outside")
     (folder / os.fsdecode(b"\xff\n")).mkdir()
-    refused(lambda: dataset.scan(folder, progress=False), dataset.shown(os.fsdecode(b"\xff\n")))
+    refused(lambda: dataset.scan(folder, progress=False), printable(os.fsdecode(b"\xff\n")))
 
 
 def test_links_pipes_and_devices_among_images_are_left_out(tmp_path):
@@ -1366,7 +1368,7 @@ def test_links_pipes_and_devices_among_images_are_left_out(tmp_path):
     for read in (dataset.scan, dataset.scan_unlabelled):
         took, index = outcome(partial(read, folder, progress=False), "")
         assert took and index is not None and index.ids == ("a/0.png", "a/1.png", "b/0.png")
-    took, _ = outcome(lambda: cut.make(folder, 1, 0, Path("small"), progress=False), "")
+    took, _ = outcome(lambda: make(folder, 1, 0, Path("small"), progress=False), "")
     assert took and all(
         each.is_dir() or each.name in ("0.png", "1.png", "cut.json") for each in Path("small").rglob("*")
     )
@@ -1425,10 +1427,10 @@ def test_any_cache_is_read_or_passed_over():
 
 @pytest.mark.parametrize("name", [*TEXTS, "\U0010ffff", "\udfff\udc80", "a\ud800\udc00b"], ids=ascii)
 def test_any_text_can_be_shown(name):
-    assert dataset.shown(name).isprintable()
-    assert dataset.shown(Path(name)).isprintable()
+    assert printable(name).isprintable()
+    assert printable(Path(name)).isprintable()
 
 
 def test_data_from_a_recipe_that_is_nowhere_is_shown_escaped():
     for name in (EVIL, "a\0b", "x" * 5000, "\ud800"):
-        refused(partial(dataset.open_data, Data(train=(name,))), dataset.shown(name))
+        refused(partial(dataset.open_data, Data(train=(name,))), printable(name))

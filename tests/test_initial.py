@@ -10,10 +10,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fasttrain.config import Init
-from fasttrain.errors import UserError
-from fasttrain.initial import initialise
+from fasttrain.checkpoints.init_weights import initialise
+from fasttrain.config.schema import Init
 from fasttrain.models import Classifier
+from fasttrain.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

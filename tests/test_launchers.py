@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"

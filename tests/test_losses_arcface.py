@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from pytorch_metric_learning import losses
 from torch.nn import functional as F
 
-from fasttrain import optim
-from fasttrain.batch import Batch, Output
-from fasttrain.config import Optim
+from fasttrain.config.schema import Optim
 from fasttrain.losses.arcface import ArcFace
+from fasttrain.losses.base import Batch, Output
 from fasttrain.models import Classifier, CosineHead
+from fasttrain.training import optim
 
 
 def batch_of(labels, other=None, lam=None) -> Batch:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Output
+from fasttrain.losses.base import Batch, Output
 from fasttrain.losses.cross_entropy import CrossEntropy
 
 

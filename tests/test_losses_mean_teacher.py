@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from fasttrain.batch import Batch, Output
+from fasttrain.losses.base import Batch, Output
 from fasttrain.losses.mean_teacher import MeanTeacher, mixed_targets
 
 AT_ONCE = MeanTeacher(ramp_epochs=0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasttrain.batch import Batch, Output
+from fasttrain.losses.base import Batch, Output
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 

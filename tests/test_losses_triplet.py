@@ -13,7 +13,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain.batch import Batch, Output, Term
+from fasttrain.losses.base import Batch, Output, Term
 from fasttrain.losses.triplet import Triplet
 
 

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from fasttrain.errors import UserError
 from fasttrain.models import ARCHS, Classifier, ProjectionHead
+from fasttrain.utils.errors import UserError
 
 SMALL = ["test_resnet", "test_byobnet", "test_efficientnet", "test_vit", "test_convnext", "resnet18", "regnetx_002"]
 

@@ -12,13 +12,14 @@ from timm.models.tresnet import TResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttrain import checkpoint, config
-from fasttrain.config import Mix, Optim
-from fasttrain.ema import Ema
-from fasttrain.errors import UserError
+from fasttrain.checkpoints import checkpoint
+from fasttrain.config import schema
+from fasttrain.config.schema import Mix, Optim
 from fasttrain.models import _start_norms_at_one
 from fasttrain.models.aligned import align, cut, pad
-from fasttrain.optim import sgd
+from fasttrain.training.ema import Ema
+from fasttrain.training.optim import sgd
+from fasttrain.utils.errors import UserError
 
 CLASSES = 7
 # Widths 35, 70, 140 and 280, with 70 in squeeze-and-excitation; v2: 32, 64, 128 and 256, in bottlenecks throughout.
@@ -368,7 +369,7 @@ def test_a_run_may_be_aligned_or_not_and_goes_on_either_way(demo_set, tmp_path):
     """The same losses to rounding, checkpoints in timm's shapes, and one form going on where the other stopped."""
     index = part_of(demo_set, 2)
     machine = tiny().machine
-    recipe = tiny(arch="tresnet_l", image_size=64, batch_size=10, epochs=2, ema=config.Ema(0.9), mix=Mix(cutmix=0))
+    recipe = tiny(arch="tresnet_l", image_size=64, batch_size=10, epochs=2, ema=schema.Ema(0.9), mix=Mix(cutmix=0))
     forms = {"plain": recipe, "aligned": replace(recipe, machine=replace(machine, align=True))}
     for name, form in forms.items():
         run(form, tmp_path / name, index)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fasttrain.models import ARCHS, Classifier
-from fasttrain.models.layout import keep
+from fasttrain.models.channels_last import keep
 
 VIEWS = ("view", "expand", "slice", "split", "permute", "select", "as_strided", "transpose", "alias", "detach")
 

@@ -15,13 +15,14 @@ from PIL import Image
 from test_pipelines import broken_files
 from test_train import events, run, tiny
 
-from fasttrain import dataset, verdict
-from fasttrain.check import BAD
-from fasttrain.config import Augment, Data
-from fasttrain.errors import RunError, UserError
-from fasttrain.pipelines.faults import Skip, trouble
+from fasttrain.config.schema import Augment, Data
+from fasttrain.data import index as dataset
+from fasttrain.data.check import BAD
+from fasttrain.data.decode_check import read
+from fasttrain.pipelines.decode_errors import Skip, trouble
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import batches
+from fasttrain.pipelines.train_loader import batches
+from fasttrain.utils.errors import RunError, UserError
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_another_image_of_the_class_takes_the_place(folder, kind, when):
 def test_the_data_check_agrees(tmp_path, kind):
     (tmp_path / kind).write_bytes(broken_files()[kind])
     assert trouble(str(tmp_path / kind))
-    ((notes, _),) = verdict.read([(str(tmp_path / kind), False)])
+    ((notes, _),) = read([(str(tmp_path / kind), False)])
     assert notes[-1][0] in BAD and "DALI decodes it" not in notes[-1][1]
 
 
@@ -94,7 +95,7 @@ def test_a_large_truncated_bmp_does_not_crash(tmp_path):
     victim = tmp_path / "large.bmp"
     Image.new("RGB", (4000, 4000)).save(victim)
     os.truncate(victim, 1000)
-    code = "import sys; from fasttrain.pipelines.faults import trouble; print(trouble(sys.argv[1]))"
+    code = "import sys; from fasttrain.pipelines.decode_errors import trouble; print(trouble(sys.argv[1]))"
     ran = subprocess.run([sys.executable, "-c", code, victim], capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout == "it is damaged, or no image that DALI reads\n"
 

@@ -4,10 +4,10 @@ import types
 import pytest
 import torch
 
-from fasttrain import optim
-from fasttrain.config import Optim
-from fasttrain.errors import UserError
+from fasttrain.config.schema import Optim
 from fasttrain.models import Classifier
+from fasttrain.training import optim
+from fasttrain.utils.errors import UserError
 
 
 def decay_of(model, optimizer):

@@ -12,16 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain import dataset, recipes
-from fasttrain.config import Augment, Mix
-from fasttrain.errors import RunError
-from fasttrain.pipelines import decode_graph, train
+from fasttrain import recipes
+from fasttrain.config.schema import Augment, Mix
+from fasttrain.data.index import scan
+from fasttrain.pipelines import decode_graph, train_loader
 from fasttrain.pipelines.decoders import Decoder
-from fasttrain.pipelines.eval import Evaluation
-from fasttrain.pipelines.eval import graph as eval_graph
+from fasttrain.pipelines.eval_loader import Evaluation
+from fasttrain.pipelines.eval_loader import graph as eval_graph
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.views import named, shorter_edge
-from fasttrain.show import draw_batch
+from fasttrain.show_batch import draw_batch
+from fasttrain.utils.errors import RunError
 
 CPU = torch.device("cpu")
 HOST = Decoder("cpu")
@@ -34,14 +35,14 @@ def make_plan(index, world=1, rank=0, **changes) -> Plan:
 
 @pytest.fixture(scope="module")
 def index(photos):
-    return dataset.scan(photos)
+    return scan(photos)
 
 
 def collect(plan, index, threads=2, **span) -> dict[int, list[tuple[int, bytes]]]:
     """(image, bytes of its pixels) of every step, in order."""
     start = span.get("start_step", 0)
     seen: dict[int, list[tuple[int, bytes]]] = {}
-    for count, batch in enumerate(train.batches(plan, index, CPU, threads, **span)):
+    for count, batch in enumerate(train_loader.batches(plan, index, CPU, threads, **span)):
         step = start + count // plan.micro_batches
         pairs = zip(batch.numbers.tolist(), batch.pixels.numpy(), strict=True)
         seen.setdefault(step, []).extend((number, pixels.tobytes()) for number, pixels in pairs)
@@ -53,7 +54,7 @@ def test_batches_are_uint8_nhwc_without_a_copy_and_channels_last(index, monkeypa
     pointers = []
     honest = torch.from_dlpack
     monkeypatch.setattr(torch, "from_dlpack", lambda tensor: pointers.append(tensor.data_ptr()) or honest(tensor))
-    batch = next(train.batches(plan, index, CPU, 2))
+    batch = next(train_loader.batches(plan, index, CPU, 2))
     assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (6, 64, 64, 3)
     assert batch.pixels.data_ptr() == pointers[0]
     assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
@@ -61,9 +62,9 @@ def test_batches_are_uint8_nhwc_without_a_copy_and_channels_last(index, monkeypa
 
 
 def test_an_earlier_batch_stays_valid(index):
-    stream = train.batches(make_plan(index), index, CPU, 2)
+    stream = train_loader.batches(make_plan(index), index, CPU, 2)
     held = [next(stream) for _ in range(6)]
-    again = train.batches(make_plan(index), index, CPU, 2)
+    again = train_loader.batches(make_plan(index), index, CPU, 2)
     for batch in held:
         assert torch.equal(batch.pixels, next(again).pixels)
 
@@ -82,11 +83,11 @@ def test_every_step_is_the_same_at_any_ranks_threads_micro_batches_and_start(ind
 def test_prefetch_depth_does_not_matter(index, monkeypatch):
     usual = collect(make_plan(index), index)
     depths = []
-    honest = train.graph
+    honest = train_loader.graph
     monkeypatch.setattr(
-        train, "graph", lambda *args, **kw: depths.append(kw["prefetch_queue_depth"]) or honest(*args, **kw)
+        train_loader, "graph", lambda *args, **kw: depths.append(kw["prefetch_queue_depth"]) or honest(*args, **kw)
     )
-    monkeypatch.setattr(train, "PREFETCH", 5)
+    monkeypatch.setattr(train_loader, "PREFETCH", 5)
     assert collect(make_plan(index), index) == usual
     assert depths == [5]
 
@@ -108,7 +109,7 @@ def test_crop_resize_and_flip_equal_pils(index):
     plan = make_plan(index, batch_size=16, augment=Augment(autoaugment="none"), image_size=96)
     flips = 0
     for step in range(3):
-        batch = next(train.batches(plan, index, CPU, 2, start_step=step, stop_step=step + 1))
+        batch = next(train_loader.batches(plan, index, CPU, 2, start_step=step, stop_step=step + 1))
         numbers = batch.numbers.numpy()
         draws = plan.draws(step, numbers, index.sizes[numbers])
         require_pils(batch.pixels, draws, numbers, index)
@@ -124,27 +125,29 @@ def several(index, **changes) -> Plan:
 def test_each_view_equals_pils_and_comes_from_its_own_draws(index):
     """As above; each file is decoded once for all views, and no further than they reach."""
     plan = several(index, batch_size=16, augment=Augment(autoaugment="none"), image_size=96)
-    batch = next(train.batches(plan, index, CPU, 2))
+    batch = next(train_loader.batches(plan, index, CPU, 2))
     numbers = batch.numbers.numpy()
     assert batch.pixels.shape == (48, 96, 96, 3) and len(numbers) == 16
     assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
     for view in range(3):
         draws = plan.draws(0, numbers, index.sizes[numbers], view)
         require_pils(batch.pixels[16 * view : 16 * view + 16], draws, numbers, index)
-    graph = train.graph(train.Source(plan, index, 0, 1), HOST, False, batch_size=16, num_threads=1, device_id=None)
+    graph = train_loader.graph(
+        train_loader.Source(plan, index, 0, 1), HOST, False, batch_size=16, num_threads=1, device_id=None
+    )
     kinds = [name for name, _ in operators(graph)]
     assert kinds.count("ImageSlice") == 1 and kinds.count("Slice") == kinds.count("Resize") == 3
 
 
 def test_views_are_the_same_at_any_ranks_and_micro_batches(index):
     augment = Augment(autoaugment="none", randaugment=2, erase=0.5)
-    (alone,) = train.batches(several(index, epochs=1, augment=augment), index, CPU, 2, stop_step=1)
+    (alone,) = train_loader.batches(several(index, epochs=1, augment=augment), index, CPU, 2, stop_step=1)
     whole = alone.pixels.unflatten(0, (3, 6))
     assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole[0], whole[2])
     parts = [
         batch.pixels.unflatten(0, (3, -1))
         for rank in range(2)
-        for batch in train.batches(
+        for batch in train_loader.batches(
             replace(several(index, epochs=1, augment=augment, micro_batch=1), world=2, rank=rank),
             index,
             CPU,
@@ -157,7 +160,7 @@ def test_views_are_the_same_at_any_ranks_and_micro_batches(index):
 
 def test_a_picture_of_a_batch_has_the_views_of_an_image_side_by_side(index):
     plan = several(index, image_size=96, mix=Mix(cutmix=0))
-    (batch,) = train.batches(plan, index, CPU, 2, stop_step=1)
+    (batch,) = train_loader.batches(plan, index, CPU, 2, stop_step=1)
     sheet = np.asarray(draw_batch(plan, index, 0, 8)).astype(int)
     for at in range(18):
         row = at % 3 * 6 + at // 3
@@ -210,12 +213,12 @@ def test_exif_orientation_is_left_alone(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         Image.fromarray(picture).save(tmp_path / name / "turned.jpg", quality=95, exif=exif)
-    index = dataset.scan(tmp_path)
+    index = scan(tmp_path)
     assert index.sizes.tolist() == [[40, 80]] * 2
     batch = next(iter(Evaluation(index, named("center", 32), 2, CPU, 1)))
     assert abs(batch.pixels[0][0].numpy().astype(int) - reference_view(index.paths[0], 32)).max() <= 2
     whole = Augment(crop_area=(1.0, 1.0), crop_ratio=(2.0, 2.0), flip=0.0, autoaugment="none")
-    trained = next(train.batches(make_plan(index, batch_size=2, augment=whole), index, CPU, 1))
+    trained = next(train_loader.batches(make_plan(index, batch_size=2, augment=whole), index, CPU, 1))
     left, right = trained.pixels[0, 32, 10].tolist(), trained.pixels[0, 32, 54].tolist()
     assert left[0] > 150 and max(right) < 40
 
@@ -230,10 +233,10 @@ def test_the_gpu_graph_is_whole_and_has_the_cpu_graphs_operators(index, policy, 
     """The GPU's graph is defined and serialised here, which finds wrong arguments, types and devices; it has the
     operators of the CPU's, but for blends with grey, and all that touch pixels are on the GPU."""
     plan = replace(make_plan(index, augment=_POLICIES[policy]), views=views)
-    source = train.Source(plan, index, 0, 1)
+    source = train_loader.Source(plan, index, 0, 1)
     options = {"batch_size": 6, "num_threads": 1, "device_id": None}
-    cpu = operators(train.graph(source, HOST, False, **options))
-    gpu = operators(train.graph(source, Decoder("gpu-region"), True, **options))
+    cpu = operators(train_loader.graph(source, HOST, False, **options))
+    gpu = operators(train_loader.graph(source, Decoder("gpu-region"), True, **options))
     here, there = (Counter(name for name, _ in each) for each in (cpu, gpu))
     assert {device for _, device in cpu} == {"cpu"}
     on_gpu = {name for name, device in gpu if device == "gpu"}
@@ -278,9 +281,11 @@ def test_each_decoder_has_its_operators_on_a_gpu(index, monkeypatch, kind, expec
             name,
             lambda *args, operator=operator, **kw: asked.append(kw) or operator(*args, **kw),
         )
-    source = train.Source(replace(make_plan(index, augment=Augment(autoaugment="none")), views=views), index, 0, 1)
+    source = train_loader.Source(
+        replace(make_plan(index, augment=Augment(autoaugment="none")), views=views), index, 0, 1
+    )
     decoder = Decoder(kind, hardware_load=0.25)
-    found = operators(train.graph(source, decoder, True, batch_size=6, num_threads=1, device_id=None))
+    found = operators(train_loader.graph(source, decoder, True, batch_size=6, num_threads=1, device_id=None))
     wanted = {**expected, "Resize": "gpu"} | ({"Slice": "gpu"} if views > 1 else {})
     assert {name: device for name, device in found if name not in ("ExternalSource", "Read", "Copy")} == wanted
     (words,) = asked
@@ -292,10 +297,10 @@ def test_a_region_cut_out_of_the_whole_image_is_the_decoded_region(index, monkey
     """What `gpu` does, done on a CPU: geometry must be that of `cpu`. (libjpeg-turbo's upsampling sees the neighbours
     of a region only in a whole image, so that pixels at its edges may differ.)"""
     plan = make_plan(index, augment=Augment(autoaugment="none", crop_area=(0.3, 0.6)))
-    region = [batch.pixels.numpy().astype(int) for batch in train.batches(plan, index, CPU, 2, stop_step=2)]
+    region = [batch.pixels.numpy().astype(int) for batch in train_loader.batches(plan, index, CPU, 2, stop_step=2)]
     whole = decode_graph.decode
     monkeypatch.setattr(decode_graph, "decode", lambda encoded, decoder, on_gpu: whole(encoded, HOST, on_gpu))
-    cut = train.batches(plan, index, CPU, 2, stop_step=2, decoder=Decoder("gpu"))
+    cut = train_loader.batches(plan, index, CPU, 2, stop_step=2, decoder=Decoder("gpu"))
     for ours, batch in zip(region, cut, strict=True):
         difference = abs(ours - batch.pixels.numpy())
         assert difference.mean() < 0.05 and difference.max() < 20
@@ -341,7 +346,7 @@ def test_a_file_that_does_not_decode_is_named(demo_set, tmp_path, name, part):
     victim = sorted((tmp_path / "set").rglob("*.jpg"))[3]
     bad = victim.with_name(name)
     os.rename(victim, bad)
-    index = dataset.scan(tmp_path / "set")
+    index = scan(tmp_path / "set")
     if name == "missing.jpg":
         bad.unlink()
     elif name == "smaller.jpg":  # a sound image, but the crops that were planned are outside it
@@ -350,7 +355,9 @@ def test_a_file_that_does_not_decode_is_named(demo_set, tmp_path, name, part):
         bad.write_bytes(broken_files()[name])
     plan = make_plan(index, augment=Augment(autoaugment="none"))
     stream = (
-        train.batches(plan, index, CPU, 2) if part == "training" else Evaluation(index, named("center", 64), 4, CPU, 2)
+        train_loader.batches(plan, index, CPU, 2)
+        if part == "training"
+        else Evaluation(index, named("center", 64), 4, CPU, 2)
     )
     with pytest.raises(RunError, match=re.escape(name)) as caught:
         for _ in stream:

@@ -12,15 +12,15 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from fasttrain import recipes
-from fasttrain.config import Augment, Mix
-from fasttrain.dataset import Index
-from fasttrain.errors import UserError
+from fasttrain.config.schema import Augment, Mix
+from fasttrain.data.index import Index
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.pipelines import plan as planning
 from fasttrain.pipelines.philox import STEP, generator, passing_generator, philox4x32, uniforms
 from fasttrain.pipelines.plan import Box, Plan, epoch_order, image_draws, random_resized_crop, step_mix
+from fasttrain.utils.errors import UserError
 
 ks_2samp: Any = stats.ks_2samp  # its stubs do not know the result's fields
 RECIPE = recipes.for_arch("resnet18")

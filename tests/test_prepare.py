@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fasttrain import recipes
-from fasttrain.config import Machine
-from fasttrain.errors import UserError
+from fasttrain.config.schema import Machine
 from fasttrain.pipelines import decoders
 from fasttrain.prepare import decoder_of, resolve_auto
+from fasttrain.utils.errors import UserError
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_plan import make_plan
 
-from fasttrain.batch import Output
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Mix
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, Mix
 from fasttrain.kernels import mix as mix_kernel
-from fasttrain.present import Present
+from fasttrain.losses.base import Output
+from fasttrain.training.inputs import Present
 
 B, SIZE, CLASSES = 8, 16, 3
 CPU = torch.device("cpu")

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain import options, recipes
-from fasttrain.config import Augment, Data, Mix, Optim, Recipe
-from fasttrain.errors import UserError
+from fasttrain import recipes
+from fasttrain.cli import options
+from fasttrain.config.schema import Augment, Data, Mix, Optim, Recipe
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import ARCHS
+from fasttrain.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

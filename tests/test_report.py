@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain import predictions, recipes
+from fasttrain import recipes
+from fasttrain.evaluation import predictions
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "report.sh"
 

@@ -14,16 +14,17 @@ import torch
 from test_cli import call
 from test_train import events, part_of, run, tiny, weights
 
-from fasttrain import checkpoint, rundir
 from fasttrain import train as training
-from fasttrain.config import Augment, Checkpoints, Ema, Evaluations, Init, Machine, Mix
-from fasttrain.errors import Stopped, UserError
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.run_dir import lock, newest, open_run
+from fasttrain.config.schema import Augment, Checkpoints, Ema, Evaluations, Init, Machine, Mix
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
+from fasttrain.utils.errors import Stopped, UserError
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def test_damage_does_not_bring_back_what_was_left(index, tmp_path):
     (tmp_path / "run" / "last").symlink_to("checkpoints/step-00000006")
     damage(home / "step-00000006" / "model.safetensors", "truncated")
     for _ in range(2):
-        start = rundir.open_run(tmp_path / "run", "auto", "")
+        start = open_run(tmp_path / "run", "auto", "")
         assert start is not None and start.name == "step-00000005"
         assert checkpoint.find(tmp_path / "run" / "last").name == "step-00000005"
 
@@ -262,7 +263,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from fasttrain import checkpoint, optim
-from fasttrain.config import Optim
+from fasttrain.config.schema import Optim
 
 torch.set_num_threads(1)
 META = {"recipe": {}, "classes": ["a"], "data": "", "sizes": "", "best": None, "epoch_steps": 1, "world": 1}
@@ -304,7 +305,7 @@ def saves(out):
         with torch.no_grad():
             model.weight.fill_(step)
         armed = step == 2
-        snapshot = checkpoint.Snapshot().take(checkpoint.State(model, optimizer, scaler))
+        snapshot = checkpoint.Snapshot().take(State(model, optimizer, scaler))
         checkpoint.save(out, step, snapshot, improved=True, keep=2, meta=META)
 
 
@@ -339,7 +340,7 @@ def test_a_kill_at_any_write_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     kills = int(done.stdout)
     for fatal in range(1, kills + 2):
         out = tmp_path / "runs" / f"run{fatal}"
-        for found in (rundir.newest(out), checkpoint.find(out)):
+        for found in (newest(out), checkpoint.find(out)):
             assert found is not None
             saved = checkpoint.load(found)
             assert saved.meta["step"] in (1, 2) and (saved.model["weight"] == saved.meta["step"]).all()
@@ -386,7 +387,7 @@ def test_two_runs_into_one_folder_and_a_signal(demo_set, tmp_path):
     stopped = next(each for each in log if each["event"] == "stopped")
     assert next(each for each in log if each["event"] == "resume")["step"] == stopped["step"]
     (tmp_path / "alias").symlink_to("run")
-    with rundir.lock(tmp_path / "run"), pytest.raises(UserError, match="another run"), rundir.lock(tmp_path / "alias"):
+    with lock(tmp_path / "run"), pytest.raises(UserError, match="another run"), lock(tmp_path / "alias"):
         pass
     (tmp_path / "alias").unlink()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run"]
@@ -407,7 +408,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both(demo_set, tmp_path):
     """torchrun sends its SIGTERM on to all of its ranks; here one rank gets one, and both stop at the same step."""
     program = tmp_path / "rank.py"
     program.write_text(
-        "import os, signal, sys\nfrom fasttrain import train\nfrom fasttrain.cli import main\n"
+        "import os, signal, sys\nfrom fasttrain import train\nfrom fasttrain.cli.main import main\n"
         "honest = train.batches\n\n\ndef watched(*args, **settings):\n"
         "    for count, batch in enumerate(honest(*args, **settings)):\n"
         "        if count == 3 and os.environ['RANK'] == '1':\n            os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -8,12 +8,11 @@ import pytest
 import torch
 from test_train import CPU, events, index, run, tiny, weights  # noqa: F401 (index is a fixture)
 
-from fasttrain import checkpoint, recipes
+from fasttrain import recipes
 from fasttrain import train as training
-from fasttrain.config import Ema, Init, Mix, Optim
-from fasttrain.ema import Ema as Average
-from fasttrain.errors import UserError
-from fasttrain.initial import initialise
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.init_weights import initialise
+from fasttrain.config.schema import Ema, Init, Mix, Optim
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -22,6 +21,8 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 from fasttrain.prepare import resolve_auto
+from fasttrain.training.ema import Ema as Average
+from fasttrain.utils.errors import UserError
 
 ARCFACE = (CrossEntropy(0.1), ArcFace())
 TRIPLET = (CrossEntropy(0.1), Triplet())

@@ -10,9 +10,9 @@ import torch
 from test_train import part_of, run, tiny
 
 from fasttrain import train as training
-from fasttrain.config import Checkpoints, Machine
-from fasttrain.guard import Guard
-from fasttrain.pipelines import train as pipeline
+from fasttrain.config.schema import Checkpoints, Machine
+from fasttrain.pipelines import train_loader as pipeline
+from fasttrain.training.guard import Guard
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import dataset, recipes
-from fasttrain.config import Init, Machine, Mix, Optim
-from fasttrain.distributed import Ranks
+from fasttrain import recipes
+from fasttrain.config.schema import Init, Machine, Mix, Optim
+from fasttrain.data.index import scan
+from fasttrain.distributed.ranks import Ranks
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import batches
+from fasttrain.pipelines.train_loader import batches
 from fasttrain.prepare import resolve_auto
-from fasttrain.schedule import lr_at
-from fasttrain.step import Step
+from fasttrain.training.schedule import lr_at
+from fasttrain.training.step import Step
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -47,7 +48,7 @@ def mixed_by_hand(pixels, labels, params, classes, smoothing):
 
 @pytest.mark.parametrize("micro_batch", [0, 5])
 def test_a_step_does_what_a_loop_written_out_does(demo_set, micro_batch):
-    index = dataset.scan(demo_set / "train")
+    index = scan(demo_set / "train")
     recipe = replace(
         recipes.for_arch("test_resnet"),
         batch_size=10,

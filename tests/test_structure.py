@@ -6,61 +6,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From the top: a part may import from the parts below its own layer, and from its own.
-LAYERS = [
-    {"__main__"},
-    {"cli"},
-    {"train", "show", "doctor", "decoder_check", "benchmarks"},
-    {
-        "evaluate",
-        "ensemble",
-        "check",
-        "verdict",
-        "guard",
-        "saver",
-        "rundir",
-        "resume",
-        "initial",
-        "present",
-        "graphs",
-        "step",
-        "prepare",
-    },
-    {"recipes", "pipelines", "checkpoint", "optim", "ema"},
-    {"models", "losses"},
-    {
-        "batch",
-        "config",
-        "dataset",
-        "distributed",
-        "schedule",
-        "meter",
-        "watch",
-        "signals",
-        "errors",
-        "files",
-        "flat",
-        "options",
-        "versions",
-        "",
-    }
-    | {
-        "demo",
-        "place",
-        "vipriors",
-        "cut",
-        "workers",
-        "quarantine",
-        "predictions",
-        "submission",
-        "confusion",
-    },
-    {"kernels"},
+# From the top: a room may import from the rooms below it, and from itself.
+ROOMS = [
+    "__main__",
+    "cli",
+    "benchmarks",
+    "doctor",
+    "show_batch",
+    "train",
+    "prepare",
+    "checkpoints",
+    "recipes",
+    "models",
+    "training",
+    "evaluation",
+    "pipelines",
+    "data",
+    "config",
+    "losses",
+    "distributed",
+    "kernels",
+    "utils",
+    "",  # fasttrain itself: the version
 ]
 
 
-def part_of(module: str) -> str:
-    """`fasttrain.pipelines.plan` belongs to `pipelines`, `fasttrain` itself to ``."""
+def room_of(module: str) -> str:
+    """`fasttrain.pipelines.plan` is in the room `pipelines`, `fasttrain` itself in ``."""
     return [*module.split("."), ""][1]
 
 
@@ -87,17 +59,16 @@ def imports(path: Path, known: set[str], everywhere: bool) -> set[str]:
     return {each for each in found if each.split(".")[0] == "fasttrain"}
 
 
-def test_every_part_has_its_layer():
-    parts = {part_of(module) for module in modules()}
-    assert parts == set().union(*LAYERS)
+def test_the_rooms_are_those_that_there_are():
+    assert sorted(ROOMS) == sorted({room_of(module) for module in modules()})
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_run_downward(module):
-    depth = {part: at for at, layer in enumerate(LAYERS) for part in layer}
     known = modules()
     for imported in imports(known[module], set(known), everywhere=True):
-        assert depth[part_of(imported)] >= depth[part_of(module)], f"{module} imports {imported}, which is above it"
+        below = ROOMS.index(room_of(imported)) >= ROOMS.index(room_of(module))
+        assert below, f"{module} imports {imported}, whose room is above its own"
 
 
 def test_no_import_is_circular():
@@ -118,7 +89,7 @@ def test_no_import_is_circular():
 
 def test_kernels_import_nothing_of_the_rest():
     for path in (ROOT / "kernels").glob("*.py"):
-        above = {each for each in imports(path, set(), everywhere=True) if part_of(each) != "kernels"}
+        above = {each for each in imports(path, set(), everywhere=True) if room_of(each) != "kernels"}
         assert not above, f"{path.name} imports {above}"
 
 

@@ -15,7 +15,7 @@ PROBE = '''
 import hashlib, json, os, sys
 import torch
 from fasttrain import train
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 
 rank, folder = os.environ.get("RANK", "0"), sys.argv[1]
 seen = []
@@ -164,11 +164,12 @@ def test_one_ranks_failure_ends_all_with_its_message(demo_set, tmp_path):
     """A file that only rank 1 meets, in the middle of an epoch, breaks after the scan."""
     import shutil
 
-    from fasttrain import dataset, recipes
+    from fasttrain import recipes
+    from fasttrain.data.index import scan
     from fasttrain.pipelines.plan import epoch_order
 
     shutil.copytree(demo_set / "train", tmp_path / "train")
-    index = dataset.scan(tmp_path / "train")
+    index = scan(tmp_path / "train")
     assert recipes.for_arch("test_resnet").seed == 0
     victim = Path(index.paths[epoch_order(0, 0, 500)[4 * 50 + 30]])  # step 4, image 30 of 50: rank 1's
     victim.write_bytes(victim.read_bytes()[:700])

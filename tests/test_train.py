@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrain import checkpoint, dataset, present, recipes, rundir
+from fasttrain import recipes
 from fasttrain import train as training
-from fasttrain.config import Augment, Checkpoints, Ema, Init, Machine, Mix, Optim
-from fasttrain.distributed import Ranks
-from fasttrain.errors import RunError, UserError
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.config.schema import Augment, Checkpoints, Ema, Init, Machine, Mix, Optim
+from fasttrain.data.index import Index, scan
+from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -22,6 +24,8 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
 from fasttrain.prepare import resolve_auto
+from fasttrain.training import inputs
+from fasttrain.utils.errors import RunError, UserError
 
 CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -32,11 +36,11 @@ def index(demo_set):
     return part_of(demo_set, 10)
 
 
-def part_of(demo_set: Path, per_class: int) -> dataset.Index:
+def part_of(demo_set: Path, per_class: int) -> Index:
     """So many of the demo set's training images of each class."""
-    whole = dataset.scan(demo_set / "train")
+    whole = scan(demo_set / "train")
     some = [number for number in range(500) if number % 50 < per_class]
-    return dataset.Index(
+    return Index(
         tuple(whole.paths[n] for n in some),
         tuple(whole.ids[n] for n in some),
         whole.labels[some],
@@ -58,7 +62,7 @@ def tiny(**changes):
 
 
 def run(recipe, out, index, val=None, resume="auto"):
-    start = rundir.open_run(out, resume, recipes.to_toml(recipe))
+    start = open_run(out, resume, recipes.to_toml(recipe))
     return training.train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
 
 
@@ -306,7 +310,7 @@ def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(present, "mix", full)
+    monkeypatch.setattr(inputs, "mix", full)
     with pytest.raises(RunError, match=r"micro_batch=20 at 32 pixels; try --set micro_batch=10"):
         run(tiny(), tmp_path / "run", index)
     plan = Plan.of(tiny(micro_batch=1), index)

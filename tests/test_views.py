@@ -8,20 +8,19 @@ from test_train import CPU
 from torch import nn
 from torchvision.transforms import TenCrop, functional
 
-from fasttrain import dataset
-from fasttrain.batch import Output
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.dataset import Index
-from fasttrain.errors import RunError, UserError
-from fasttrain.evaluate import probabilities
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.data.index import Index, scan
+from fasttrain.evaluation.evaluate import probabilities
+from fasttrain.losses.base import Output
 from fasttrain.models import Classifier
-from fasttrain.pipelines.eval import Evaluation
+from fasttrain.pipelines.eval_loader import Evaluation
 from fasttrain.pipelines.views import CENTRE, RANDOM, Crop, Views, named, region, shorter_edge
+from fasttrain.utils.errors import RunError, UserError
 
 
 @pytest.fixture(scope="module")
 def every(photos) -> Index:
-    return dataset.scan(photos)
+    return scan(photos)
 
 
 @pytest.fixture(scope="module")

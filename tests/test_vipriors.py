@@ -9,8 +9,9 @@ from collections import Counter, namedtuple
 
 import pytest
 
-from fasttrain import place, vipriors
-from fasttrain.errors import RunError, UserError
+from fasttrain.data import vipriors
+from fasttrain.data.place_files import Placed
+from fasttrain.utils.errors import RunError, UserError
 
 SHA256 = {
     "train": "39603a3692d4955bbe24f37e2a09520f75a5e8508ac1509b1e798a8fa1974afa",
@@ -103,7 +104,7 @@ def test_the_layout_is_the_challenges(imagenet, tmp_path, link, val):
             folder.mkdir(exist_ok=True)
             (imagenet / "val" / name).rename(folder / name)
     out = tmp_path / "deep" / "out"
-    assert prepare(imagenet, out, link) == place.Placed({"train": 6, "val": 3, "test": 11}, 20, True)
+    assert prepare(imagenet, out, link) == Placed({"train": 6, "val": 3, "test": 11}, 20, True)
     found = tree(out)
     stamp = json.loads(found.pop("vipriors.json"))
     assert set(stamp["sha256"]) == {"train", "val", "test"}
@@ -243,5 +244,5 @@ def test_only_its_own_folders_are_written_to(imagenet, tmp_path):
 def test_a_finished_set_is_recognised_even_without_its_sources(imagenet, tmp_path):
     prepare(imagenet, tmp_path / "out")
     shutil.rmtree(imagenet)
-    assert prepare(imagenet, tmp_path / "out") == place.Placed({"train": 6, "val": 3, "test": 11}, 0, False)
+    assert prepare(imagenet, tmp_path / "out") == Placed({"train": 6, "val": 3, "test": 11}, 0, False)
     refuse("is not the set", imagenet, tmp_path / "out", lists={**LISTS, "val": LISTS["val"][1:]})

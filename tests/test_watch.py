@@ -11,13 +11,13 @@ import time
 import pytest
 import torch
 
-from fasttrain.distributed import Ranks
-from fasttrain.watch import EVALUATING, SAVING, TRAINING, WAITING, Beat, Watch, verdict
+from fasttrain.distributed.ranks import Ranks
+from fasttrain.distributed.watchdog import EVALUATING, SAVING, TRAINING, WAITING, Beat, Watch, verdict
 
 PROGRAM = """
 import os, signal, sys, time
 from fasttrain import train
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 honest, how = train.batches, os.environ["HOW"]
 
 
@@ -67,7 +67,7 @@ def test_the_rank_that_hangs_is_named(demo_set, tmp_path, how, says):
 SLOW = """
 import os, sys, time
 from fasttrain import checkpoint, train
-from fasttrain.cli import main
+from fasttrain.cli.main import main
 honest, save = train.evaluate, checkpoint.save_file
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fasttrain import versions
-from fasttrain.dataset import shown
-from fasttrain.errors import UserError
-from fasttrain.files import read_json, replacing
+from fasttrain.utils import versions
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.files import read_json, replacing
+from fasttrain.utils.text import printable
 
 OWN = "fasttrain"  # the contender that the others are compared with
 
@@ -58,7 +58,7 @@ def chosen(names: Iterable[str], only: Sequence[str], known: Iterable[str] = ())
     every = list(dict.fromkeys([*names, *known]))
     for pattern in only:
         if not fnmatch.filter(every, pattern):
-            raise UserError(f"--only {shown(pattern)}: no contender; there are {', '.join(map(repr, every))}")
+            raise UserError(f"--only {printable(pattern)}: no contender; there are {', '.join(map(repr, every))}")
     return [name for name in names if not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)]
 
 
@@ -253,9 +253,9 @@ def _cpuinfo(key: str) -> list[str]:
 def require_own(path: Path) -> None:
     """UserError unless `write_json` can write to `path` without losing what is no benchmark's."""
     if not path.parent.is_dir():
-        raise UserError(f"cannot write {shown(path)}: there is no folder {shown(path.parent)}")
+        raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")
     if os.path.lexists(path) and not _is_result(path):
-        raise UserError(f"{shown(path)} is there and holds no figures of a benchmark; name another file")
+        raise UserError(f"{printable(path)} is there and holds no figures of a benchmark; name another file")
 
 
 def _is_result(path: Path) -> bool:

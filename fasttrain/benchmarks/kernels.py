@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fasttrain.benchmarks.common import OWN, Row, chosen, race, row
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.ema import Ema
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.kernels import mix, triplet
+from fasttrain.training.ema import Ema
 
 BATCHES_CPU, BATCHES_GPU = (64, 128, 256), (64, 128, 256, 512, 1024)
 TRIPLET_CPU, TRIPLET_GPU = (

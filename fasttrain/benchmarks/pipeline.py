@@ -25,16 +25,16 @@ from torch.utils.data import DataLoader, Dataset
 from fasttrain import recipes
 from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, wall
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Mix
-from fasttrain.dataset import Index
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, Augment, Mix
+from fasttrain.data.index import Index
 from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.ahead import Ahead
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train import PREFETCH, Source, batches, build, output_stream
+from fasttrain.pipelines.train_loader import PREFETCH, Source, batches, build, output_stream
 from fasttrain.prepare import resolve_auto
-from fasttrain.present import to_device
-from fasttrain.step import DTYPES
+from fasttrain.training.step import DTYPES
+from fasttrain.utils.tensors import to_device
 
 WARM_UP = 6  # batches, which fill the loaders' queues
 LEAST_STEPS = 50  # in an epoch

@@ -21,21 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import recipes
-from fasttrain.batch import Output
 from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, seconds, synchronize
-from fasttrain.config import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
-from fasttrain.dataset import Index
-from fasttrain.distributed import Ranks
-from fasttrain.errors import UserError
-from fasttrain.graphs import PATIENCE, Graphs
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
+from fasttrain.data.index import Index
+from fasttrain.distributed.ranks import Ranks
+from fasttrain.losses.base import Output
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
 from fasttrain.models import Classifier
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
 from fasttrain.prepare import resolve_auto
-from fasttrain.step import DTYPES, Step
+from fasttrain.training.cuda_graphs import PATIENCE, Graphs
+from fasttrain.training.step import DTYPES, Step
+from fasttrain.utils.errors import UserError
 
 EAGER = "fasttrain, eager"
 REPLAYED = "fasttrain, replayed"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Loss, Output, Term, over_both_labels
+from fasttrain.losses.base import Batch, Loss, Output, Term, over_both_labels
 
 
 @dataclass(frozen=True)

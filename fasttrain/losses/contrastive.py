@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Loss, Output, Term, at_least_float32
-from fasttrain.distributed import gather_rows, rank_of_world
+from fasttrain.distributed.ranks import gather_rows, rank_of_world
+from fasttrain.losses.base import Batch, Loss, Output, Term, at_least_float32
 
 
 @dataclass(frozen=True)

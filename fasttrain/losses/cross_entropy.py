@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Loss, Output, Term, at_least_float32
+from fasttrain.losses.base import Batch, Loss, Output, Term, at_least_float32
 
 
 @dataclass(frozen=True)

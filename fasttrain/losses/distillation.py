@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Loss, Output, Term, at_least_float32
+from fasttrain.losses.base import Batch, Loss, Output, Term, at_least_float32
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.batch import Batch, Loss, Output, Term
+from fasttrain.losses.base import Batch, Loss, Output, Term
 from fasttrain.losses.cross_entropy import log_probs
 
 

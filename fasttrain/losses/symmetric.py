@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fasttrain.batch import Batch, Loss, Output, Term, at_least_float32, over_both_labels
+from fasttrain.losses.base import Batch, Loss, Output, Term, at_least_float32, over_both_labels
 from fasttrain.losses.cross_entropy import against_soft
 
 

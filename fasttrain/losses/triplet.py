@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fasttrain.batch import Batch, Loss, Output, Term
-from fasttrain.distributed import gather_rows, rank_of_world, total
+from fasttrain.distributed.ranks import gather_rows, rank_of_world, total
 from fasttrain.kernels.triplet import batch_hard_triplet
+from fasttrain.losses.base import Batch, Loss, Output, Term
 
 _STUCK = 0.02  # share of the margin within which a loss counts as stuck at it
 

@@ -11,12 +11,12 @@ from timm.models.tresnet import TResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttrain.batch import Output, at_least_float32
-from fasttrain.config import Recipe
-from fasttrain.dataset import shown
-from fasttrain.errors import UserError
-from fasttrain.models import layout
+from fasttrain.config.schema import Recipe
+from fasttrain.losses.base import Output, at_least_float32
 from fasttrain.models.aligned import align
+from fasttrain.models.channels_last import keep
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.text import printable
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Classifier(nn.Module):
         try:
             self.backbone = timm.create_model(arch, pretrained=False, num_classes=classes)
         except RuntimeError as error:
-            raise UserError(f"timm cannot make {arch!r}: {shown(str(error))}") from None
+            raise UserError(f"timm cannot make {arch!r}: {printable(str(error))}") from None
         classifier = self.backbone.get_classifier()
         if not isinstance(classifier, nn.Linear):
             raise UserError(f"{arch!r} does not end in one linear classifier; choose another network")
@@ -71,7 +71,7 @@ class Classifier(nn.Module):
             _start_norms_at_one(self.backbone)
         if aligned and isinstance(self.backbone, TResNet):
             align(self.backbone)
-        layout.keep(self.backbone)
+        keep(self.backbone)
         # Heads come last, so that the other weights of a seed are the same with and without them.
         self.cosine = CosineHead(classifier.in_features, classes) if cosine_head else None
         self.projection = ProjectionHead(classifier.in_features) if projection_head else None
@@ -121,7 +121,7 @@ def tried(model: Classifier, arch: str, rows: int, size: int, advice: str = _SMA
     try:
         return model.train()(torch.empty(rows, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        gist = shown(" ".join(str(error).split())[:200])
+        gist = printable(" ".join(str(error).split())[:200])
         images = "one image" if rows == 1 else f"{rows} images"
         raise UserError(f"{arch} does not take {images} of {size} x {size} pixels at once ({gist}); {advice}") from None
 

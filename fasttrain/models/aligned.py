@@ -32,7 +32,7 @@ from timm.models.tresnet import TResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttrain.errors import UserError
+from fasttrain.utils.errors import UserError
 
 
 @torch.no_grad()

@@ -23,11 +23,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
-from fasttrain import predictions
 from fasttrain.benchmarks.common import write_figures
-from fasttrain.distributed import ranks
-from fasttrain.ensemble import fuse, load_alike
-from fasttrain.predictions import Predictions
+from fasttrain.distributed.ranks import ranks
+from fasttrain.evaluation import predictions
+from fasttrain.evaluation.ensemble import fuse, load_alike
+from fasttrain.evaluation.predictions import Predictions
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIZE = 128, 64

@@ -1,0 +1,1 @@
+"""Checkpoints, and the folder that a run writes."""

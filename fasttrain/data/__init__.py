@@ -1,0 +1,1 @@
+"""Folders of images: indexed, checked, cut, drawn."""

@@ -1,0 +1,1 @@
+"""Ranks, signals, and a watch over ranks that hang."""

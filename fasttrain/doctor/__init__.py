@@ -1,0 +1,1 @@
+"""What a machine has and lacks, and which decoders work on its GPU."""

@@ -1,0 +1,1 @@
+"""Scores, probabilities, ensembles and submissions."""

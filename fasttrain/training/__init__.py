@@ -1,0 +1,1 @@
+"""What a step needs: inputs, optimizer, averages, guard, meters, log."""

@@ -1,0 +1,1 @@
+"""Errors, files, tensors, versions: nothing that knows the trainer."""
