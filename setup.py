@@ -13,8 +13,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 # PyPI has one build of each torch. From 2.11 on, it is built for CUDA 13. 2.10 is built for CUDA 12.8 on x86-64, and
-# without CUDA on aarch64, where the CUDA 12 builds come only from PyTorch's own index (fasttrain/doctor/machine.py has the
-# command). torchvision 0.25 and Triton 3.6 belong to torch 2.10.
+# without CUDA on aarch64, where the CUDA 12 builds come only from PyTorch's own index (the doctor names the command).
+# torchvision 0.25 and Triton 3.6 belong to torch 2.10.
 TORCH = {
     "12": ["torch>=2.10,<2.11", "torchvision>=0.25,<0.26", "triton>=3.6,<3.7"],
     "13": ["torch>=2.11", "torchvision>=0.26", "triton>=3.6"],

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fasttrain.config.schema import Augment, Data, Ema, Mix, Optim, Recipe
+from fasttrain.config.schema import AugmentConfig, DataConfig, EmaConfig, MixConfig, OptimConfig, Recipe
 from fasttrain.losses import LOSSES
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.base import Loss
@@ -57,7 +57,7 @@ _RESNEST = Recipe(
     batch_size=128,
     epochs=250,
     losses=COMBINATIONS["ce"],
-    augment=Augment(autoaugment="imagenet-24"),
+    augment=AugmentConfig(autoaugment="imagenet-24"),
 )
 _SERESNEXT = replace(_RESNEST, name="deepblueai/seresnext101_32x4d-ce", arch="seresnext101_32x4d")
 _TRESNET = replace(_RESNEST, name="deepblueai/tresnet_xl-ce", arch="tresnet_xl", batch_size=256)
@@ -82,9 +82,9 @@ _EFFICIENT = Recipe(
     batch_size=1024,
     epochs=120,
     losses=(CrossEntropy(smoothing=0.0),),
-    optim=Optim(nesterov=True, decay_norm_bias=False, warmup_epochs=5.0, schedule="step"),
-    augment=Augment(autoaugment="none"),
-    mix=Mix(cutmix=0.0),
+    optim=OptimConfig(nesterov=True, decay_norm_bias=False, warmup_epochs=5.0, schedule="step"),
+    augment=AugmentConfig(autoaugment="none"),
+    mix=MixConfig(cutmix=0.0),
 )
 _BASELINE = replace(
     _EFFICIENT,
@@ -100,13 +100,15 @@ _SMOOTHING = replace(_COSINE, name="bag_of_tricks/smoothing", losses=(CrossEntro
 _DISTILLED = replace(
     _SMOOTHING, name="bag_of_tricks/distillation", losses=(*_SMOOTHING.losses, Distillation(temperature=20.0))
 )
-_MIXUP = replace(_SMOOTHING, name="bag_of_tricks/mixup", mix=Mix(cutmix=0.0, mixup=1.0, mixup_alpha=0.2), epochs=200)
+_MIXUP = replace(
+    _SMOOTHING, name="bag_of_tricks/mixup", mix=MixConfig(cutmix=0.0, mixup=1.0, mixup_alpha=0.2), epochs=200
+)
 _BOTH = replace(_MIXUP, name="bag_of_tricks/mixup-distillation", losses=_DISTILLED.losses)
 
 # ---- Attract-and-Repulse (arXiv 2206.06168). Its parts are known and its constants are not: these are our constants
 
 
-def attracting(recipe: Recipe) -> Recipe:
+def stage1(recipe: Recipe) -> Recipe:
     """Stage 1 of Attract-and-Repulse (our constants) in place of a network's stage 1: symmetric cross entropy attracts
     the images of a class, a contrastive term that fades repulses each from all others, under RandAugment and random
     erasing. Every image is seen in two views a step."""
@@ -114,11 +116,11 @@ def attracting(recipe: Recipe) -> Recipe:
         recipe,
         name=f"attract_repulse/stage1-{recipe.arch}",
         losses=(SymmetricCrossEntropy(), Contrastive(decay="cosine")),
-        augment=Augment(autoaugment="none", randaugment=2, randaugment_magnitude=9, erase=0.25),
+        augment=AugmentConfig(autoaugment="none", randaugment=2, randaugment_magnitude=9, erase=0.25),
     )
 
 
-def calibrating(recipe: Recipe) -> Recipe:
+def stage2(recipe: Recipe) -> Recipe:
     """Stage 2 (our constants), from the weights of a stage 1: a mean teacher, which sees a view of its own, gives soft
     labels too. What counts in the end is the teacher."""
     return replace(
@@ -126,11 +128,11 @@ def calibrating(recipe: Recipe) -> Recipe:
         name=recipe.name.replace("stage1-", "stage2-"),
         epochs=recipe.epochs * 4 // 5,
         losses=(*recipe.losses, MeanTeacher(ramp_epochs=5.0)),
-        ema=Ema(decay=0.999),
+        ema=EmaConfig(decay=0.999),
     )
 
 
-_ATTRACTING = tuple(attracting(each) for each in (_RESNEST, _TRESNET, _SERESNEXT))
+_ATTRACTING = tuple(stage1(each) for each in (_RESNEST, _TRESNET, _SERESNEXT))
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -139,7 +141,7 @@ RECIPES: dict[str, Recipe] = {
         _RESNEST_448,
         *(_BASELINE, _EFFICIENT, _D, _COSINE, _SMOOTHING, _DISTILLED, _MIXUP, _BOTH),
         *_ATTRACTING,
-        *map(calibrating, _ATTRACTING),
+        *map(stage2, _ATTRACTING),
     )
 }
 
@@ -171,7 +173,7 @@ def demo(recipe: Recipe, folder: Path, parameters: int, ranks: int = 1) -> Recip
         epochs=4 if large else 32,
         optim=replace(recipe.optim, lr=0.01 if large else 0.05, lr_batch=0),
         augment=replace(recipe.augment, crop_area=(0.5, 1.0)),
-        data=Data(train=(str(folder / "train"),), val=str(folder / "val")),
+        data=DataConfig(train=(str(folder / "train"),), val=str(folder / "val")),
     )
 
 

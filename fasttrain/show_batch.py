@@ -23,7 +23,7 @@ def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
     std, mean = (torch.tensor(each)[:, None, None] for each in (IMAGENET_STD, IMAGENET_MEAN))
     pictures = ((mixed.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-    views = plan.rows_an_image
+    views = plan.views_total
     numbers = numbers.repeat(views)
     order = torch.arange(len(pictures)).view(views, -1).T.flatten().tolist()
     count, size = min(most * views, len(pictures)), plan.image_size

@@ -19,20 +19,20 @@ from fasttrain import __version__, recipes
 from fasttrain.checkpoints import checkpoint, resume
 from fasttrain.checkpoints.async_save import Saver
 from fasttrain.checkpoints.init_weights import initialise
-from fasttrain.checkpoints.run_dir import before_streak, leave_after, require_own, write_recipe
-from fasttrain.config.schema import Checkpoints, Recipe
+from fasttrain.checkpoints.run_dir import abandon_later, check_overwritable, newest_before_failures, write_recipe
+from fasttrain.config.schema import CheckpointConfig, Recipe
 from fasttrain.data.index import Index, require_classes
 from fasttrain.distributed.ranks import Ranks, StopSignals
 from fasttrain.distributed.watchdog import EVALUATING, SAVING, TRAINING, WAITING, Watch
 from fasttrain.evaluation.evaluate import evaluate
 from fasttrain.evaluation.predictions import Scores
 from fasttrain.losses.distillation import Distillation
-from fasttrain.models import Classifier, outlined, tried
-from fasttrain.pipelines.eval_loader import Evaluation
+from fasttrain.models import Classifier, build_on_meta, check_input_shape
+from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
-from fasttrain.pipelines.views import named
+from fasttrain.pipelines.views import views_by_name
 from fasttrain.prepare import decoder_of
 from fasttrain.training.guard import REPORT, Diverged
 from fasttrain.training.meter import Log
@@ -67,14 +67,14 @@ def train(
     with StopSignals() as signals:
         while True:
             try:
-                return course(recipe, out, train_index, val_index, ranks, signals, resume_from)
+                return train_loop(recipe, out, train_index, val_index, ranks, signals, resume_from)
             except Diverged as fault:
-                resume_from = ranks.from_first(partial(go_back, out, fault, train_index, recipe.guard.rewinds))
+                resume_from = ranks.from_first(partial(rewind, out, fault, train_index, recipe.guard.rewinds))
                 if resume_from is None:
                     raise RunError(f"{fault}; {printable(out / REPORT)} has the steps and their images") from None
 
 
-def course(
+def train_loop(
     recipe: Recipe,
     out: Path,
     train_index: Index,
@@ -86,15 +86,17 @@ def course(
     """The loop: what `train` does, up to the end or to where a guard has to go back, which it raises as Diverged."""
     device = ranks.device
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
-    tried(outlined(recipe, len(train_index.classes)), recipe.arch, plan.micro_batch * plan.views, recipe.image_size)
+    check_input_shape(
+        build_on_meta(recipe, len(train_index.classes)), recipe.arch, plan.micro_batch * plan.views, recipe.image_size
+    )
     teacher = load_teacher(recipe, train_index.classes, device)
     torch.manual_seed(recipe.seed)
     model = Classifier.of(recipe, len(train_index.classes))
-    identity = resume.identity(recipe, train_index)
+    run_fingerprint = resume.run_fingerprint(recipe, train_index)
     start, best, scores, rewinds, changed, notes = 0, None, None, 0, [], []
     saved = checkpoint.load(resume_from) if resume_from is not None else None
     if saved is not None:
-        changed = resume.accepted(saved, identity, recipe.resume.allow)
+        changed = resume.check_compatible(saved, run_fingerprint, recipe.resume.allow)
         if saved.meta["world"] != ranks.world:
             changed.append(f"ranks were {saved.meta['world']} and are {ranks.world}")
         decoder = saved.meta["recipe"]["machine"].get("decoder", recipe.machine.decoder)
@@ -131,8 +133,8 @@ def course(
     threads = ranks.threads(recipe.machine.workers)
     evaluation = None
     if val_index is not None:
-        views = named("center", recipe.image_size)
-        evaluation = Evaluation(
+        views = views_by_name("center", recipe.image_size)
+        evaluation = EvalLoader(
             val_index,
             views,
             plan.micro_batch,
@@ -181,13 +183,13 @@ def course(
             watch.at(step, TRAINING)
             if recipe.machine.hash_batches:
                 ids = [train_index.ids[number] for number in numbers.tolist()]
-                rows = hashes(pixels, ids * plan.rows_an_image)
+                rows = hashes(pixels, ids * plan.views_total)
                 seen.extend(each for image in range(len(ids)) for each in rows[image :: len(ids)])
             yield Images(pixels, numbers)
             watch.at(step, WAITING)
 
     feed = watched()
-    with closing(log), saver, watch, collecting_apart(), memory_named(plan):
+    with closing(log), saver, watch, gc_paused(), explain_out_of_memory(plan):
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
             train_step(step, feed)
@@ -204,7 +206,7 @@ def course(
                 log.train(epoch, done, train_step.lr_at(step), means)
                 for name in logged.keys() & means:
                     logged[name].append(means[name])
-                saver.look()
+                saver.poll()
                 if failed:
                     log.failed(done, failed)
                 if streak >= recipe.guard.patience:
@@ -240,7 +242,7 @@ def course(
                 meters = ranks.gather(meter.state())
                 if ranks.first:
                     meta = {
-                        **identity,
+                        **run_fingerprint,
                         "epoch_steps": plan.steps_per_epoch,
                         "world": ranks.world,
                         "shift": plan.shift,
@@ -274,14 +276,14 @@ def course(
 COLLAPSED = "its mean stayed at the margin, as if all images were one; lower lr_scale or the loss's weight"
 
 
-def go_back(out: Path, fault: Diverged, index: Index, rewinds: int) -> Path | None:
+def rewind(out: Path, fault: Diverged, index: Index, rewinds: int) -> Path | None:
     """The checkpoint from which a run that has diverged goes on, past the images at which it did; or None, and a
     report in the run's folder, where it has gone back `rewinds` times or has none."""
-    found = before_streak(out) if fault.rewinds < rewinds else None
+    found = newest_before_failures(out) if fault.rewinds < rewinds else None
     if found is None:
         fault.report(out, index)
         return None
-    leave_after(out, found)
+    abandon_later(out, found)
 
     def changes(meta: dict[str, Any]) -> dict[str, Any]:
         step = resume.step_of(meta, fault.plan.steps_per_epoch)
@@ -298,7 +300,7 @@ def hashes(pixels: Tensor, ids: Sequence[str]) -> list[str]:
     return [sha256(os.fsencode(name) + b"\0" + row.tobytes()).hexdigest() for name, row in zip(ids, rows, strict=True)]
 
 
-def saves_at(settings: Checkpoints, step: int, steps_per_epoch: int) -> bool:
+def saves_at(settings: CheckpointConfig, step: int, steps_per_epoch: int) -> bool:
     """Whether a run saves after so many steps."""
     return is_multiple(step, settings.every_steps) or is_multiple(step, settings.every_epochs * steps_per_epoch)
 
@@ -358,7 +360,7 @@ def about_groups(plan: Plan) -> str:
 
 def about_views(plan: Plan, recipe: Recipe) -> str:
     """What a run whose images have several views says of itself at its start."""
-    rows = plan.rows_an_image
+    rows = plan.views_total
     if rows == 1:
         return ""
     line = f"{rows} views of each image, {rows * plan.batch_size} a step"
@@ -369,7 +371,7 @@ def about_views(plan: Plan, recipe: Recipe) -> str:
 
 
 @contextmanager
-def collecting_apart() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Python's garbage collector rests meanwhile, and leaves alone what is there now: its pauses come at any moment,
     and hosts that feed several GPUs wait for the slowest."""
     was_on = gc.isenabled()
@@ -385,7 +387,7 @@ def collecting_apart() -> Iterator[None]:
 
 
 @contextmanager
-def memory_named(plan: Plan) -> Iterator[None]:
+def explain_out_of_memory(plan: Plan) -> Iterator[None]:
     """Turns the end of the GPU's memory into `out_of_memory`."""
     try:
         yield
@@ -405,13 +407,13 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     """What `train` would do from the start, as text, found without running anything. Raises UserError as it does."""
     plan = Plan.of(recipe, train_index, ranks.world, ranks.rank)
     rows = plan.micro_batch * plan.views
-    model = outlined(recipe, len(train_index.classes))
-    output = tried(model, recipe.arch, rows, recipe.image_size)
+    model = build_on_meta(recipe, len(train_index.classes))
+    output = check_input_shape(model, recipe.arch, rows, recipe.image_size)
     require_init(recipe)
     if recipe.init.weights:
         initialise(model, recipe.init, recipe.arch, train_index.classes)
     load_teacher(recipe, train_index.classes, torch.device("cpu"))
-    require_own(out)
+    check_overwritable(out)
     weights = sum(each.numel() for each in model.parameters())
     weighing = sum(each.nbytes for each in model.state_dict().values())
     state = weighing * (2 if recipe.ema.decay else 1) + sum(each.nbytes for each in model.parameters())

@@ -21,7 +21,7 @@ def _decode_one() -> Any:
     return decode(fn.io.file.read(path), Decoder("cpu"), on_gpu=False)
 
 
-def trouble(path: str, size: Sequence[int] | None = None) -> str:
+def decode_problem(path: str, size: Sequence[int] | None = None) -> str:
     """Why an image cannot be read and decoded, or nothing where it can. size: (height, width) in the index; with
     another size, the crops that were planned may be outside the image."""
     try:
@@ -69,7 +69,7 @@ def substitutes(
     """
     for number in numbers.tolist():
         size = index.sizes[number]
-        reason = "its header cannot be read" if size[0] == 0 else trouble(index.paths[number], size)
+        reason = "its header cannot be read" if size[0] == 0 else decode_problem(index.paths[number], size)
         if not reason:
             continue
         require_folder(index.paths[number])
@@ -77,7 +77,7 @@ def substitutes(
         start = int(np.searchsorted(same, number)) + 1
         for other in np.roll(same, -start)[:-1].tolist():
             size = index.sizes[other]
-            if size[0] and replacement[other] == other and not trouble(index.paths[other], size):
+            if size[0] and replacement[other] == other and not decode_problem(index.paths[other], size):
                 yield number, other, Skip(index.paths[number], reason, index.paths[other])
                 break
         else:
@@ -89,7 +89,7 @@ def decode_error(error: Exception, paths: Sequence[str], sizes: NDArray[np.int32
     """A RunError that names the first of `paths` that cannot be read and decoded, or all of the batch if each can.
     sizes: int32 [N, 2], those in the index. Raises one itself where a folder has gone."""
     for path, size in zip(paths, sizes, strict=True):
-        reason = trouble(path, size)
+        reason = decode_problem(path, size)
         if reason:
             require_folder(path)
             return RunError(f"cannot decode {printable(path)}: {reason}; mend or remove it")

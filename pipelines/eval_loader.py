@@ -78,7 +78,7 @@ def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) ->
     return (*views, numbers)
 
 
-class Evaluation:
+class EvalLoader:
     """Batches of all of an index's images for one rank, again and again: each `iter` starts a new pass.
 
     Rank r of w has a contiguous share; shares differ by one image at most and cover every image exactly once.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.config.schema import Augment, Mix, Recipe
+from fasttrain.config.schema import AugmentConfig, MixConfig, Recipe
 from fasttrain.data.index import Index
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import autoaugment, erasing, randaugment
@@ -45,7 +45,7 @@ def image_draws(
     epoch: int,
     images: NDArray[np.int64],
     sizes: NDArray[np.int32],
-    augment: Augment,
+    augment: AugmentConfig,
     size: int,
     view: int = 0,
 ) -> Draws:
@@ -63,12 +63,12 @@ def image_draws(
     return Draws(crop, flip, op, strength, erased)
 
 
-def operations_of(augment: Augment) -> int:
+def operations_of(augment: AugmentConfig) -> int:
     """How many operations an image goes through, one after another."""
     return augment.randaugment or (0 if augment.autoaugment == "none" else len(autoaugment.POLICY[0]))
 
 
-def _policy(augment: Augment) -> tuple[_Choose, int]:
+def _policy(augment: AugmentConfig) -> tuple[_Choose, int]:
     """What turns uniforms [count, n] into operations and strengths [n, slots], and count."""
     if augment.randaugment:
         slots = augment.randaugment
@@ -133,7 +133,7 @@ def cutmix_box(rng: np.random.Generator, size: int, alpha: float) -> Box:
     return Box(max(y - half, 0), min(y + half, size), max(x - half, 0), min(x + half, size))
 
 
-def step_mix(seed: int, epoch: int, step: int, size: int, mix: Mix) -> Box | float | None:
+def step_mix(seed: int, epoch: int, step: int, size: int, mix: MixConfig) -> Box | float | None:
     """What the global step mixes by: CutMix's box, mixup's λ ~ Beta(α, α) (Zhang et al. 2018), or None."""
     rng = passing_generator(seed, STEP, epoch, step)
     choice = rng.random()
@@ -162,8 +162,8 @@ class Plan:
     batch_size: int
     micro_batch: int
     epochs: int
-    augment: Augment
-    mix: Mix
+    augment: AugmentConfig
+    mix: MixConfig
     groups: Groups | None = None
     views: int = 1
     aside: int = 0
@@ -210,7 +210,7 @@ class Plan:
         )
 
     @property
-    def rows_an_image(self) -> int:
+    def views_total(self) -> int:
         """How many views of an image there are, mixed or aside."""
         return self.views + self.aside
 
@@ -249,7 +249,7 @@ class Plan:
         """
         epoch, position = self.place(step)
         by = step_mix(self.seed, epoch, position, self.image_size, self.mix)
-        params = mix_kernel.plain_params(self.micro_batch * self.rows_an_image)
+        params = mix_kernel.plain_params(self.micro_batch * self.views_total)
         if by is None:
             return params, False
         part = 1 + self.rank * self.micro_batches + micro

@@ -43,7 +43,7 @@ class Source:
             raise StopIteration
         plan, numbers = self.plan, self.numbers(info.iteration)
         sizes = self.index.sizes[numbers]
-        views = [plan.draws(step, numbers, sizes, view) for view in range(plan.rows_an_image)]
+        views = [plan.draws(step, numbers, sizes, view) for view in range(plan.views_total)]
         start = np.min([each.crop[:, :2] for each in views], 0)  # of the least box that has all views' crops
         end = np.max([each.crop[:, :2] + each.crop[:, 2:] for each in views], 0)
         batch: list[Any] = [
@@ -59,7 +59,7 @@ class Source:
     def _view(self, draws: Draws, start: NDArray[np.int32]) -> list[Any]:
         """What the graph asks for to make a view out of what was decoded from `start` on."""
         plan, crop, nought = self.plan, draws.crop, np.zeros(len(start))
-        made: list[Any] = [] if plan.rows_an_image == 1 else [crop[:, :2] - start, crop[:, 2:]]
+        made: list[Any] = [] if plan.views_total == 1 else [crop[:, :2] - start, crop[:, 2:]]
         # A resize that reads from right to left is a flip. Corners are (y, x), relative to the crop.
         made += [np.stack([nought, draws.flip], 1).astype(np.float32)]
         made += [np.stack([nought + 1, ~draws.flip], 1).astype(np.float32)]
@@ -88,7 +88,7 @@ def graph(
     Gives uint8 HWC images, view after view, and their numbers. feed: what gives the source's batches (default: the
     source itself, when it is asked)."""
     plan = source.plan
-    views = plan.rows_an_image
+    views = plan.views_total
     inputs = _inputs(plan)
     paths, numbers, anchor, shape, *args = fn.external_source(
         source=feed or source,
@@ -108,7 +108,7 @@ def graph(
 
 def _inputs(plan: Plan) -> list[tuple[Any, int]]:
     """DALI's type and the dimensions of each array of `Source._view`."""
-    inputs: list[tuple[Any, int]] = [] if plan.rows_an_image == 1 else [(types.INT32, 1), (types.INT32, 1)]
+    inputs: list[tuple[Any, int]] = [] if plan.views_total == 1 else [(types.INT32, 1), (types.INT32, 1)]
     inputs += [(types.FLOAT, 1), (types.FLOAT, 1)]
     inputs += operations_of(plan.augment) * _OPERATION
     return inputs + [(types.FLOAT, 1), (types.FLOAT, 1)] * bool(plan.augment.erase)
@@ -118,7 +118,7 @@ def _view(images: Any, args: Any, plan: Plan, on_gpu: bool) -> Any:
     """One view of the images, of the nodes that `_inputs` lists."""
     size = plan.image_size
     at = 0
-    if plan.rows_an_image > 1:
+    if plan.views_total > 1:
         images = fn.slice(images, args[0], args[1], axis_names="HW", normalized_anchor=False, normalized_shape=False)
         at = 2
     images = fn.resize(

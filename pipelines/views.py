@@ -45,7 +45,7 @@ class Views:
         return len(self.crops) * (2 if self.flip else 1)
 
 
-def named(name: str, image_size: int, sizes: tuple[int, ...] = ()) -> Views:
+def views_by_name(name: str, image_size: int, sizes: tuple[int, ...] = ()) -> Views:
     """The views of a name, for a network trained at image_size, or at other sizes (`sizes`, in pixels).
 
     center: one central crop. report: at four sizes (224, 320, 380 and 448 for 224, and otherwise as many times

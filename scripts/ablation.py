@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout nee
 from fasttrain import recipes
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import open_run
-from fasttrain.config.schema import Augment, Ema, Init, Mix, Optim, Recipe
+from fasttrain.config.schema import AugmentConfig, EmaConfig, InitConfig, MixConfig, OptimConfig, Recipe
 from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import ranks
 from fasttrain.evaluation.evaluate import evaluate
@@ -41,8 +41,8 @@ from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
-from fasttrain.pipelines.eval_loader import Evaluation
-from fasttrain.pipelines.views import named
+from fasttrain.pipelines.eval_loader import EvalLoader
+from fasttrain.pipelines.views import views_by_name
 from fasttrain.prepare import resolve_auto
 from fasttrain.train import train
 from fasttrain.training.step import DTYPES
@@ -198,26 +198,26 @@ def recipe_of(args: argparse.Namespace, run: str, seed: int, stage1: Path) -> Re
         batch_size=args.batch_size,
         epochs=args.epochs,
         seed=seed,
-        optim=Optim(lr=args.lr, lr_batch=0),
-        augment=Augment(crop_area=(args.crop_area, 1.0)),
-        mix=Mix(cutmix=0.5),
-        ema=Ema(decay=args.ema),
+        optim=OptimConfig(lr=args.lr, lr_batch=0),
+        augment=AugmentConfig(crop_area=(args.crop_area, 1.0)),
+        mix=MixConfig(cutmix=0.5),
+        ema=EmaConfig(decay=args.ema),
     )
     if run == "ce":
         whole = replace(whole, augment=replace(whole.augment, autoaugment="none"))
     if run in ("ce", "autoaugment"):
-        whole = replace(whole, mix=Mix(cutmix=0))
+        whole = replace(whole, mix=MixConfig(cutmix=0))
     if args.method == "attract_repulse":
         # Small images and few epochs: RandAugment and erasing have a row of their own.
-        strong = recipes.attracting(whole).augment if run == "randaugment" else Augment(autoaugment="none")
+        strong = recipes.stage1(whole).augment if run == "randaugment" else AugmentConfig(autoaugment="none")
         augment = replace(strong, crop_area=whole.augment.crop_area)
         epochs = args.epochs * 4 // 5 if run.startswith("stage2") else args.epochs
-        whole = replace(whole, losses=LOSSES[run], augment=augment, mix=Mix(cutmix=0.5), epochs=epochs)
+        whole = replace(whole, losses=LOSSES[run], augment=augment, mix=MixConfig(cutmix=0.5), epochs=epochs)
     elif run in COMBINATION:
         whole = recipes.second_stage(whole, COMBINATION[run])
     if run.startswith("stage2"):
         # Another seed, so that the control does not see stage 1's batches again.
-        whole = replace(whole, seed=1000 + seed, init=Init(weights=str(stage1), averaged=False))
+        whole = replace(whole, seed=1000 + seed, init=InitConfig(weights=str(stage1), averaged=False))
     if run == "stage2-light-triplet":
         whole = replace(whole, losses=(whole.losses[0], Triplet(weight=0.1)))
     return replace(whole, machine=replace(whole.machine, workers=args.workers, log_steps=100))
@@ -233,8 +233,8 @@ def trained(args: argparse.Namespace, data: Path, out: Path, seed: int, row: Row
         train(recipe, out, scan(data / "train"), None, here, start)
         val = scan(data / "val")
         model, _, _ = checkpoint.network(out / "last", averaged=row.averaged)
-        centre = named("center", args.image_size)
-        crops = Evaluation(val, centre, args.batch_size, here.device, here.threads(args.workers))
+        centre = views_by_name("center", args.image_size)
+        crops = EvalLoader(val, centre, args.batch_size, here.device, here.threads(args.workers))
         return evaluate(model.to(here.device), crops, val, here, DTYPES[recipe.precision]).top1
 
 

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain.benchmarks import common
 from fasttrain.checkpoints import checkpoint
-from fasttrain.config.schema import Optim
+from fasttrain.config.schema import OptimConfig
 from fasttrain.models import ARCHS, Classifier
 from fasttrain.training import optim
 
@@ -40,7 +40,7 @@ META |= {"rewinds": 0, "streak": 0, "meters": [], "logged": {}}
 def made(arch: str, device: torch.device) -> checkpoint.State:
     """A network with the momentum of its optimizer."""
     model = Classifier(arch, 1000).to(device).to(memory_format=torch.channels_last)
-    return checkpoint.State(model, optim.sgd(model, Optim()), torch.amp.GradScaler(device.type, enabled=False))
+    return checkpoint.State(model, optim.sgd(model, OptimConfig()), torch.amp.GradScaler(device.type, enabled=False))
 
 
 def seconds(arch: str, device: torch.device, home: Path, rounds: int) -> dict[str, list[float]]:

@@ -25,12 +25,12 @@ from fasttrain import recipes
 from fasttrain.benchmarks import step as step_benchmark
 from fasttrain.benchmarks.common import OWN, write_figures
 from fasttrain.benchmarks.pipeline import repeated
-from fasttrain.config.schema import Data
+from fasttrain.config.schema import DataConfig
 from fasttrain.data.index import open_data
 from fasttrain.pipelines.ahead import Ahead
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import PREFETCH, Source, build
-from fasttrain.training.inputs import Present
+from fasttrain.training.inputs import InputBuilder
 
 STEPS = 40
 TARGET = 2500  # images per second; what a step of a batch may take at that rate
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 def main(data: str, batches: tuple[int, ...], steps: int, json_path: Path | None) -> None:
     """Measure, and print a line per batch size."""
     torch.set_num_threads(1)
-    photos, _ = open_data(Data(train=(data,)))
+    photos, _ = open_data(DataConfig(train=(data,)))
     *_, rows = step_benchmark.host(CPU, rounds=5, only=[OWN])
     loop = rows[0].seconds * 1e3
     found = []
@@ -99,7 +99,7 @@ def dali(source: Source, steps: int) -> float:
 
 
 def staging(plan: Plan, labels: Any) -> Callable[[int], Any]:
-    present = Present(plan, torch.from_numpy(labels), CPU, torch.bfloat16)
+    present = InputBuilder(plan, torch.from_numpy(labels), CPU, torch.bfloat16)
     pixels = torch.zeros(plan.micro_batch, 8, 8, 3, dtype=torch.uint8)
     return lambda step: present.stage(step, 0, pixels, torch.from_numpy(plan.images(step, 0).copy()))
 

@@ -17,13 +17,13 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain.benchmarks import common
-from fasttrain.config.schema import DECODERS, Data, Machine
+from fasttrain.config.schema import DECODERS, DataConfig, MachineConfig
 from fasttrain.data.index import Index, open_data
 from fasttrain.distributed.ranks import Ranks, ranks
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
-from fasttrain.pipelines.eval_loader import Evaluation
-from fasttrain.pipelines.views import named
+from fasttrain.pipelines.eval_loader import EvalLoader
+from fasttrain.pipelines.views import views_by_name
 
 SIZES = (224, 448)
 
@@ -38,12 +38,12 @@ SIZES = (224, 448)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def main(data: str, device: str, images: int, kinds: tuple[str, ...], json_path: Path | None) -> None:
     """Measure, and print a line per decoder and size."""
-    index, _ = open_data(Data(train=(data,)))
+    index, _ = open_data(DataConfig(train=(data,)))
     rows = []
     with ranks(device) as here:
         usual = [kind for kind in DECODERS[1:] if kind not in decoders.rule().refused]
         for kind, size in itertools.product(kinds or (usual if device == "cuda" else ["cpu"]), SIZES):
-            decoder = Decoder(decoders.resolve(kind, here.device), Machine().hardware_load)
+            decoder = Decoder(decoders.resolve(kind, here.device), MachineConfig().hardware_load)
             found = differences(index, size, images, decoder, here)
             row = {"decoder": decoder.kind, "size": size, "images": len(found), "mean": float(found.mean())}
             row |= {"most": int(found.max()), "worst_image_mean": float(found.mean((1, 2, 3)).max())}
@@ -57,7 +57,7 @@ def differences(index: Index, size: int, images: int, decoder: Decoder, here: Ra
     """|pipeline - PIL| of each image's central crop, int16 [N, size, size, 3]."""
     as_pil = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)])
     found: list[NDArray[np.int16]] = []
-    batches = Evaluation(index, named("center", size), 16, here.device, here.threads(0), decoder=decoder)
+    batches = EvalLoader(index, views_by_name("center", size), 16, here.device, here.threads(0), decoder=decoder)
     for crops, numbers in batches:
         for pixels, number in zip(crops[0].cpu().numpy(), numbers.tolist(), strict=True):
             with Image.open(index.paths[number]) as image:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain.benchmarks.common import require_own
+from fasttrain.benchmarks.common import check_overwritable
 from fasttrain.models import ARCHS, Classifier
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import replacing
@@ -94,7 +94,7 @@ def count(model: nn.Module, batch: int, size: int) -> tuple[Traffic, int]:
 def main(archs: tuple[str, ...], batch_size: int, image_size: int, json_path: Path | None) -> None:
     try:
         if json_path:
-            require_own(json_path)
+            check_overwritable(json_path)
     except UserError as error:
         raise click.ClickException(str(error)) from None
     rows = []

@@ -9,7 +9,7 @@ import torch
 from test_train import events, index, run, tiny  # noqa: F401 (index is a fixture)
 
 from fasttrain import recipes
-from fasttrain.config.schema import Mix, Optim
+from fasttrain.config.schema import MixConfig, OptimConfig
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
 from fasttrain.models import Classifier
@@ -53,7 +53,7 @@ def test_the_rungs_have_the_papers_numbers():
     assert (baseline.batch_size, baseline.peak_lr, baseline.epochs) == (256, 0.1, 120)
     assert (efficient.batch_size, efficient.peak_lr, efficient.optim.warmup_epochs) == (1024, 0.4, 5.0)
     assert efficient.optim.step_epochs == (30, 60, 90) and efficient.optim.step_factor == 0.1
-    assert mixup.mix == Mix(cutmix=0, mixup=1.0, mixup_alpha=0.2)
+    assert mixup.mix == MixConfig(cutmix=0, mixup=1.0, mixup_alpha=0.2)
     assert both.losses == (CrossEntropy(0.1), Distillation(temperature=20.0))
 
 
@@ -68,8 +68,8 @@ def test_linear_scaling_is_a_setting():
 
 
 def rates(**settings) -> np.ndarray:
-    recipe = tiny(epochs=120, batch_size=256, optim=Optim(**settings))
-    return np.array([optim.rate(recipe, 10)(step) for step in range(1200)])
+    recipe = tiny(epochs=120, batch_size=256, optim=OptimConfig(**settings))
+    return np.array([optim.lr_schedule(recipe, 10)(step) for step in range(1200)])
 
 
 def test_the_warm_up_has_its_length_and_leaves_the_peak():
@@ -150,12 +150,12 @@ def test_the_tweaks_are_timms_networks(arch):
 
 def test_smoothing_and_mixup_are_settings_of_the_loop(index, tmp_path):  # noqa: F811
     """The same run but for one setting: each reaches the loop, where the first loss is another."""
-    base = tiny(epochs=1, mix=Mix(cutmix=0), losses=(CrossEntropy(0.0),))
+    base = tiny(epochs=1, mix=MixConfig(cutmix=0), losses=(CrossEntropy(0.0),))
     losses: dict[str, float] = {}
     variants: dict[str, dict] = {
         "base": {},
         "smoothing": {"losses": (CrossEntropy(0.1),)},
-        "mixup": {"mix": Mix(cutmix=0, mixup=1)},
+        "mixup": {"mix": MixConfig(cutmix=0, mixup=1)},
     }
     for name, changes in variants.items():
         run(replace(base, **changes), tmp_path / name, index)

@@ -19,7 +19,7 @@ from PIL import Image
 from fasttrain import recipes
 from fasttrain.benchmarks import common, kernels, pipeline, step, train
 from fasttrain.cli.main import main
-from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, Augment
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from fasttrain.data.index import Index, scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation.evaluate import normalised
@@ -30,7 +30,7 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 LOADERS: dict[str, pipeline.Loader] = {
     common.OWN: pipeline.ours,
     pipeline.GROUPED: partial(pipeline.grouped, images_per_class=2),
-    pipeline.LINEAR: partial(pipeline.ours, augment=Augment(autoaugment="none", warps="linear")),
+    pipeline.LINEAR: partial(pipeline.ours, augment=AugmentConfig(autoaugment="none", warps="linear")),
     pipeline.TIMM: pipeline.timms,
     pipeline.TORCHVISION: pipeline.torchvisions,
     pipeline.STOCK: pipeline.stock,
@@ -359,7 +359,7 @@ def test_timms_weights_and_images_have_the_layout_that_is_named(layout):
 
 
 def test_a_step_of_several_views_is_told_beside_one_of_one_view():
-    second = recipes.calibrating(recipes.attracting(tiny()))
+    second = recipes.stage2(recipes.stage1(tiny()))
     recipe = replace(tiny(), losses=second.losses, ema=second.ema)
     rows = flat(step.step([recipe], CPU, classes=10, rounds=1, steps=1, warm_up=1))
     assert [each.contender for each in rows][:2] == [common.OWN, "fasttrain, CE on one view"]

@@ -9,7 +9,7 @@ from nvidia import dali
 
 from fasttrain import __version__
 from fasttrain.checkpoints import checkpoint
-from fasttrain.config.schema import Optim
+from fasttrain.config.schema import OptimConfig
 from fasttrain.models import Classifier
 from fasttrain.training import optim
 from fasttrain.training.state import State
@@ -30,7 +30,7 @@ def state(seed=0, steps=2):
     """A channels-last network and its optimizer after a few steps."""
     torch.manual_seed(seed)
     model = Classifier("test_resnet", 4).to(memory_format=torch.channels_last)
-    optimizer = optim.sgd(model, Optim())
+    optimizer = optim.sgd(model, OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     for _ in range(steps):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain.config.schema import Data
+from fasttrain.config.schema import DataConfig
 from fasttrain.data import index as dataset
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
@@ -150,9 +150,9 @@ def test_split_folders_are_found(tmp_path):
     for split in ("train", "val"):
         for name in ("ape", "zebra"):
             picture(tmp_path / "d" / split / name / f"{split}.jpg")
-    train, val = dataset.open_data(Data(train=(str(tmp_path / "d"),)))
+    train, val = dataset.open_data(DataConfig(train=(str(tmp_path / "d"),)))
     assert train.ids[0] == "ape/train.jpg" and val is not None and val.ids[0] == "ape/val.jpg"
-    alone, none = dataset.open_data(Data(train=(str(tmp_path / "d" / "train"),)))
+    alone, none = dataset.open_data(DataConfig(train=(str(tmp_path / "d" / "train"),)))
     assert none is None and alone.fingerprint() == train.fingerprint()
 
 
@@ -160,17 +160,23 @@ def test_merging_takes_both_folders_and_no_validation(tmp_path):
     for split in ("train", "val"):
         for name in ("ape", "zebra"):
             picture(tmp_path / split / name / f"{split}.jpg")
-    both, none = dataset.open_data(Data(train=(str(tmp_path / "train"), str(tmp_path / "val"))))
+    both, none = dataset.open_data(DataConfig(train=(str(tmp_path / "train"), str(tmp_path / "val"))))
     assert none is None and len(both) == 4 and both.labels.tolist() == [0, 1, 0, 1]
-    refuse("is named twice", dataset.open_data, Data(train=(str(tmp_path / "train"),) * 2))
-    refuse("also trained on", dataset.open_data, Data(train=(str(tmp_path / "train"),), val=str(tmp_path / "train")))
+    refuse("is named twice", dataset.open_data, DataConfig(train=(str(tmp_path / "train"),) * 2))
+    refuse(
+        "also trained on", dataset.open_data, DataConfig(train=(str(tmp_path / "train"),), val=str(tmp_path / "train"))
+    )
 
 
 def test_other_classes_are_refused_by_name(small, tmp_path):
     picture(tmp_path / "val" / "ape" / "a.jpg")
     picture(tmp_path / "val" / "yak" / "a.jpg")
-    refuse("class 'zebra' is in .* but not in", dataset.open_data, Data(train=(str(small),), val=str(tmp_path / "val")))
-    refuse("class 'zebra'", dataset.open_data, Data(train=(str(small), str(tmp_path / "val"))))
+    refuse(
+        "class 'zebra' is in .* but not in",
+        dataset.open_data,
+        DataConfig(train=(str(small),), val=str(tmp_path / "val")),
+    )
+    refuse("class 'zebra'", dataset.open_data, DataConfig(train=(str(small), str(tmp_path / "val"))))
 
 
 def test_the_fingerprint_sees_images_not_places(small, tmp_path):

@@ -20,7 +20,7 @@ from test_train import events, part_of, run, tiny
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.async_save import Saver
-from fasttrain.config.schema import Checkpoints, Data
+from fasttrain.config.schema import CheckpointConfig, DataConfig
 from fasttrain.training import optim
 from fasttrain.training.meter import Log
 from fasttrain.training.state import State
@@ -76,7 +76,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(demo_set, tmp
 
 def test_a_full_disk_may_be_trained_past(index, tmp_path, monkeypatch, capsys):
     """Saves fail after the first epoch until before the last: the run goes on, and the last one has to succeed."""
-    recipe = tiny(epochs=4, checkpoint=Checkpoints(on_error="go_on"))
+    recipe = tiny(epochs=4, checkpoint=CheckpointConfig(on_error="go_on"))
     run(recipe, tmp_path / "whole", index, index)
     honest, full = checkpoint.save_file, [0]
 
@@ -158,7 +158,7 @@ def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch, seen, tops, f
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     monkeypatch.setattr(Saver, "look", Saver.finish if seen == "at once" else lambda self: None)
-    result = run(tiny(epochs=4, checkpoint=Checkpoints(on_error="go_on", keep=9)), tmp_path / "run", index, index)
+    result = run(tiny(epochs=4, checkpoint=CheckpointConfig(on_error="go_on", keep=9)), tmp_path / "run", index, index)
     assert result.best == best and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == best
     assert checkpoint.load(tmp_path / "run" / "last").meta["best"] == best
 
@@ -172,11 +172,11 @@ def test_a_disk_without_links(index, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "symlink", symlink)
         patch.setattr(os, "link", symlink)
-        recipe = tiny(epochs=2, checkpoint=Checkpoints(keep=1))
+        recipe = tiny(epochs=2, checkpoint=CheckpointConfig(keep=1))
         run(recipe, tmp_path / "run", index, index)
         assert (tmp_path / "run" / "last").read_text() == "checkpoints/step-00000006\n"
         assert checkpoint.find(tmp_path / "run" / "last").name == "step-00000006"
-        assert checkpoint.find(tmp_path / "run").name == checkpoint.pointed(tmp_path / "run" / "best").name
+        assert checkpoint.find(tmp_path / "run").name == checkpoint.read_link(tmp_path / "run" / "best").name
         assert run(recipe, tmp_path / "run", index, index).steps == 6
         kept = {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()}
         assert kept == {"step-00000006", checkpoint.find(tmp_path / "run").name}
@@ -193,7 +193,7 @@ def test_a_disk_that_answers_with_errors_is_trained_past(index, tmp_path, monkey
         return honest(*args)
 
     monkeypatch.setattr(checkpoint, "_free_name", free_name)
-    run(tiny(epochs=2, checkpoint=Checkpoints(on_error="go_on")), tmp_path / "run", index)
+    run(tiny(epochs=2, checkpoint=CheckpointConfig(on_error="go_on")), tmp_path / "run", index)
     assert [each["event"] for each in events(tmp_path / "run") if "save" in each["event"]] == ["save_failed"]
 
 
@@ -228,7 +228,7 @@ def test_the_loop_does_not_wait_for_the_disk(index, tmp_path, monkeypatch):
 
 def test_what_is_saved_is_of_its_step(index, tmp_path, monkeypatch):
     """The values of the epoch so far, which go on changing while a thread writes them."""
-    recipe = tiny(epochs=2, checkpoint=Checkpoints(every_steps=2, keep=9))
+    recipe = tiny(epochs=2, checkpoint=CheckpointConfig(every_steps=2, keep=9))
     recipe = replace(recipe, machine=replace(recipe.machine, log_steps=1))
     steps: list[int] = []
     honest, advance = checkpoint.save_file, Log.advance
@@ -343,7 +343,7 @@ def test_images_of_which_one_is_gone_are_told_apart_from_all(index, tmp_path):
     moved = replace(index, paths=tuple(copies))
     os.unlink(copies[7])
     with pytest.raises(RunError, match=rf"cannot decode {copies[7]}: it cannot be read \(No such file"):
-        run(tiny(epochs=1, data=Data(train=(str(tmp_path / "data"),))), tmp_path / "run", moved)
+        run(tiny(epochs=1, data=DataConfig(train=(str(tmp_path / "data"),))), tmp_path / "run", moved)
 
 
 def test_weights_are_there_after_a_save_of_a_moved_model(index, tmp_path):

@@ -16,8 +16,8 @@ from test_resume import same
 from test_train import events, part_of, run, tiny
 
 from fasttrain.checkpoints import checkpoint
-from fasttrain.checkpoints.resume import accepted, identity
-from fasttrain.config.schema import Checkpoints, Ema, Machine, Mix, Optim, Resume
+from fasttrain.checkpoints.resume import check_compatible, run_fingerprint
+from fasttrain.config.schema import CheckpointConfig, EmaConfig, MachineConfig, MixConfig, OptimConfig, ResumeConfig
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
@@ -164,7 +164,7 @@ def test_another_number_of_ranks_sees_the_same_images(small, tmp_path):
 
 def test_the_hash_of_several_views_does_not_depend_on_micro_batches(demo_set, tmp_path):
     index = part_of(demo_set, 2)
-    machine = Machine(device="cpu", compile="off", workers=2, hash_batches=True)
+    machine = MachineConfig(device="cpu", compile="off", workers=2, hash_batches=True)
     told = []
     for micro in (0, 5):
         losses = (CrossEntropy(0.1), Contrastive())
@@ -175,7 +175,7 @@ def test_the_hash_of_several_views_does_not_depend_on_micro_batches(demo_set, tm
 
 def test_the_hash_is_that_of_the_images_in_their_order(demo_set, tmp_path):
     index = part_of(demo_set, 6)
-    recipe = tiny(epochs=1, machine=Machine(device="cpu", compile="off", workers=2, hash_batches=True))
+    recipe = tiny(epochs=1, machine=MachineConfig(device="cpu", compile="off", workers=2, hash_batches=True))
     run(recipe, tmp_path / "run", index)
     images = batches(Plan.of(recipe, index), index, torch.device("cpu"), 1)
     for step, (pixels, numbers) in enumerate(images, 1):
@@ -197,18 +197,18 @@ def index(demo_set):
 @pytest.fixture
 def begun(index, tmp_path):
     """A run of 6 steps, of which the checkpoint of step 3 is the last."""
-    run(tiny(checkpoint=Checkpoints(keep=9)), tmp_path / "run", index)
+    run(tiny(checkpoint=CheckpointConfig(keep=9)), tmp_path / "run", index)
     (tmp_path / "run" / "last").unlink()
     (tmp_path / "run" / "last").symlink_to("checkpoints/step-00000003")
     return tmp_path / "run"
 
 
-CHANGED = tiny(seed=3, optim=Optim(momentum=0.8), mix=Mix(cutmix=0.1))
+CHANGED = tiny(seed=3, optim=OptimConfig(momentum=0.8), mix=MixConfig(cutmix=0.1))
 
 
 def test_each_difference_is_named_and_what_is_not_allowed_is_refused(index, begun):
     with pytest.raises(UserError, match=r"momentum was 0.9 and is 0.8; mix.cutmix was 0.5 and is 0.1\. Name.*allow="):
-        run(replace(CHANGED, resume=Resume(("seed",))), begun, index)
+        run(replace(CHANGED, resume=ResumeConfig(("seed",))), begun, index)
     with pytest.raises(UserError) as caught:
         run(CHANGED, begun, index)
     assert "seed was 0 and is 3" in str(caught.value) and "\n" not in str(caught.value)
@@ -216,7 +216,7 @@ def test_each_difference_is_named_and_what_is_not_allowed_is_refused(index, begu
 
 @pytest.mark.parametrize("allow", [("seed", "optim.momentum", "mix.cutmix"), ("mix", "optim", "seed")])
 def test_what_is_allowed_is_said_and_logged(index, begun, capsys, allow):
-    assert run(replace(CHANGED, resume=Resume(allow)), begun, index).steps == 6
+    assert run(replace(CHANGED, resume=ResumeConfig(allow)), begun, index).steps == 6
     told = ["seed was 0 and is 3", "optim.momentum was 0.9 and is 0.8", "mix.cutmix was 0.5 and is 0.1"]
     changed = [each["changed"] for each in events(begun) if each["event"] == "resume"]
     assert [sorted(each) for each in changed] == [sorted(told)]
@@ -231,14 +231,14 @@ def test_other_images_and_classes(index, begun):
         with pytest.raises(UserError, match=message):
             run(tiny(), begun, other)
         with pytest.raises(UserError, match=message):
-            run(tiny(resume=Resume(("seed",))), begun, other)
+            run(tiny(resume=ResumeConfig(("seed",))), begun, other)
     # 50 images make two steps an epoch: the epoch that is done counts as done, not the number of its steps.
-    assert run(tiny(resume=Resume(("data",))), begun, fewer).steps == 4
+    assert run(tiny(resume=ResumeConfig(("data",))), begun, fewer).steps == 4
     assert [each["step"] for each in events(begun) if each["event"] == "resume"] == [2]
 
 
 def test_another_batch_size_goes_on_at_the_same_share_of_the_epoch(index, begun):
-    result = run(tiny(batch_size=10, resume=Resume(("batch_size",))), begun, index)
+    result = run(tiny(batch_size=10, resume=ResumeConfig(("batch_size",))), begun, index)
     assert result.steps == 12
     assert [each["step"] for each in events(begun) if each["event"] == "resume"] == [6]
 
@@ -247,25 +247,25 @@ def test_what_is_advised_is_accepted(index, begun):
     """Also for what only one of the two has, such as a loss that came or went."""
     more = tiny(losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, seed=3)
     saved = checkpoint.load(begun / "last")
-    theirs = replace(saved, meta=saved.meta | identity(more, index))
+    theirs = replace(saved, meta=saved.meta | run_fingerprint(more, index))
     for one, ours in ((saved, more), (theirs, tiny())):
         with pytest.raises(UserError) as caught:
-            accepted(one, identity(ours, index), ())
+            check_compatible(one, run_fingerprint(ours, index), ())
         asked = tuple(json.loads(str(caught.value).split("resume.allow=")[1].rstrip("'")))
         assert {"seed", "losses.triplet.margin"} <= set(asked)
         for allow in (asked, ("losses", "seed", "images_per_class"), ("losses.triplet", "seed", "images_per_class")):
-            assert len(accepted(one, identity(ours, index), allow)) == len(asked)
+            assert len(check_compatible(one, run_fingerprint(ours, index), allow)) == len(asked)
 
 
 def test_an_average_may_begin_on_the_way(index, begun):
-    assert run(tiny(ema=Ema(0.5), resume=Resume(("ema",))), begun, index).steps == 6
+    assert run(tiny(ema=EmaConfig(0.5), resume=ResumeConfig(("ema",))), begun, index).steps == 6
     assert checkpoint.has_average(checkpoint.load(begun / "last"))
 
 
 @pytest.mark.parametrize("name", ["sed", "optim.momentun", "machine", "../x", ""])
 def test_what_cannot_differ_cannot_be_allowed(index, begun, name):
     with pytest.raises(UserError, match=r"resume.allow: nothing called .* can differ"):
-        run(tiny(resume=Resume((name,))), begun, index)
+        run(tiny(resume=ResumeConfig((name,))), begun, index)
 
 
 def test_allowing_is_a_setting(small, tmp_path):

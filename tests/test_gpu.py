@@ -9,7 +9,7 @@ import torch
 from fasttrain import recipes
 from fasttrain import train as training
 from fasttrain.checkpoints.run_dir import open_run
-from fasttrain.config.schema import DECODERS, Augment, Ema, Init, Machine, Mix
+from fasttrain.config.schema import DECODERS, AugmentConfig, EmaConfig, InitConfig, MachineConfig, MixConfig
 from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
@@ -21,10 +21,10 @@ from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
-from fasttrain.pipelines.eval_loader import Evaluation
+from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
-from fasttrain.pipelines.views import named
+from fasttrain.pipelines.views import views_by_name
 from fasttrain.prepare import resolve_auto
 from fasttrain.training import meter
 from fasttrain.training.step import Step
@@ -39,7 +39,7 @@ def index(demo_set):
 
 
 def tiny(**changes):
-    machine = Machine(device="cuda", compile="off", log_steps=1000)
+    machine = MachineConfig(device="cuda", compile="off", log_steps=1000)
     recipe = replace(
         recipes.for_arch("test_resnet"), image_size=64, batch_size=50, epochs=1, machine=machine, **changes
     )
@@ -54,7 +54,7 @@ def safe_decoders():
 @pytest.mark.parametrize("policy", ["none", "imagenet"])
 def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy, kind):
     """nvJPEG rounds otherwise than libjpeg-turbo; without AutoAugment, which may amplify it, pixels stay close."""
-    plan = Plan.of(tiny(augment=Augment(autoaugment=policy)), index)
+    plan = Plan.of(tiny(augment=AugmentConfig(autoaugment=policy)), index)
     decoder = Decoder(kind, hardware_load=0.65)
     for ours, theirs in zip(
         batches(plan, index, GPU, 4, stop_step=4, decoder=decoder),
@@ -69,16 +69,16 @@ def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy, kind):
 
 @pytest.mark.parametrize("kind", safe_decoders())
 def test_evaluation_is_near_the_cpus(index, kind):
-    decoder, views = Decoder(kind, hardware_load=0.65), named("center", 64)
-    on_gpu = Evaluation(index, views, 100, GPU, 4, decoder=decoder)
-    on_cpu = Evaluation(index, views, 100, torch.device("cpu"), 4)
+    decoder, views = Decoder(kind, hardware_load=0.65), views_by_name("center", 64)
+    on_gpu = EvalLoader(index, views, 100, GPU, 4, decoder=decoder)
+    on_cpu = EvalLoader(index, views, 100, torch.device("cpu"), 4)
     for ours, theirs in zip(on_gpu, on_cpu, strict=True):
         assert (ours.pixels[0].cpu().int() - theirs.pixels[0].int()).abs().float().mean() < 2
 
 
 STEPS_ALIKE = 4  # steps until rounding, which every update amplifies, shows in a loss
-SCRATCH = Init(force_scratch=True)
-STRONG = Augment(autoaugment="none", randaugment=2, erase=0.25)
+SCRATCH = InitConfig(force_scratch=True)
+STRONG = AugmentConfig(autoaugment="none", randaugment=2, erase=0.25)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ STRONG = Augment(autoaugment="none", randaugment=2, erase=0.25)
             for precision in ("bf16", "fp16", "fp32")
             for micro in (0, 10)
         ),
-        {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": SCRATCH, "ema": Ema(0.9)},
-        {"losses": (CrossEntropy(), ArcFace()), "init": SCRATCH, "mix": Mix(cutmix=0.3, mixup=0.7)},
-        {"losses": (SymmetricCrossEntropy(), Contrastive(), MeanTeacher()), "ema": Ema(0.9), "augment": STRONG},
+        {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": SCRATCH, "ema": EmaConfig(0.9)},
+        {"losses": (CrossEntropy(), ArcFace()), "init": SCRATCH, "mix": MixConfig(cutmix=0.3, mixup=0.7)},
+        {"losses": (SymmetricCrossEntropy(), Contrastive(), MeanTeacher()), "ema": EmaConfig(0.9), "augment": STRONG},
     ],
 )
 def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
@@ -130,8 +130,8 @@ def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, mo
     told, steps = [], []
     monkeypatch.setattr(training, "Step", lambda *args: steps.append(Step(*args)) or steps[-1])
     for compiled in ("off", how):
-        machine = Machine(compile=compiled, log_steps=1)
-        recipe = tiny(losses=losses, ema=Ema(0.9), micro_batch=micro_batch)
+        machine = MachineConfig(compile=compiled, log_steps=1)
+        recipe = tiny(losses=losses, ema=EmaConfig(0.9), micro_batch=micro_batch)
         recipe = replace(recipe, precision="fp32", machine=machine, epochs=2)
         start = open_run(tmp_path / compiled, "never", recipes.to_toml(recipe))
         training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
@@ -144,11 +144,11 @@ def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"losses": (CrossEntropy(0.1), Triplet(), ArcFace()), "images_per_class": 5, "ema": Ema(0.9)}]
+    "changes", [{}, {"losses": (CrossEntropy(0.1), Triplet(), ArcFace()), "images_per_class": 5, "ema": EmaConfig(0.9)}]
 )
 def test_replayed_steps_wait_for_nothing(index, changes):
     """torch raises at any wait once both kinds of steps are recorded."""
-    recipe = tiny(mix=Mix(cutmix=0.5), **changes)
+    recipe = tiny(mix=MixConfig(cutmix=0.5), **changes)
     recipe = replace(recipe, epochs=4, machine=replace(recipe.machine, compile="graphs"))
     plan = Plan.of(recipe, index)
     model = Classifier.of(recipe, len(index.classes))

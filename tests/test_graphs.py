@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fasttrain import recipes
-from fasttrain.config.schema import Ema, Machine, Mix, Optim
+from fasttrain.config.schema import EmaConfig, MachineConfig, MixConfig, OptimConfig
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
@@ -25,7 +25,7 @@ from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
 from fasttrain.prepare import resolve_auto
 from fasttrain.training.cuda_graphs import PATIENCE, WARM_UP, Graphs
-from fasttrain.training.inputs import Now, Staged
+from fasttrain.training.inputs import HostBatch, StepScalars
 from fasttrain.training.step import Step, require_replayable
 from fasttrain.utils.errors import UserError
 
@@ -112,18 +112,18 @@ def steps_of(recipe, index, recorder, seen):
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "CutMix and mixup": {"mix": Mix(cutmix=0.4, mixup=0.3)},
-    "accumulation": {"mix": Mix(cutmix=0.5), "micro_batch": 6},
-    "never mixed": {"mix": Mix(cutmix=0), "losses": (CrossEntropy(), Triplet()), "images_per_class": 4},
+    "CutMix and mixup": {"mix": MixConfig(cutmix=0.4, mixup=0.3)},
+    "accumulation": {"mix": MixConfig(cutmix=0.5), "micro_batch": 6},
+    "never mixed": {"mix": MixConfig(cutmix=0), "losses": (CrossEntropy(), Triplet()), "images_per_class": 4},
     "triplet and ArcFace": {
-        "mix": Mix(cutmix=0.5),
+        "mix": MixConfig(cutmix=0.5),
         "losses": (CrossEntropy(), Triplet(), ArcFace()),
         "images_per_class": 4,
     },
     "views, mean teacher, weights that follow the epoch": {
-        "mix": Mix(cutmix=0.5),
+        "mix": MixConfig(cutmix=0.5),
         "losses": (SymmetricCrossEntropy(), Contrastive(decay="cosine"), MeanTeacher(ramp_epochs=2)),
-        "ema": Ema(0.8),
+        "ema": EmaConfig(0.8),
     },
 }
 
@@ -134,8 +134,8 @@ def test_replayed_steps_are_the_steps(index, case):
     recipe = tiny(
         epochs=20,
         batch_size=12,
-        optim=Optim(warmup_epochs=5, lr=0.2, lr_batch=0),
-        machine=Machine(device="cpu", compile="off", log_steps=STEPS),
+        optim=OptimConfig(warmup_epochs=5, lr=0.2, lr_batch=0),
+        machine=MachineConfig(device="cpu", compile="off", log_steps=STEPS),
         **CASES[case],
     )
     recipe = resolve_auto(recipe, CPU)
@@ -169,8 +169,8 @@ def compare(found, expected):
 
 
 def test_a_replayed_step_that_is_not_finite_changes_nothing(index):
-    machine = Machine(device="cpu", compile="off", log_steps=STEPS)
-    recipe = resolve_auto(tiny(batch_size=12, mix=Mix(cutmix=0), machine=machine, epochs=20), CPU)
+    machine = MachineConfig(device="cpu", compile="off", log_steps=STEPS)
+    recipe = resolve_auto(tiny(batch_size=12, mix=MixConfig(cutmix=0), machine=machine, epochs=20), CPU)
     factor, states = torch.ones(()), []
 
     def seen(number, step):
@@ -208,9 +208,9 @@ def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
     count = torch.zeros(())
     taped = Taped()
     made = Graphs[torch.Tensor](CPU, {True, False}, taped)
-    batch = Staged(torch.zeros(1, 2, 2, 3), torch.zeros(1), torch.zeros(1, 7), True)
+    batch = HostBatch(torch.zeros(1, 2, 2, 3), torch.zeros(1), torch.zeros(1, 7), True)
     for step in range(PATIENCE + 5):
-        made(lambda now, staged: count.add_(1), Now(0.0, 0.0), 0.1, [batch._replace(mixed=step != 50)])
+        made(lambda now, staged: count.add_(1), StepScalars(0.0, 0.0), 0.1, [batch._replace(mixed=step != 50)])
     assert taped.ran == PATIENCE and taped.replayed == 5 and not made.complete
     assert count == PATIENCE + 5
 
@@ -220,13 +220,13 @@ def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
     [("precision=fp16", "precision bf16 or fp32"), ("optim.impl=apex", "optim.impl=torch")],
 )
 def test_what_cannot_be_replayed_is_refused(index, setting, needs):
-    recipe = recipes.override(tiny(machine=Machine(device="cpu", compile="graphs")), tuple(setting.split("=")))
+    recipe = recipes.override(tiny(machine=MachineConfig(device="cpu", compile="graphs")), tuple(setting.split("=")))
     with pytest.raises(UserError, match=f"machine.compile=graphs replays whole steps and needs {needs}"):
         require_replayable(resolve_auto(recipe, CPU), ALONE)
 
 
 def test_several_ranks_are_refused():
-    recipe = resolve_auto(tiny(machine=Machine(device="cpu", compile="graphs")), CPU)
+    recipe = resolve_auto(tiny(machine=MachineConfig(device="cpu", compile="graphs")), CPU)
     require_replayable(recipe, ALONE)
     with pytest.raises(UserError, match="needs one rank"):
         require_replayable(recipe, replace(ALONE, world=2))

@@ -15,7 +15,15 @@ from torch import nn
 
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
-from fasttrain.config.schema import Checkpoints, Ema, Guard, Init, Machine, Mix, Optim
+from fasttrain.config.schema import (
+    CheckpointConfig,
+    EmaConfig,
+    GuardConfig,
+    InitConfig,
+    MachineConfig,
+    MixConfig,
+    OptimConfig,
+)
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
@@ -62,7 +70,7 @@ def at(out: Path, step: int | str):
     return saved.model | saved.train
 
 
-EVERY = Checkpoints(every_steps=1, keep=99)
+EVERY = CheckpointConfig(every_steps=1, keep=99)
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
@@ -71,7 +79,7 @@ EVERY = Checkpoints(every_steps=1, keep=99)
 def test_a_step_that_is_not_finite_changes_nothing(index, tmp_path, monkeypatch, how, step, micro_batch):
     """Weights, momentum, BatchNorm's statistics and their count; in the first step too, where torch's own fused SGD
     would leave the momentum to whatever is in memory. Of two micro-batches the second is bad."""
-    recipe = tiny(epochs=1, checkpoint=EVERY, micro_batch=micro_batch, optim=Optim(warmup_epochs=0))
+    recipe = tiny(epochs=1, checkpoint=EVERY, micro_batch=micro_batch, optim=OptimConfig(warmup_epochs=0))
     run(recipe, tmp_path / "good", index)
     with monkeypatch.context() as patch:
         if how == "gradient":
@@ -103,7 +111,7 @@ def test_a_step_that_is_not_finite_changes_nothing(index, tmp_path, monkeypatch,
 
 def test_averaged_weights_and_metrics_of_bad_steps(index, tmp_path, monkeypatch):
     """A window without a good step has no loss; the average takes in weights, never what is not finite."""
-    recipe = tiny(epochs=1, checkpoint=EVERY, ema=Ema(0.9))
+    recipe = tiny(epochs=1, checkpoint=EVERY, ema=EmaConfig(0.9))
     poison(monkeypatch, {0, 1})
     run(recipe, tmp_path / "run", index)
     trained = [each for each in events(tmp_path / "run") if each["event"] == "train"]
@@ -122,7 +130,11 @@ def test_the_logged_gradient_norm_is_that_of_the_step(index, tmp_path, monkeypat
         return honest(guard, lr)
 
     monkeypatch.setattr(Guarding, "step", step)
-    run(tiny(epochs=1, machine=Machine(device="cpu", compile="off", log_steps=1, workers=2)), tmp_path / "run", index)
+    run(
+        tiny(epochs=1, machine=MachineConfig(device="cpu", compile="off", log_steps=1, workers=2)),
+        tmp_path / "run",
+        index,
+    )
     found = [each["grad_norm"] for each in events(tmp_path / "run") if each["event"] == "train"]
     assert found == pytest.approx(norms, rel=1e-5) and len(found) == 5
 
@@ -143,7 +155,7 @@ def watch_images(monkeypatch):
     return seen
 
 
-RECIPE = tiny(epochs=3, guard=Guard(patience=2, rewinds=2), checkpoint=Checkpoints(every_steps=1, keep=3))
+RECIPE = tiny(epochs=3, guard=GuardConfig(patience=2, rewinds=2), checkpoint=CheckpointConfig(every_steps=1, keep=3))
 
 
 def test_a_run_goes_back_and_on_with_other_images(index, tmp_path, monkeypatch):
@@ -213,7 +225,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(index, tmp_path, mo
 
 def test_a_learning_rate_without_bounds_is_caught_by_itself(index, tmp_path):
     """Nothing injected: weights that grow beyond float32 make the next losses infinite."""
-    recipe = replace(RECIPE, optim=Optim(lr=1e30, lr_batch=0), guard=Guard(patience=2, rewinds=0), epochs=1)
+    recipe = replace(RECIPE, optim=OptimConfig(lr=1e30, lr_batch=0), guard=GuardConfig(patience=2, rewinds=0), epochs=1)
     with pytest.raises(RunError, match="not finite"):
         run(recipe, tmp_path / "run", index)
 
@@ -224,8 +236,8 @@ def test_triplet_with_accumulation_is_guarded_too(index, tmp_path, monkeypatch):
         losses=(CrossEntropy(0.1), Triplet()),
         images_per_class=2,
         micro_batch=10,
-        mix=Mix(cutmix=0),
-        init=Init(force_scratch=True),
+        mix=MixConfig(cutmix=0),
+        init=InitConfig(force_scratch=True),
     )
     with monkeypatch.context() as patch:
         poison(patch, {13, 14})  # the second micro-batch of step 7 and the first of step 8
@@ -236,7 +248,7 @@ def test_triplet_with_accumulation_is_guarded_too(index, tmp_path, monkeypatch):
 
 
 DEFAULTS = tiny(
-    epochs=6, checkpoint=Checkpoints(every_steps=4), machine=Machine(device="cpu", compile="off", workers=2)
+    epochs=6, checkpoint=CheckpointConfig(every_steps=4), machine=MachineConfig(device="cpu", compile="off", workers=2)
 )
 
 
@@ -254,7 +266,7 @@ def test_with_the_default_settings_a_run_goes_back_too(index, tmp_path, monkeypa
 
 def test_every_failed_step_is_told_where_log_points_are_rare(index, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {0, 3})
-    run(replace(DEFAULTS, epochs=1, guard=Guard(patience=1, rewinds=0)), tmp_path / "run", index)
+    run(replace(DEFAULTS, epochs=1, guard=GuardConfig(patience=1, rewinds=0)), tmp_path / "run", index)
     told = [each for each in events(tmp_path / "run") if each["event"] == "not_finite"]
     assert [each["step"] for each in told[0]["steps"]] == [1, 4]
     # The last step was good, so there is nothing to go back from.
@@ -283,7 +295,7 @@ def test_the_best_before_going_back_stays_the_best(index, tmp_path, monkeypatch)
     tops = iter([0.1, 0.9, 0.3, 0.5, 0.4])  # step 10 comes twice
     monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(tops), 1.0, 100))
     poison(monkeypatch, {9, 10})
-    machine = Machine(device="cpu", compile="off", log_steps=1, workers=2)
+    machine = MachineConfig(device="cpu", compile="off", log_steps=1, workers=2)
     result = run(replace(RECIPE, epochs=4, machine=machine), tmp_path / "run", index, index)
     assert result.best == 0.9
     best = checkpoint.load(tmp_path / "run" / "best").meta
@@ -303,7 +315,7 @@ def test_buffers_of_every_layout_and_dtype_are_kept_whole():
     }
     for name, each in made.items():
         model.register_buffer(name, each)
-    guard = Guarding(model, optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", enabled=False), CPU.device)
+    guard = Guarding(model, optim.sgd(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False), CPU.device)
     for bad in (False, True, False):
         before = {name: each.clone() for name, each in model.named_buffers()}
         for each in model.parameters():
@@ -323,7 +335,7 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
     """Float16 gradients of 3 · 2^16 and 3 · 2^15 overflow, those of 3 · 2^14 do not: two steps are skipped, none has
     failed."""
     model = nn.Linear(2, 1, bias=False)
-    optimizer = optim.sgd(model, Optim())
+    optimizer = optim.sgd(model, OptimConfig())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     guard = Guarding(model, optimizer, scaler, CPU.device)
     start = model.weight.detach().clone()
@@ -344,7 +356,7 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
 
 def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
     model = nn.Linear(2, 1)
-    optimizer, scaler = optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, scaler = optim.sgd(model, OptimConfig()), torch.amp.GradScaler("cpu", init_scale=4.0)
     guard = Guarding(model, optimizer, scaler, CPU.device)
     failed = []
     for _ in range(5):

@@ -36,10 +36,10 @@ from fasttrain import recipes
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.init_weights import initialise
-from fasttrain.checkpoints.resume import accepted, step_of
+from fasttrain.checkpoints.resume import check_compatible, step_of
 from fasttrain.checkpoints.run_dir import lock, newest, open_run
 from fasttrain.cli.main import main
-from fasttrain.config.schema import Data, Init, Machine, Mix, Optim, Recipe
+from fasttrain.config.schema import DataConfig, InitConfig, MachineConfig, MixConfig, OptimConfig, Recipe
 from fasttrain.data import demo_set, place_files, quarantine
 from fasttrain.data import index as dataset
 from fasttrain.data.subset import make
@@ -51,7 +51,7 @@ from fasttrain.prepare import resolve_auto
 from fasttrain.training import optim
 from fasttrain.training.meter import Meter
 from fasttrain.training.state import State
-from fasttrain.utils.errors import Ended, UserError
+from fasttrain.utils.errors import CommandError, UserError
 from fasttrain.utils.text import printable
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def outcome(read: Callable[[], T], name: str, **limited: Any) -> tuple[bool, T |
     try:
         with limits(**limited):
             return True, read()
-    except Ended as error:
+    except CommandError as error:
         assert str(error).isprintable() and str(error), f"not one printable line: {str(error)!r}"
         assert name in str(error), f"does not name {name!r}: {error}"
         return False, None
@@ -218,9 +218,9 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
 READERS: dict[str, tuple[str, Callable[[Path], object], bool]] = {
     "recipe": ("x.toml", lambda path: recipes.by_name(str(path)), True),
     "predictions": ("x.npz", predictions.load, True),
-    "predictions to write over": ("x.npz", predictions.require_own, False),
+    "predictions to write over": ("x.npz", predictions.check_overwritable, False),
     "submission": ("x.csv", lambda path: submission.read(path, submission.HEADER), True),
-    "submission to write over": ("x.csv", submission.require_own, False),
+    "submission to write over": ("x.csv", submission.check_overwritable, False),
     "checkpoint": ("meta.json", lambda path: checkpoint.load(path.parent), True),
     "checkpoint's meta.json": ("meta.json", lambda path: checkpoint.verify(path.parent), True),
     "checkpoint, archived or not": ("meta.json", lambda path: checkpoint._holds(path.parent, "archived", True), False),
@@ -276,9 +276,9 @@ RECIPE = Recipe(
     batch_size=4,
     epochs=1,
     losses=(CrossEntropy(),),
-    optim=Optim(warmup_epochs=0.0),
-    mix=Mix(cutmix=0.0),
-    machine=Machine(device="cpu", workers=1),
+    optim=OptimConfig(warmup_epochs=0.0),
+    mix=MixConfig(cutmix=0.0),
+    machine=MachineConfig(device="cpu", workers=1),
 )
 HEAD = 'arch = "test_resnet"\n'
 QUOTED = json.dumps(EVIL, ensure_ascii=True)
@@ -575,7 +575,7 @@ def test_a_network_is_not_made_from_values_of_other_kinds(whole, network, key, v
     unnamed = isinstance(value, dict) and value.get("arch") in (EVIL, "../../x")
     refused(lambda: checkpoint.network(whole), "timm" if unnamed else whole.name)
     if not unnamed:
-        refused(lambda: initialise(network, Init(str(whole)), "test_resnet", ["a", "b"]), whole.name)
+        refused(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
 
 
 def test_no_network_is_made_that_is_larger_than_its_file(whole):
@@ -589,7 +589,7 @@ def test_no_network_is_made_that_is_larger_than_its_file(whole):
 def test_a_checkpoints_network_is_shown_escaped(whole, network, arch):
     forge(whole, recipe=recipes.to_dict(replace(RECIPE, arch=arch)))
     refused(lambda: checkpoint.network(whole), "timm")
-    refused(lambda: initialise(network, Init(str(whole)), "test_resnet", ["a", "b"]), whole.name)
+    refused(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
 
 
 @pytest.mark.parametrize("names", [[EVIL, "b"], ["\ud800", "b"], ["\udcff", "b"], ["a\0", "b"], ["a", "x" * 99_999]])
@@ -601,15 +601,15 @@ def test_evil_names_of_classes_are_shown_escaped(whole, names):
         return
     assert found is not None and found[2] == names
     refused(lambda: dataset.require_classes(found[2], "ours", ["a"], "theirs"), "theirs")
-    identity = {**META, "classes": ["a", "b"]}
-    refused(lambda: accepted(checkpoint.load(whole), identity, ()), whole.name)
+    run_fingerprint = {**META, "classes": ["a", "b"]}
+    refused(lambda: check_compatible(checkpoint.load(whole), run_fingerprint, ()), whole.name)
 
 
 def test_a_recipe_of_a_checkpoint_is_shown_escaped(whole):
     recipe = recipes.to_dict(RECIPE) | {EVIL: 1, "\ud800": {"\ud800": "\ud800"}, "seed": EVIL}
     forge(whole, recipe=recipe)
     refused(lambda: checkpoint.network(whole), whole.name)
-    refused(lambda: accepted(checkpoint.load(whole), META, ()), whole.name)
+    refused(lambda: check_compatible(checkpoint.load(whole), META, ()), whole.name)
 
 
 @pytest.mark.parametrize("depth", range(100, 1000, 75))
@@ -618,7 +618,7 @@ def test_recipes_as_deep_as_json_allows_are_refused(whole, depth):
         nested = json.loads(opening * depth + ("1" if closing == "}" else "") + closing * depth)
         forge(whole, recipe=recipes.to_dict(RECIPE) | {"epochs": nested})
         refused(lambda: checkpoint.network(whole), whole.name)
-        refused(lambda: accepted(checkpoint.load(whole), META, ()), whole.name)
+        refused(lambda: check_compatible(checkpoint.load(whole), META, ()), whole.name)
 
 
 def header(content: object, tail: bytes = b"", size: int | None = None) -> bytes:
@@ -690,7 +690,7 @@ def test_tensors_of_another_network_are_shown_escaped(whole, network, content):
         )
         saved = checkpoint.load(whole)
         refused(partial(checkpoint.restore_model, saved, network), whole.name)
-        refused(lambda: initialise(network, Init(str(whole)), "test_resnet", ["a", "b"]), whole.name)
+        refused(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
 
 
 @pytest.mark.parametrize(
@@ -722,7 +722,7 @@ def test_paths_that_lead_to_no_checkpoint_are_refused(network, name):
     """A stranger's recipe may name any to start from."""
     Path("loop").symlink_to("loop")
     refused(lambda: checkpoint.find(Path(name)), "is no checkpoint")
-    refused(lambda: initialise(network, Init(name), "test_resnet", ["a"]), "is no checkpoint")
+    refused(lambda: initialise(network, InitConfig(name), "test_resnet", ["a"]), "is no checkpoint")
 
 
 def test_pruning_removes_nothing_through_links(whole, tmp_path):
@@ -780,7 +780,7 @@ def test_any_meta_value_is_read_or_refused(whole, network, alone, monkeypatch):
 
     def go_on() -> None:
         saved = checkpoint.load(whole)
-        accepted(saved, META, ["classes", "data", "seed"])
+        check_compatible(saved, META, ["classes", "data", "seed"])
         checkpoint.restore(saved, State(network, sgd, SCALER))
         meter.restore(saved.meta["meters"], saved.meta["streak"], alone)
         assert step_of(saved.meta, 2) >= 0 and all(map(math.isfinite, meter.sums + meter.shares))
@@ -792,7 +792,7 @@ def test_any_meta_value_is_read_or_refused(whole, network, alone, monkeypatch):
         if took:
             assert found is not None and isinstance(found[1], Recipe) and all(type(each) is str for each in found[2])
         outcome(go_on, whole.name)
-        took, line = outcome(lambda: initialise(network, Init(str(whole)), "test_resnet", ["a"]), whole.name)
+        took, line = outcome(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a"]), whole.name)
         assert not took or (line and line.isprintable())
 
     fuzz("checkpoint.network", 120, st.lists(st.tuples(st.sampled_from(keys), anything) | deeper, min_size=1,
@@ -863,14 +863,14 @@ WEIGHTS: dict[str, bytes] = {
 def test_weights_that_are_none_are_refused(network, content, suffix):
     path = Path("evil" + suffix)
     path.write_bytes(WEIGHTS[content])
-    refused(lambda: initialise(network, Init(str(path)), "test_resnet", ["a", "b"]), path.name)
+    refused(lambda: initialise(network, InitConfig(str(path)), "test_resnet", ["a", "b"]), path.name)
 
 
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("name", ["evil.pth", "evil.safetensors"])
 def test_weights_that_are_no_files_are_not_waited_for(network, name, special):
     SPECIAL[special](Path(name))
-    refused(lambda: initialise(network, Init(name), "test_resnet", ["a", "b"]), name, seconds=2)
+    refused(lambda: initialise(network, InitConfig(name), "test_resnet", ["a", "b"]), name, seconds=2)
 
 
 def test_any_weights_are_read_or_refused(network):
@@ -884,7 +884,7 @@ def test_any_weights_are_read_or_refused(network):
 
     def check(content: bytes) -> None:
         Path("x.pth").write_bytes(content)
-        init = Init("x.pth")
+        init = InitConfig("x.pth")
         took, line = outcome(lambda: initialise(network, init, "test_resnet", ["a", "b"]), "x.pth")
         assert not took or (line and line.isprintable())
 
@@ -963,7 +963,7 @@ def nested_zip(entries: int, size: int) -> bytes:
 def test_probabilities_that_are_none_are_refused(content):
     Path("evil.npz").write_bytes(content[1])
     refused(lambda: predictions.load(Path("evil.npz")), "evil.npz")
-    outcome(lambda: predictions.require_own(Path("evil.npz")), "evil.npz")
+    outcome(lambda: predictions.check_overwritable(Path("evil.npz")), "evil.npz")
 
 
 def test_a_small_file_of_probabilities_does_not_take_much_memory():
@@ -1050,7 +1050,7 @@ def test_any_submission_is_read_or_refused():
         took, found = outcome(lambda: submission.read(Path("x.csv"), submission.HEADER), "x.csv")
         if took:
             assert found is not None and all(type(each) is int and 0 <= each < 10**9 for each in found.values())
-        outcome(lambda: submission.require_own(Path("x.csv")), "x.csv")
+        outcome(lambda: submission.check_overwritable(Path("x.csv")), "x.csv")
 
     fuzz("submission.read", 300, structured | mutated, check)
 
@@ -1433,4 +1433,4 @@ def test_any_text_can_be_shown(name):
 
 def test_data_from_a_recipe_that_is_nowhere_is_shown_escaped():
     for name in (EVIL, "a\0b", "x" * 5000, "\ud800"):
-        refused(partial(dataset.open_data, Data(train=(name,))), printable(name))
+        refused(partial(dataset.open_data, DataConfig(train=(name,))), printable(name))

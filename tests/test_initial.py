@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fasttrain.checkpoints.init_weights import initialise
-from fasttrain.config.schema import Init
+from fasttrain.config.schema import InitConfig
 from fasttrain.models import Classifier
 from fasttrain.utils.errors import UserError
 
@@ -26,7 +26,7 @@ def theirs():
 def start(path: Path, classes=5, averaged=True):
     torch.manual_seed(2)
     model = Classifier("test_resnet", classes)
-    said = initialise(model, Init(str(path), averaged), "test_resnet", [str(each) for each in range(classes)])
+    said = initialise(model, InitConfig(str(path), averaged), "test_resnet", [str(each) for each in range(classes)])
     return model, said
 
 

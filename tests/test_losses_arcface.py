@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pytorch_metric_learning import losses
 from torch.nn import functional as F
 
-from fasttrain.config.schema import Optim
+from fasttrain.config.schema import OptimConfig
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.base import Batch, Output
 from fasttrain.models import Classifier, CosineHead
@@ -88,12 +88,13 @@ def test_the_cosine_never_rises_with_the_margin():
 def test_the_head_is_part_of_the_network():
     network = Classifier("test_resnet", 4, cosine_head=True)
     assert "cosine.weight" in network.state_dict()
-    assert any(each is network.cosine.weight for g in optim.sgd(network, Optim()).param_groups for each in g["params"])  # type: ignore[union-attr]
+    groups = optim.sgd(network, OptimConfig()).param_groups
+    assert network.cosine and any(each is network.cosine.weight for group in groups for each in group["params"])
     images = torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         output = network.train()(images)
     assert output.cosine is not None and output.cosine.dtype == torch.float32
-    expected = F.cosine_similarity(output.features.float()[:, None], network.cosine.weight[None], dim=2)  # type: ignore[union-attr]
+    expected = F.cosine_similarity(output.features.float()[:, None], network.cosine.weight[None], dim=2)
     torch.testing.assert_close(output.cosine, expected, atol=1e-6, rtol=0)
     ArcFace()(output, batch_of(torch.tensor([0, 1]))).loss.backward()
     assert network.cosine.weight.grad.any()  # type: ignore[union-attr]

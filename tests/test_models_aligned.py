@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fasttrain.checkpoints import checkpoint
 from fasttrain.config import schema
-from fasttrain.config.schema import Mix, Optim
+from fasttrain.config.schema import MixConfig, OptimConfig
 from fasttrain.models import _start_norms_at_one
 from fasttrain.models.aligned import align, cut, pad
 from fasttrain.training.ema import Ema
@@ -135,8 +135,8 @@ def test_aligned_networks_of_timm_stay_as_they_are(arch):
 @pytest.mark.parametrize(
     "settings",
     [
-        Optim(momentum=0.9, weight_decay=0.01),
-        Optim(momentum=0.9, weight_decay=0.01, decay_norm_bias=False, nesterov=True),
+        OptimConfig(momentum=0.9, weight_decay=0.01),
+        OptimConfig(momentum=0.9, weight_decay=0.01, decay_norm_bias=False, nesterov=True),
     ],
     ids=["decay on everything", "nesterov, no decay of norms"],
 )
@@ -369,7 +369,9 @@ def test_a_run_may_be_aligned_or_not_and_goes_on_either_way(demo_set, tmp_path):
     """The same losses to rounding, checkpoints in timm's shapes, and one form going on where the other stopped."""
     index = part_of(demo_set, 2)
     machine = tiny().machine
-    recipe = tiny(arch="tresnet_l", image_size=64, batch_size=10, epochs=2, ema=schema.Ema(0.9), mix=Mix(cutmix=0))
+    recipe = tiny(
+        arch="tresnet_l", image_size=64, batch_size=10, epochs=2, ema=schema.EmaConfig(0.9), mix=MixConfig(cutmix=0)
+    )
     forms = {"plain": recipe, "aligned": replace(recipe, machine=replace(machine, align=True))}
     for name, form in forms.items():
         run(form, tmp_path / name, index)

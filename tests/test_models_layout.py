@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fasttrain.models import ARCHS, Classifier
-from fasttrain.models.channels_last import keep
+from fasttrain.models.channels_last import use_channels_last_forms
 
 VIEWS = ("view", "expand", "slice", "split", "permute", "select", "as_strided", "transpose", "alias", "detach")
 
@@ -69,7 +69,7 @@ def test_the_same_is_computed(arch):
     theirs = timm.create_model(arch, num_classes=10).double().train()
     ours = timm.create_model(arch, num_classes=10).double().train()
     ours.load_state_dict(theirs.state_dict())
-    keep(ours).to(memory_format=torch.channels_last)
+    use_channels_last_forms(ours).to(memory_format=torch.channels_last)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     answers = []
     for model in (ours, theirs):
@@ -85,7 +85,7 @@ def test_the_same_is_computed(arch):
 
 @pytest.mark.parametrize("size", [(2, 2), (3, 5), (6, 4), (7, 7)])
 def test_borders_are_reflected(size):
-    theirs, ours = BlurPool2d(4).double(), keep(nn.Sequential(BlurPool2d(4))).double()
+    theirs, ours = BlurPool2d(4).double(), use_channels_last_forms(nn.Sequential(BlurPool2d(4))).double()
     images = torch.randn(2, 4, *size, dtype=torch.float64)
     given = [images.clone().requires_grad_() for _ in range(2)]
     results = [theirs(given[0]), ours(given[1])]
@@ -99,7 +99,7 @@ def test_borders_are_reflected(size):
 def test_blocks_become_channels():
     images = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
     for layout in (torch.contiguous_format, torch.channels_last):
-        ours = keep(nn.Sequential(SpaceToDepth()))(images.to(memory_format=layout))
+        ours = use_channels_last_forms(nn.Sequential(SpaceToDepth()))(images.to(memory_format=layout))
         assert torch.equal(ours, SpaceToDepth()(images)) and ours.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -15,11 +15,11 @@ from PIL import Image
 from test_pipelines import broken_files
 from test_train import events, run, tiny
 
-from fasttrain.config.schema import Augment, Data
+from fasttrain.config.schema import AugmentConfig, DataConfig
 from fasttrain.data import index as dataset
 from fasttrain.data.check import BAD
 from fasttrain.data.decode_check import read
-from fasttrain.pipelines.decode_errors import Skip, trouble
+from fasttrain.pipelines.decode_errors import Skip, decode_problem
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
 from fasttrain.utils.errors import RunError, UserError
@@ -36,11 +36,11 @@ def folder(demo_set, tmp_path) -> Path:
 
 
 def scan(folder: Path) -> dataset.Index:
-    return dataset.open_data(Data(train=(str(folder),), on_bad="skip"))[0]
+    return dataset.open_data(DataConfig(train=(str(folder),), on_bad="skip"))[0]
 
 
 def plan_of(index, **changes) -> Plan:
-    return Plan.of(tiny(batch_size=6, epochs=2, augment=Augment(autoaugment="none"), **changes), index)
+    return Plan.of(tiny(batch_size=6, epochs=2, augment=AugmentConfig(autoaugment="none"), **changes), index)
 
 
 @pytest.mark.parametrize("kind", [*broken_files(), "missing", "smaller"])
@@ -85,7 +85,7 @@ def test_another_image_of_the_class_takes_the_place(folder, kind, when):
 @pytest.mark.parametrize("kind", broken_files())
 def test_the_data_check_agrees(tmp_path, kind):
     (tmp_path / kind).write_bytes(broken_files()[kind])
-    assert trouble(str(tmp_path / kind))
+    assert decode_problem(str(tmp_path / kind))
     ((notes, _),) = read([(str(tmp_path / kind), False)])
     assert notes[-1][0] in BAD and "DALI decodes it" not in notes[-1][1]
 
@@ -120,7 +120,7 @@ def test_a_run_over_bad_files_logs_each_once_and_goes_on_exactly(folder, tmp_pat
     for number in (3, 20, 41):
         victim = Path(scan(folder).paths[number])
         victim.write_bytes(victim.read_bytes()[:600] if number != 20 else b"this is not a picture")
-    recipe = tiny(epochs=2, data=Data(train=(str(folder),), on_bad="skip"))
+    recipe = tiny(epochs=2, data=DataConfig(train=(str(folder),), on_bad="skip"))
     index = scan(folder)
     run(recipe, tmp_path / "whole", index)
     skips = [each for each in events(tmp_path / "whole") if each["event"] == "skip"]
@@ -142,7 +142,7 @@ def test_a_run_over_bad_files_logs_each_once_and_goes_on_exactly(folder, tmp_pat
 
 def test_without_the_option_a_bad_file_ends_the_run_and_the_option_lets_it_go_on(folder, tmp_path):
     index = scan(folder)
-    recipe = tiny(epochs=2, data=Data(train=(str(folder),)))
+    recipe = tiny(epochs=2, data=DataConfig(train=(str(folder),)))
     victim = Path(index.paths[5])
     victim.write_bytes(victim.read_bytes()[:600])
     with pytest.raises(RunError, match=str(victim)):
@@ -156,7 +156,7 @@ def test_validation_never_skips(folder):
     Path(index.paths[0]).write_bytes(b"this is not a picture")
     shutil.copytree(folder, folder.parent / "val")
     with pytest.raises(UserError, match="not a readable image"):
-        dataset.open_data(Data(train=(str(folder),), val=str(folder.parent / "val"), on_bad="skip"))
+        dataset.open_data(DataConfig(train=(str(folder),), val=str(folder.parent / "val"), on_bad="skip"))
     with pytest.raises(UserError, match="not a readable image"):
         dataset.scan(folder)
 

@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 
-from fasttrain.config.schema import Optim
+from fasttrain.config.schema import OptimConfig
 from fasttrain.models import Classifier
 from fasttrain.training import optim
 from fasttrain.utils.errors import UserError
@@ -17,12 +17,12 @@ def decay_of(model, optimizer):
 
 def test_decay_is_on_everything_by_default():
     model = Classifier("test_resnet", 5)
-    assert set(decay_of(model, optim.sgd(model, Optim())).values()) == {1e-4}
+    assert set(decay_of(model, optim.sgd(model, OptimConfig())).values()) == {1e-4}
 
 
 def test_decay_can_spare_vectors():
     model = Classifier("test_resnet", 5)
-    decay = decay_of(model, optim.sgd(model, Optim(decay_norm_bias=False)))
+    decay = decay_of(model, optim.sgd(model, OptimConfig(decay_norm_bias=False)))
     for name, parameter in model.named_parameters():
         assert decay[name] == (0.0 if parameter.ndim <= 1 else 1e-4), name
 
@@ -31,7 +31,7 @@ def test_steps_are_the_textbooks():
     """v ← μv + (g + λw), w ← w − ηv over several steps, in float64, without any of torch's optimizers."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3).double()
-    optimizer = optim.sgd(model, Optim(momentum=0.9, weight_decay=1e-2))
+    optimizer = optim.sgd(model, OptimConfig(momentum=0.9, weight_decay=1e-2))
     weights = [each.detach().clone() for each in model.parameters()]
     velocities = [torch.zeros_like(each) for each in weights]
     for step in range(5):
@@ -69,7 +69,9 @@ def apex(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
 
 
-@pytest.mark.parametrize("settings", [Optim(), Optim(nesterov=True, decay_norm_bias=False), Optim(momentum=0)])
+@pytest.mark.parametrize(
+    "settings", [OptimConfig(), OptimConfig(nesterov=True, decay_norm_bias=False), OptimConfig(momentum=0)]
+)
 def test_a_step_is_that_of_torchs_own_fused_sgd(settings):
     """Bit by bit, with a parameter that has a gradient only now and then."""
     found = []
@@ -84,7 +86,7 @@ def test_a_step_is_that_of_torchs_own_fused_sgd(settings):
             model[1 + number % 2](middle).square().mean().backward()
             if direct:
                 optim.step(optimizer, torch.tensor(0.0))
-                optim.clear(optimizer)
+                optim.drop_grads(optimizer)
                 assert all(each.grad is None for each in model.parameters())
             else:
                 optimizer.step()
@@ -96,19 +98,19 @@ def test_a_step_is_that_of_torchs_own_fused_sgd(settings):
 
 def test_apex_is_told_the_same_and_can_be_held(apex, monkeypatch):
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
-    settings = Optim(nesterov=True, decay_norm_bias=False, weight_decay=1e-2)
+    settings = OptimConfig(nesterov=True, decay_norm_bias=False, weight_decay=1e-2)
     found = []
     for impl in ("torch", "apex"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
-        optimizer = optim.sgd(model, Optim(**(vars(settings) | {"impl": impl})))
+        optimizer = optim.sgd(model, OptimConfig(**(vars(settings) | {"impl": impl})))
         assert isinstance(optimizer, FusedSGD) == (impl == "apex")
         for step in range(4):
             for group in optimizer.param_groups:
                 group["lr"] = 0.1
             model(torch.ones(5, 4)).square().mean().backward()
             optim.step(optimizer, torch.tensor(float(step in (0, 2))))
-            optim.clear(optimizer)
+            optim.drop_grads(optimizer)
         found.append([each.detach() for each in model.parameters()])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -117,7 +119,7 @@ def test_apex_is_told_the_same_and_can_be_held(apex, monkeypatch):
 def test_apex_needs_its_own_installation_and_a_gpu(monkeypatch, request):
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(UserError, match=r"not installed\. Build it from its source .* PyPI is something else"):
-        optim.sgd(Classifier("test_resnet", 5), Optim(impl="apex"))
+        optim.sgd(Classifier("test_resnet", 5), OptimConfig(impl="apex"))
     request.getfixturevalue("apex")
     with pytest.raises(UserError, match="works on GPUs only"):
-        optim.sgd(Classifier("test_resnet", 5), Optim(impl="apex"))
+        optim.sgd(Classifier("test_resnet", 5), OptimConfig(impl="apex"))

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from fasttrain import recipes
-from fasttrain.config.schema import Augment, Mix
+from fasttrain.config.schema import AugmentConfig, MixConfig
 from fasttrain.data.index import scan
 from fasttrain.pipelines import decode_graph, train_loader
 from fasttrain.pipelines.decoders import Decoder
-from fasttrain.pipelines.eval_loader import Evaluation
+from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.eval_loader import graph as eval_graph
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.views import named, shorter_edge
+from fasttrain.pipelines.views import shorter_edge, views_by_name
 from fasttrain.show_batch import draw_batch
 from fasttrain.utils.errors import RunError
 
@@ -106,7 +106,7 @@ def require_pils(pixels, draws, numbers, index) -> None:
 
 def test_crop_resize_and_flip_equal_pils(index):
     """Without AutoAugment: the planned box by PIL, resized by PIL's bilinear filter, mirrored where planned."""
-    plan = make_plan(index, batch_size=16, augment=Augment(autoaugment="none"), image_size=96)
+    plan = make_plan(index, batch_size=16, augment=AugmentConfig(autoaugment="none"), image_size=96)
     flips = 0
     for step in range(3):
         batch = next(train_loader.batches(plan, index, CPU, 2, start_step=step, stop_step=step + 1))
@@ -124,7 +124,7 @@ def several(index, **changes) -> Plan:
 
 def test_each_view_equals_pils_and_comes_from_its_own_draws(index):
     """As above; each file is decoded once for all views, and no further than they reach."""
-    plan = several(index, batch_size=16, augment=Augment(autoaugment="none"), image_size=96)
+    plan = several(index, batch_size=16, augment=AugmentConfig(autoaugment="none"), image_size=96)
     batch = next(train_loader.batches(plan, index, CPU, 2))
     numbers = batch.numbers.numpy()
     assert batch.pixels.shape == (48, 96, 96, 3) and len(numbers) == 16
@@ -140,7 +140,7 @@ def test_each_view_equals_pils_and_comes_from_its_own_draws(index):
 
 
 def test_views_are_the_same_at_any_ranks_and_micro_batches(index):
-    augment = Augment(autoaugment="none", randaugment=2, erase=0.5)
+    augment = AugmentConfig(autoaugment="none", randaugment=2, erase=0.5)
     (alone,) = train_loader.batches(several(index, epochs=1, augment=augment), index, CPU, 2, stop_step=1)
     whole = alone.pixels.unflatten(0, (3, 6))
     assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole[0], whole[2])
@@ -159,7 +159,7 @@ def test_views_are_the_same_at_any_ranks_and_micro_batches(index):
 
 
 def test_a_picture_of_a_batch_has_the_views_of_an_image_side_by_side(index):
-    plan = several(index, image_size=96, mix=Mix(cutmix=0))
+    plan = several(index, image_size=96, mix=MixConfig(cutmix=0))
     (batch,) = train_loader.batches(plan, index, CPU, 2, stop_step=1)
     sheet = np.asarray(draw_batch(plan, index, 0, 8)).astype(int)
     for at in range(18):
@@ -183,7 +183,7 @@ def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.
 )
 def test_evaluation_equals_torchvision_and_pil(index, size, interpolation):
     means, most, far, count = [], 0, 0, 0
-    for (images,), numbers in Evaluation(index, named("center", size), 7, CPU, 2, interpolation=interpolation):
+    for (images,), numbers in EvalLoader(index, views_by_name("center", size), 7, CPU, 2, interpolation=interpolation):
         for pixels, number in zip(images.numpy(), numbers.tolist(), strict=True):
             difference = abs(pixels.astype(int) - reference_view(index.paths[number], size, interpolation))
             means.append(difference.mean())
@@ -198,7 +198,7 @@ def test_evaluation_equals_torchvision_and_pil(index, size, interpolation):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_takes_every_image_once_in_every_pass(index, world):
-    ranks = [Evaluation(index, named("center", 32), 4, CPU, 1, world, rank) for rank in range(world)]
+    ranks = [EvalLoader(index, views_by_name("center", 32), 4, CPU, 1, world, rank) for rank in range(world)]
     for _ in range(3):
         seen = [number for rank in ranks for batch in rank for number in batch.numbers.tolist()]
         assert sorted(seen) == list(range(len(index)))
@@ -215,16 +215,16 @@ def test_exif_orientation_is_left_alone(tmp_path):
         Image.fromarray(picture).save(tmp_path / name / "turned.jpg", quality=95, exif=exif)
     index = scan(tmp_path)
     assert index.sizes.tolist() == [[40, 80]] * 2
-    batch = next(iter(Evaluation(index, named("center", 32), 2, CPU, 1)))
+    batch = next(iter(EvalLoader(index, views_by_name("center", 32), 2, CPU, 1)))
     assert abs(batch.pixels[0][0].numpy().astype(int) - reference_view(index.paths[0], 32)).max() <= 2
-    whole = Augment(crop_area=(1.0, 1.0), crop_ratio=(2.0, 2.0), flip=0.0, autoaugment="none")
+    whole = AugmentConfig(crop_area=(1.0, 1.0), crop_ratio=(2.0, 2.0), flip=0.0, autoaugment="none")
     trained = next(train_loader.batches(make_plan(index, batch_size=2, augment=whole), index, CPU, 1))
     left, right = trained.pixels[0, 32, 10].tolist(), trained.pixels[0, 32, 54].tolist()
     assert left[0] > 150 and max(right) < 40
 
 
-_POLICIES = {"none": Augment(autoaugment="none"), "imagenet": Augment(),
-             "randaugment": Augment(autoaugment="none", randaugment=2, erase=0.25)}  # fmt: skip
+_POLICIES = {"none": AugmentConfig(autoaugment="none"), "imagenet": AugmentConfig(),
+             "randaugment": AugmentConfig(autoaugment="none", randaugment=2, erase=0.25)}  # fmt: skip
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -282,7 +282,7 @@ def test_each_decoder_has_its_operators_on_a_gpu(index, monkeypatch, kind, expec
             lambda *args, operator=operator, **kw: asked.append(kw) or operator(*args, **kw),
         )
     source = train_loader.Source(
-        replace(make_plan(index, augment=Augment(autoaugment="none")), views=views), index, 0, 1
+        replace(make_plan(index, augment=AugmentConfig(autoaugment="none")), views=views), index, 0, 1
     )
     decoder = Decoder(kind, hardware_load=0.25)
     found = operators(train_loader.graph(source, decoder, True, batch_size=6, num_threads=1, device_id=None))
@@ -296,7 +296,7 @@ def test_each_decoder_has_its_operators_on_a_gpu(index, monkeypatch, kind, expec
 def test_a_region_cut_out_of_the_whole_image_is_the_decoded_region(index, monkeypatch):
     """What `gpu` does, done on a CPU: geometry must be that of `cpu`. (libjpeg-turbo's upsampling sees the neighbours
     of a region only in a whole image, so that pixels at its edges may differ.)"""
-    plan = make_plan(index, augment=Augment(autoaugment="none", crop_area=(0.3, 0.6)))
+    plan = make_plan(index, augment=AugmentConfig(autoaugment="none", crop_area=(0.3, 0.6)))
     region = [batch.pixels.numpy().astype(int) for batch in train_loader.batches(plan, index, CPU, 2, stop_step=2)]
     whole = decode_graph.decode
     monkeypatch.setattr(decode_graph, "decode", lambda encoded, decoder, on_gpu: whole(encoded, HOST, on_gpu))
@@ -313,7 +313,7 @@ def operators(pipe) -> list[tuple[str, str]]:
 
 
 def test_the_gpu_evaluation_graph_serialises(index):
-    source = Evaluation(index, named("report", 64), 4, CPU, 1).source
+    source = EvalLoader(index, views_by_name("report", 64), 4, CPU, 1).source
     for kind in ("cpu", "gpu", "gpu-region", "gpu-hardware"):
         pipe = eval_graph(source, Decoder(kind), True, "bilinear", batch_size=4, num_threads=1, device_id=None)
         devices = dict(operators(pipe))
@@ -353,11 +353,11 @@ def test_a_file_that_does_not_decode_is_named(demo_set, tmp_path, name, part):
         Image.new("RGB", (8, 8)).save(bad)
     else:
         bad.write_bytes(broken_files()[name])
-    plan = make_plan(index, augment=Augment(autoaugment="none"))
+    plan = make_plan(index, augment=AugmentConfig(autoaugment="none"))
     stream = (
         train_loader.batches(plan, index, CPU, 2)
         if part == "training"
-        else Evaluation(index, named("center", 64), 4, CPU, 2)
+        else EvalLoader(index, views_by_name("center", 64), 4, CPU, 2)
     )
     with pytest.raises(RunError, match=re.escape(name)) as caught:
         for _ in stream:

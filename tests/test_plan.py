@@ -12,7 +12,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from fasttrain import recipes
-from fasttrain.config.schema import Augment, Mix
+from fasttrain.config.schema import AugmentConfig, MixConfig
 from fasttrain.data.index import Index
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.losses.contrastive import Contrastive
@@ -84,8 +84,8 @@ def test_a_draw_does_not_depend_on_its_batch(images, seed, data):
     numbers = np.array(images)
     sizes = np.array([[50 + n % 400, 40 + n % 300] for n in images], np.int32)
     epoch, view = data.draw(st.integers(0, 300)), data.draw(st.integers(0, 2))
-    other = Augment(autoaugment="none", randaugment=3, erase=0.5)
-    augment = data.draw(st.sampled_from([Augment(), other]))
+    other = AugmentConfig(autoaugment="none", randaugment=3, erase=0.5)
+    augment = data.draw(st.sampled_from([AugmentConfig(), other]))
     together = image_draws(seed, epoch, numbers, sizes, augment, 64, view)
     for at in range(len(images)):
         alone = image_draws(seed, epoch, numbers[at : at + 1], sizes[at : at + 1], augment, 64, view)
@@ -124,10 +124,10 @@ def test_crop_falls_back_to_the_centre():
 
 def test_flips_are_fair_and_independent_of_the_crop():
     sizes = np.tile(np.array([300, 300], np.int32), (20_000, 1))
-    draws = image_draws(3, 0, np.arange(20_000), sizes, Augment(), 224)
+    draws = image_draws(3, 0, np.arange(20_000), sizes, AugmentConfig(), 224)
     assert stats.binomtest(int(draws.flip.sum()), 20_000).pvalue > 1e-4
     assert abs(np.corrcoef(draws.flip, draws.crop[:, 2])[0, 1]) < 0.03
-    assert not image_draws(3, 0, np.arange(99), sizes[:99], Augment(flip=0.0), 224).flip.any()
+    assert not image_draws(3, 0, np.arange(99), sizes[:99], AugmentConfig(flip=0.0), 224).flip.any()
 
 
 def test_an_epoch_takes_each_image_once_and_another_order_each_time():
@@ -176,7 +176,7 @@ def test_batches_that_do_not_work_out_are_refused(changes, world, says):
 def test_cutmix_boxes_have_the_papers_distribution():
     """Against the paper's own code, drawn from numpy: box areas by KS, and the mean share of E[λ] ≈ 0.68."""
     size, count = 224, 4000
-    boxes = [step_mix(1, 0, step, size, Mix(cutmix=1.0)) for step in range(count)]
+    boxes = [step_mix(1, 0, step, size, MixConfig(cutmix=1.0)) for step in range(count)]
     assert all(isinstance(box, Box) for box in boxes)
     ours = np.array([(b.bottom - b.top) * (b.right - b.left) for b in boxes if isinstance(b, Box)]) / size**2
     rng = np.random.default_rng(0)
@@ -192,7 +192,7 @@ def test_cutmix_boxes_have_the_papers_distribution():
 
 
 def test_mixup_draws_its_share_of_the_steps_and_the_papers_distribution():
-    by = [step_mix(3, 0, step, 64, Mix(cutmix=0.3, mixup=0.5, mixup_alpha=0.2)) for step in range(4000)]
+    by = [step_mix(3, 0, step, 64, MixConfig(cutmix=0.3, mixup=0.5, mixup_alpha=0.2)) for step in range(4000)]
     lams = [each for each in by if isinstance(each, float)]
     assert stats.binomtest(len(lams), 4000, 0.5).pvalue > 1e-4
     assert stats.binomtest(sum(isinstance(each, Box) for each in by), 4000, 0.3).pvalue > 1e-4
@@ -200,7 +200,7 @@ def test_mixup_draws_its_share_of_the_steps_and_the_papers_distribution():
 
 
 def test_mixup_reaches_the_kernels_table():
-    plan = make_plan(mix=Mix(cutmix=0, mixup=1))
+    plan = make_plan(mix=MixConfig(cutmix=0, mixup=1))
     for step in range(6):
         table, mixed = plan.mix_params(step, 0)
         assert mixed and set(table[:, mix_kernel.MODE]) == {mix_kernel.MIXUP}
@@ -209,7 +209,7 @@ def test_mixup_reaches_the_kernels_table():
 
 
 def test_half_of_the_steps_mix_and_the_box_is_the_steps_own():
-    mixing = [step_mix(2, 0, step, 64, Mix()) is not None for step in range(2000)]
+    mixing = [step_mix(2, 0, step, 64, MixConfig()) is not None for step in range(2000)]
     assert stats.binomtest(sum(mixing), 2000).pvalue > 1e-4
     two = [
         Plan.of(replace(RECIPE, image_size=64, batch_size=8, epochs=3, micro_batch=2), images(50), 2, r) for r in (0, 1)
@@ -235,7 +235,7 @@ def test_the_memo_of_orders_is_read_only():
 
 def test_views_are_drawn_independently_and_the_first_is_that_of_a_plan_with_one():
     sizes = np.tile(np.array([300, 400], np.int32), (5000, 1))
-    augment = Augment(autoaugment="none", randaugment=2, erase=0.5)
+    augment = AugmentConfig(autoaugment="none", randaugment=2, erase=0.5)
     views = [image_draws(4, 1, np.arange(5000), sizes, augment, 224, view) for view in range(3)]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         for name in ("crop", "flip", "op", "erased"):
@@ -247,7 +247,7 @@ def test_views_are_drawn_independently_and_the_first_is_that_of_a_plan_with_one(
 
 
 def test_rows_aside_are_never_mixed_and_all_views_are():
-    plan = replace(make_plan(mix=Mix(cutmix=1.0)), views=2, aside=1)
+    plan = replace(make_plan(mix=MixConfig(cutmix=1.0)), views=2, aside=1)
     for step in range(5):
         table, mixed = plan.mix_params(step, 0)
         assert mixed and len(table) == 3 * 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasttrain import recipes
-from fasttrain.config.schema import Machine
+from fasttrain.config.schema import MachineConfig
 from fasttrain.pipelines import decoders
 from fasttrain.prepare import decoder_of, resolve_auto
 from fasttrain.utils.errors import UserError
@@ -44,7 +44,7 @@ def test_a_cpu_gets_float32_uncompiled():
     ],
 )
 def test_widths_are_aligned_where_tensor_cores_want_it(has_bf16, arch, precision, align, expected):
-    recipe = replace(recipes.for_arch(arch), precision=precision, machine=Machine(align=align))
+    recipe = replace(recipes.for_arch(arch), precision=precision, machine=MachineConfig(align=align))
     assert resolve_auto(recipe, GPU).machine.align == expected
 
 
@@ -57,7 +57,7 @@ def test_align_was_true_or_false_and_may_still_be_written_so(written, read):
 
 def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monkeypatch):
     monkeypatch.setattr(decoders, "nvimagecodec", lambda: "0.9.0")
-    recipe = replace(recipes.for_arch("resnet18"), machine=Machine(decoder="gpu-region"))
+    recipe = replace(recipes.for_arch("resnet18"), machine=MachineConfig(decoder="gpu-region"))
     with pytest.raises(UserError, match="nvImageCodec#55"):
         resolve_auto(recipe, GPU)
     assert resolve_auto(recipe, CPU).machine.decoder == "cpu"
@@ -65,5 +65,5 @@ def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monk
 
 def test_a_recipe_that_was_not_resolved_or_elsewhere_decodes_on_a_cpu_all_the_same():
     for decoder in ("auto", "gpu", "gpu-hardware"):
-        recipe = replace(recipes.for_arch("resnet18"), machine=Machine(decoder=decoder))
+        recipe = replace(recipes.for_arch("resnet18"), machine=MachineConfig(decoder=decoder))
         assert decoder_of(recipe, CPU).kind == "cpu"

@@ -7,16 +7,16 @@ import pytest
 import torch
 from test_plan import make_plan
 
-from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, Mix
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, MixConfig
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.losses.base import Output
-from fasttrain.training.inputs import Present
+from fasttrain.training.inputs import InputBuilder
 
 B, SIZE, CLASSES = 8, 16, 3
 CPU = torch.device("cpu")
 
 
-class Told:
+class StepOutput:
     """A network whose logits are the mean colours, and which keeps what it was shown."""
 
     def __call__(self, shown):
@@ -34,13 +34,13 @@ def pixels():
     return torch.randint(0, 256, (3 * B, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("mix", [Mix(cutmix=0), Mix(cutmix=1), Mix(cutmix=0, mixup=1)])
+@pytest.mark.parametrize("mix", [MixConfig(cutmix=0), MixConfig(cutmix=1), MixConfig(cutmix=0, mixup=1)])
 def test_rows_labels_and_targets(pixels, mix):
     plan = replace(make_plan(mix=mix, image_size=SIZE), views=2, aside=1)
     labels = torch.arange(50) % CLASSES
     numbers = torch.from_numpy(plan.images(3, 0).copy())
-    teacher, averaged = Told(), Told()
-    present = Present(plan, labels, CPU, torch.float32, teacher, averaged)
+    teacher, averaged = StepOutput(), StepOutput()
+    present = InputBuilder(plan, labels, CPU, torch.float32, teacher, averaged)
     shown, batch = present(present.stage(3, 0, pixels, numbers), present.now(3))
 
     table, mixed = plan.mix_params(3, 0)
@@ -75,10 +75,10 @@ def test_rows_labels_and_targets(pixels, mix):
 
 
 def test_without_views_or_teachers_it_is_the_labels_and_the_mix(pixels):
-    plan = make_plan(mix=Mix(cutmix=0), image_size=SIZE)
+    plan = make_plan(mix=MixConfig(cutmix=0), image_size=SIZE)
     labels = torch.arange(50)
     numbers = torch.from_numpy(plan.images(0, 0).copy())
-    present = Present(plan, labels, CPU, torch.float32)
+    present = InputBuilder(plan, labels, CPU, torch.float32)
     shown, batch = present(present.stage(0, 0, pixels[:B], numbers), present.now(0))
     np.testing.assert_allclose(shown.permute(0, 2, 3, 1), normalised(pixels[:B].numpy()), atol=1e-5)
     assert torch.equal(batch.labels, numbers) and torch.equal(batch.labels_mixed, numbers)

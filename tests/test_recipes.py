@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fasttrain import recipes
 from fasttrain.cli import options
-from fasttrain.config.schema import Augment, Data, Mix, Optim, Recipe
+from fasttrain.config.schema import AugmentConfig, DataConfig, MixConfig, OptimConfig, Recipe
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
@@ -24,9 +24,11 @@ def test_the_reports_recipes_have_its_numbers(arch, batch, peak):
     recipe = recipes.for_arch(arch)
     assert (recipe.batch_size, recipe.epochs, recipe.image_size) == (batch, 250, 224)
     assert recipe.peak_lr == pytest.approx(peak) and recipe.batch_size == ARCHS[arch].batch_size
-    assert recipe.optim == Optim(lr=0.1, lr_batch=256, momentum=0.9, nesterov=False, weight_decay=1e-4, warmup_epochs=1)
-    assert recipe.augment == Augment((0.08, 1.0), (3 / 4, 4 / 3), 0.5, "imagenet-24")
-    assert recipe.mix == Mix(cutmix=0.5, cutmix_alpha=1.0) and recipe.losses == (CrossEntropy(0.1),)
+    assert recipe.optim == OptimConfig(
+        lr=0.1, lr_batch=256, momentum=0.9, nesterov=False, weight_decay=1e-4, warmup_epochs=1
+    )
+    assert recipe.augment == AugmentConfig((0.08, 1.0), (3 / 4, 4 / 3), 0.5, "imagenet-24")
+    assert recipe.mix == MixConfig(cutmix=0.5, cutmix_alpha=1.0) and recipe.losses == (CrossEntropy(0.1),)
 
 
 # The report's table of models: network, losses, batch, and epochs of their stage.
@@ -48,7 +50,7 @@ def test_the_ensemble_is_the_reports_seven_models():
         assert (recipe.arch, recipe.batch_size, recipe.epochs) == (arch, batch, epochs)
         assert [loss.name for loss in recipe.losses] == losses
         assert recipe.images_per_class == (4 if "triplet" in losses else 0)
-        assert recipe.augment.autoaugment == "imagenet-24" and recipe.mix == Mix(cutmix=0.5)
+        assert recipe.augment.autoaugment == "imagenet-24" and recipe.mix == MixConfig(cutmix=0.5)
         combination = name.removeprefix(f"deepblueai/{arch}-")
         assert recipes.for_arch(arch, combination) == recipe
         for loss in recipe.losses:
@@ -111,8 +113,8 @@ names = st.from_regex(r"\w[\w.+-]*(/\w[\w.+-]*)*", fullmatch=True).filter(str.is
         image_size=st.integers(8, 4096),
         epochs=st.integers(1, 10**6),
         losses=st.builds(lambda s, w: (CrossEntropy(s, w),), st.floats(0, 0.99), st.floats(0, 9)),
-        optim=st.builds(Optim, lr=st.floats(1e-9, 1e9), nesterov=st.booleans()),
-        data=st.builds(Data, train=st.lists(texts).map(tuple), val=texts),
+        optim=st.builds(OptimConfig, lr=st.floats(1e-9, 1e9), nesterov=st.booleans()),
+        data=st.builds(DataConfig, train=st.lists(texts).map(tuple), val=texts),
     )
 )
 def test_any_recipe_survives_toml(recipe):

@@ -17,7 +17,15 @@ from test_train import events, part_of, run, tiny, weights
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import lock, newest, open_run
-from fasttrain.config.schema import Augment, Checkpoints, Ema, Evaluations, Init, Machine, Mix
+from fasttrain.config.schema import (
+    AugmentConfig,
+    CheckpointConfig,
+    EmaConfig,
+    EvaluationConfig,
+    InitConfig,
+    MachineConfig,
+    MixConfig,
+)
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -62,24 +70,27 @@ def same(out: Path, whole: Path) -> None:
 
 
 RECIPES = {
-    "CutMix": tiny(epochs=3, mix=Mix(cutmix=0.5)),
+    "CutMix": tiny(epochs=3, mix=MixConfig(cutmix=0.5)),
     "triplet, EMA, accumulation": tiny(
         epochs=3,
         losses=(CrossEntropy(0.1), Triplet()),
         images_per_class=2,
         micro_batch=10,
-        ema=Ema(0.9),
-        init=Init(force_scratch=True),
-        machine=Machine(device="cpu", compile="off", log_steps=5, workers=2),
+        ema=EmaConfig(0.9),
+        init=InitConfig(force_scratch=True),
+        machine=MachineConfig(device="cpu", compile="off", log_steps=5, workers=2),
     ),
     "ArcFace, mixup": tiny(
-        epochs=3, losses=(CrossEntropy(0.1), ArcFace()), mix=Mix(cutmix=0.3, mixup=0.4), init=Init(force_scratch=True)
+        epochs=3,
+        losses=(CrossEntropy(0.1), ArcFace()),
+        mix=MixConfig(cutmix=0.3, mixup=0.4),
+        init=InitConfig(force_scratch=True),
     ),
     "two views, mean teacher": tiny(
         epochs=3,
         losses=(SymmetricCrossEntropy(), Contrastive(decay="cosine"), MeanTeacher(ramp_epochs=2.0)),
-        ema=Ema(0.9),
-        augment=Augment(autoaugment="none", randaugment=2, erase=0.25),
+        ema=EmaConfig(0.9),
+        augment=AugmentConfig(autoaugment="none", randaugment=2, erase=0.25),
     ),
 }
 
@@ -122,7 +133,7 @@ def test_a_run_stopped_many_times_goes_on_bit_for_bit(index, tmp_path, monkeypat
 def test_checkpoints_every_so_many_steps_change_nothing_else(index, tmp_path):
     recipe = tiny(epochs=2)
     run(recipe, tmp_path / "plain", index, index)
-    often = replace(recipe, checkpoint=Checkpoints(every_steps=2, keep=20, archive_epochs=1))
+    often = replace(recipe, checkpoint=CheckpointConfig(every_steps=2, keep=20, archive_epochs=1))
     run(often, tmp_path / "often", index, index)
     same(tmp_path / "often", tmp_path / "plain")
     names = sorted(each.name for each in (tmp_path / "often" / "checkpoints").iterdir())
@@ -137,7 +148,7 @@ def evaluated(out: Path) -> list[int]:
 def test_evaluating_seldom_changes_nothing_else(index, tmp_path, monkeypatch):
     """Also where a stopped run goes on with another interval."""
     recipe = tiny(epochs=5)
-    seldom = replace(recipe, evaluation=Evaluations(every_epochs=3))
+    seldom = replace(recipe, evaluation=EvaluationConfig(every_epochs=3))
     run(recipe, tmp_path / "often", index, index)
     run(seldom, tmp_path / "seldom", index, index)
     assert evaluated(tmp_path / "often") == [0, 1, 2, 3, 4] and evaluated(tmp_path / "seldom") == [2, 4]
@@ -159,8 +170,8 @@ def test_checkpoints_have_the_scores_of_their_own_weights(index, tmp_path, monke
     """Those that were not evaluated have none, and are never the best."""
     tops = iter([0.5, 0.7, 0.6])
     monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(tops), 1.0, 60))
-    settings = Checkpoints(every_steps=2, keep=20)
-    recipe = tiny(epochs=5, checkpoint=settings, evaluation=Evaluations(every_epochs=2))
+    settings = CheckpointConfig(every_steps=2, keep=20)
+    recipe = tiny(epochs=5, checkpoint=settings, evaluation=EvaluationConfig(every_epochs=2))
     result = run(recipe, tmp_path / "run", index, index)
     metas = [checkpoint.load(each).meta for each in sorted((tmp_path / "run" / "checkpoints").iterdir())]
     told = {meta["step"]: meta["scores"] and meta["scores"]["top1"] for meta in metas}
@@ -172,7 +183,7 @@ def test_checkpoints_have_the_scores_of_their_own_weights(index, tmp_path, monke
 
 def test_what_is_kept(index, tmp_path):
     """The newest, the best and each second epoch's."""
-    recipe = tiny(epochs=5, checkpoint=Checkpoints(every_steps=1, keep=2, archive_epochs=2))
+    recipe = tiny(epochs=5, checkpoint=CheckpointConfig(every_steps=1, keep=2, archive_epochs=2))
     run(recipe, tmp_path / "run", index, index)
     tests = [each for each in events(tmp_path / "run") if each["event"] == "eval"]
     best = max(tests, key=lambda each: (each["top1"], -each["step"]))["step"]
@@ -197,7 +208,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "one bit", "gone"])
 @pytest.mark.parametrize("file", ["model.safetensors", "train.safetensors", "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over(index, tmp_path, capsys, file, how):
-    recipe = tiny(epochs=2, checkpoint=Checkpoints(every_steps=1, keep=9))
+    recipe = tiny(epochs=2, checkpoint=CheckpointConfig(every_steps=1, keep=9))
     run(recipe, tmp_path / "run", index)
     # Copies: what safetensors reads is a view of the very file that is damaged next.
     whole = {name: each.clone() for name, each in weights(tmp_path / "run").items()}
@@ -227,7 +238,7 @@ def test_nothing_but_damage_is_said_so(index, tmp_path):
 
 def test_what_comes_after_is_left_when_a_run_goes_on_from_before(index, tmp_path):
     """A run of 9 steps goes on from its third: what came after is kept under other names, and never gone on from."""
-    recipe = tiny(epochs=3, checkpoint=Checkpoints(every_steps=1, keep=9))
+    recipe = tiny(epochs=3, checkpoint=CheckpointConfig(every_steps=1, keep=9))
     run(recipe, tmp_path / "run", index, index)
     home = tmp_path / "run" / "checkpoints"
     best = checkpoint.find(tmp_path / "run").name
@@ -243,7 +254,7 @@ def test_what_comes_after_is_left_when_a_run_goes_on_from_before(index, tmp_path
 
 def test_damage_does_not_bring_back_what_was_left(index, tmp_path):
     """`last` is damaged and passed over; should the run then be killed before it saves again, that still holds."""
-    recipe = tiny(epochs=3, checkpoint=Checkpoints(every_steps=1, keep=9))
+    recipe = tiny(epochs=3, checkpoint=CheckpointConfig(every_steps=1, keep=9))
     run(recipe, tmp_path / "run", index)
     home = tmp_path / "run" / "checkpoints"
     (tmp_path / "run" / "last").unlink()

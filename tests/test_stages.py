@@ -12,7 +12,7 @@ from fasttrain import recipes
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.init_weights import initialise
-from fasttrain.config.schema import Ema, Init, Mix, Optim
+from fasttrain.config.schema import EmaConfig, InitConfig, MixConfig, OptimConfig
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -37,17 +37,17 @@ def first(index, tmp_path_factory):  # noqa: F811
 
 
 def stage2(first, losses=ARCFACE, **changes):
-    settings = {"losses": losses, "epochs": 1, "init": Init(str(first)), "images_per_class": 2}
+    settings = {"losses": losses, "epochs": 1, "init": InitConfig(str(first)), "images_per_class": 2}
     return tiny(**(settings | changes))
 
 
 @pytest.mark.parametrize("losses", [ARCFACE, TRIPLET])
 def test_stage_two_does_not_start_from_scratch_unless_forced(index, tmp_path, losses):  # noqa: F811
-    scratch = stage2("", losses, init=Init())
+    scratch = stage2("", losses, init=InitConfig())
     with pytest.raises(UserError, match=rf"{losses[1].name} does not converge from random .* --init RUN"):
         run(scratch, tmp_path / "run", index)
     assert not (tmp_path / "run" / "last").exists()
-    run(replace(scratch, init=Init(force_scratch=True)), tmp_path / "run", index)
+    run(replace(scratch, init=InitConfig(force_scratch=True)), tmp_path / "run", index)
     # What was forced goes on without being forced again.
     run(scratch, tmp_path / "run", index)
 
@@ -56,7 +56,7 @@ def test_all_but_the_new_head_is_taken_and_named(first, index):  # noqa: F811
     torch.manual_seed(5)
     model = Classifier.of(stage2(first), 10)
     head = model.cosine.weight.detach().clone()  # type: ignore[union-attr]
-    said = initialise(model, Init(str(first)), "test_resnet", index.classes)
+    said = initialise(model, InitConfig(str(first)), "test_resnet", index.classes)
     stored = weights(first)
     for name, each in model.state_dict().items():
         assert torch.equal(each, head if name == "cosine.weight" else stored[name]), name
@@ -68,7 +68,7 @@ def test_other_classes_start_with_another_classifier(first, index):  # noqa: F81
     for classes in (["a", "b", "c"], [*index.classes[:-1], "zebra"]):
         model = Classifier("test_resnet", len(classes))
         fresh = {name: each.clone() for name, each in model.state_dict().items()}
-        said = initialise(model, Init(str(first)), "test_resnet", classes)
+        said = initialise(model, InitConfig(str(first)), "test_resnet", classes)
         assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
         for name, each in model.state_dict().items():
             assert torch.equal(each, fresh[name] if "fc" in name else weights(first)[name]), name
@@ -83,7 +83,11 @@ CONTRASTIVE = (SymmetricCrossEntropy(), Contrastive())
 def projected(index, tmp_path_factory):  # noqa: F811
     """A run of a network with a projection head, with averaged weights. All steps mix, so nothing reads the head."""
     out = tmp_path_factory.mktemp("projected") / "run"
-    run(tiny(losses=CONTRASTIVE, epochs=1, mix=Mix(cutmix=0.999), ema=Ema(0.8), optim=Optim(lr=0.5)), out, index)
+    run(
+        tiny(losses=CONTRASTIVE, epochs=1, mix=MixConfig(cutmix=0.999), ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5)),
+        out,
+        index,
+    )
     return out
 
 
@@ -104,7 +108,11 @@ def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, ind
         torch.manual_seed(5)
         model = Classifier.of(recipe, len(classes))
         fresh = {name: each.clone() for name, each in model.state_dict().items()}
-        return model.state_dict(), fresh, initialise(model, Init(str(init), averaged=False), "test_resnet", classes)
+        return (
+            model.state_dict(),
+            fresh,
+            initialise(model, InitConfig(str(init), averaged=False), "test_resnet", classes),
+        )
 
     names = ["projection.hidden.bias", "projection.hidden.weight", "projection.out.bias", "projection.out.weight"]
     with_head, without = tiny(losses=CONTRASTIVE), tiny()
@@ -125,10 +133,10 @@ def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, ind
 
 def test_what_does_not_fit_is_refused_by_name(first, index, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match=r"holds a test_resnet, and this run trains a resnet18"):
-        initialise(Classifier("resnet18", 10), Init(str(first)), "resnet18", index.classes)
+        initialise(Classifier("resnet18", 10), InitConfig(str(first)), "resnet18", index.classes)
     other = Classifier("resnet18", 10)
     with pytest.raises(UserError, match=r"backbone\.\S+ is .* in it and .* in this network"):
-        initialise(other, Init(str(first)), "test_resnet", index.classes)
+        initialise(other, InitConfig(str(first)), "test_resnet", index.classes)
     with pytest.raises(UserError, match="is no checkpoint"):
         run(stage2(tmp_path / "none"), tmp_path / "run", index)
 
@@ -145,11 +153,11 @@ def test_stage_two_starts_where_stage_one_ended(first, index, tmp_path):  # noqa
 
 
 def test_triplet_tells_its_stats_and_leaves_mixed_steps_out(first, index, tmp_path):  # noqa: F811
-    run(stage2(first, TRIPLET, mix=Mix(cutmix=0)), tmp_path / "plain", index)
+    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "plain", index)
     points = [each for each in events(tmp_path / "plain") if each["event"] == "train"]
     assert all(each["stats"].keys() == {"triplet/active", "triplet/d_ap", "triplet/d_an"} for each in points)
     assert all(each["loss"] == pytest.approx(sum(each["terms"].values()), rel=1e-5) for each in points)
-    run(stage2(first, TRIPLET, mix=Mix(cutmix=0.999)), tmp_path / "mixed", index)
+    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0.999)), tmp_path / "mixed", index)
     points = [each for each in events(tmp_path / "mixed") if each["event"] == "train"]
     assert all(each["terms"].keys() == {"cross_entropy"} and "stats" not in each for each in points)
 
@@ -167,11 +175,11 @@ def test_a_collapsed_loss_is_said_in_the_log_and_on_screen(first, index, tmp_pat
             return output._replace(features=output.features * 0)
 
     monkeypatch.setattr(training, "Classifier", Dead)
-    run(stage2(first, TRIPLET, mix=Mix(cutmix=0)), tmp_path / "dead", index)
+    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "dead", index)
     said = [each for each in events(tmp_path / "dead") if each["event"] == "collapsed"]
     assert [each["loss"] for each in said] == ["triplet"] and "triplet has collapsed" in capsys.readouterr().err
     monkeypatch.undo()
-    run(stage2(first, TRIPLET, mix=Mix(cutmix=0)), tmp_path / "alive", index)
+    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "alive", index)
     assert not [each for each in events(tmp_path / "alive") if each["event"] == "collapsed"]
 
 
@@ -183,7 +191,7 @@ def test_a_student_that_is_its_teacher_has_no_loss(index, tmp_path):  # noqa: F8
     tiny_net = tiny(arch="test_convnext", epochs=1, machine=replace(tiny().machine, log_steps=1))
     run(tiny_net, tmp_path / "teacher", index)
     alone = (Distillation(teacher=str(tmp_path / "teacher"), temperature=1.0),)
-    run(replace(tiny_net, losses=alone, init=Init(str(tmp_path / "teacher"))), tmp_path / "same", index)
+    run(replace(tiny_net, losses=alone, init=InitConfig(str(tmp_path / "teacher"))), tmp_path / "same", index)
     run(replace(tiny_net, losses=alone, seed=7), tmp_path / "other", index)
     same, other = (
         next(each["terms"]["distillation"] for each in events(tmp_path / name) if each["event"] == "train")
@@ -232,14 +240,14 @@ def test_the_average_follows_its_rule():
 
 
 def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monkeypatch):  # noqa: F811
-    recipe = tiny(epochs=2, ema=Ema(0.8), optim=Optim(lr=0.5))
+    recipe = tiny(epochs=2, ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5))
     result = run(recipe, tmp_path / "whole", index, index)
     tests = [each for each in events(tmp_path / "whole") if each["event"] == "eval"]
     assert all(each["ema"].keys() == {"top1", "top5", "images"} for each in tests)
     assert result.scores is not None and result.scores.top1 == tests[-1]["ema"]["top1"]
     assert result.best == max(each["ema"]["top1"] for each in tests)
 
-    plain = tiny(epochs=2, optim=Optim(lr=0.5))
+    plain = tiny(epochs=2, optim=OptimConfig(lr=0.5))
     run(plain, tmp_path / "plain", index, index)
     raw, averaged = weights(tmp_path / "plain"), weights(tmp_path / "whole")
     assert all(torch.equal(raw[name], averaged[name]) for name in raw), "averaging changed the training"
@@ -265,11 +273,11 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monke
 
 
 def test_init_takes_averaged_weights_unless_told_otherwise(index, tmp_path):  # noqa: F811
-    run(tiny(epochs=1, ema=Ema(0.8), optim=Optim(lr=0.5)), tmp_path / "run", index)
+    run(tiny(epochs=1, ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5)), tmp_path / "run", index)
     stored = weights(tmp_path / "run")
     for averaged, prefix in ((True, "ema."), (False, "")):
         model = Classifier("test_resnet", 10)
-        init = Init(str(tmp_path / "run"), averaged=averaged)
+        init = InitConfig(str(tmp_path / "run"), averaged=averaged)
         said = initialise(model, init, "test_resnet", index.classes)
         assert ("averaged weights" in said) == averaged
         assert all(torch.equal(each, stored[prefix + name]) for name, each in model.named_parameters())

@@ -10,7 +10,7 @@ import torch
 from test_train import part_of, run, tiny
 
 from fasttrain import train as training
-from fasttrain.config.schema import Checkpoints, Machine
+from fasttrain.config.schema import CheckpointConfig, MachineConfig
 from fasttrain.pipelines import train_loader as pipeline
 from fasttrain.training.guard import Guard
 
@@ -108,9 +108,9 @@ def test_the_loop_asks_the_device_for_nothing_between_log_points(index, tmp_path
     counts = []
     for steps in (1, 3):  # log points an epoch: three, one
         reads.clear()
-        machine = Machine(device="cpu", compile="off", log_steps=steps, workers=2)
+        machine = MachineConfig(device="cpu", compile="off", log_steps=steps, workers=2)
         run(
-            replace(tiny(epochs=2, machine=machine), checkpoint=Checkpoints(every_epochs=2)),
+            replace(tiny(epochs=2, machine=machine), checkpoint=CheckpointConfig(every_epochs=2)),
             tmp_path / str(steps),
             index,
         )

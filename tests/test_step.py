@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fasttrain import recipes
-from fasttrain.config.schema import Init, Machine, Mix, Optim
+from fasttrain.config.schema import InitConfig, MachineConfig, MixConfig, OptimConfig
 from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.models import Classifier
@@ -55,10 +55,10 @@ def test_a_step_does_what_a_loop_written_out_does(demo_set, micro_batch):
         image_size=32,
         epochs=1,
         micro_batch=micro_batch,
-        mix=Mix(cutmix=0.4, mixup=0.3),
-        optim=Optim(warmup_epochs=0.1, lr=0.1, lr_batch=0, weight_decay=1e-2),
-        init=Init(force_scratch=True),
-        machine=Machine(device="cpu", compile="off", workers=1),
+        mix=MixConfig(cutmix=0.4, mixup=0.3),
+        optim=OptimConfig(warmup_epochs=0.1, lr=0.1, lr_batch=0, weight_decay=1e-2),
+        init=InitConfig(force_scratch=True),
+        machine=MachineConfig(device="cpu", compile="off", workers=1),
     )
     recipe = resolve_auto(recipe, ALONE.device)
     plan, classes = Plan.of(recipe, index), len(index.classes)

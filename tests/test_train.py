@@ -13,7 +13,15 @@ from fasttrain import recipes
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import open_run
-from fasttrain.config.schema import Augment, Checkpoints, Ema, Init, Machine, Mix, Optim
+from fasttrain.config.schema import (
+    AugmentConfig,
+    CheckpointConfig,
+    EmaConfig,
+    InitConfig,
+    MachineConfig,
+    MixConfig,
+    OptimConfig,
+)
 from fasttrain.data.index import Index, scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
@@ -56,7 +64,7 @@ def tiny(**changes):
         batch_size=20,
         epochs=2,
         precision="fp32",
-        machine=Machine(device="cpu", compile="off", log_steps=2, workers=2),
+        machine=MachineConfig(device="cpu", compile="off", log_steps=2, workers=2),
     )
     return replace(recipe, **changes)
 
@@ -78,9 +86,9 @@ def weights(out: Path):
 def test_a_run_learns(index, tmp_path):
     recipe = tiny(
         epochs=12,
-        augment=Augment(crop_area=(0.6, 1.0), autoaugment="none"),
-        mix=Mix(cutmix=0),
-        optim=Optim(lr=0.05, lr_batch=0),
+        augment=AugmentConfig(crop_area=(0.6, 1.0), autoaugment="none"),
+        mix=MixConfig(cutmix=0),
+        optim=OptimConfig(lr=0.05, lr_batch=0),
         losses=(CrossEntropy(0.0),),
     )
     run(recipe, tmp_path / "run", index)
@@ -197,7 +205,7 @@ def test_a_finished_run_is_not_run_again(index, tmp_path):
 def test_resuming_refuses_another_run_and_names_every_difference(index, tmp_path):
     run(tiny(epochs=1), tmp_path / "run", index)
     with pytest.raises(UserError) as caught:
-        run(tiny(epochs=1, seed=3, optim=Optim(momentum=0.8)), tmp_path / "run", index)
+        run(tiny(epochs=1, seed=3, optim=OptimConfig(momentum=0.8)), tmp_path / "run", index)
     assert "seed was 0 and is 3" in str(caught.value) and "optim.momentum was 0.9 and is 0.8" in str(caught.value)
     other = replace(index, labels=index.labels[::-1].copy())
     with pytest.raises(UserError, match="the training images are others"):
@@ -205,7 +213,7 @@ def test_resuming_refuses_another_run_and_names_every_difference(index, tmp_path
     renamed = replace(index, classes=("yak", *index.classes[1:]))
     with pytest.raises(UserError, match=r"the classes are others .*yak"):
         run(tiny(epochs=1), tmp_path / "run", renamed)
-    run(tiny(epochs=1, micro_batch=10, checkpoint=Checkpoints(keep=1)), tmp_path / "run", index)
+    run(tiny(epochs=1, micro_batch=10, checkpoint=CheckpointConfig(keep=1)), tmp_path / "run", index)
 
 
 def test_starting_over_moves_the_old_run_aside(index, tmp_path):
@@ -230,7 +238,7 @@ def test_accumulated_gradients_equal_one_big_batch(index, tmp_path, micro):
     """For a network without BatchNorm; without CutMix, whose partners come from the micro-batch."""
     logs = []
     for name, size in (("big", 0), ("small", micro)):
-        recipe = tiny(arch="test_convnext", micro_batch=size, mix=Mix(cutmix=0), epochs=1)
+        recipe = tiny(arch="test_convnext", micro_batch=size, mix=MixConfig(cutmix=0), epochs=1)
         run(recipe, tmp_path / name, index)
         logs.append([each["loss"] for each in events(tmp_path / name) if each["event"] == "train"])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
@@ -259,15 +267,15 @@ class Syncs(TorchDispatchMode):
     "changes",
     [
         *({"precision": precision} for precision in ("fp32", "bf16", "fp16")),
-        {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": Init(force_scratch=True)},
-        {"losses": (CrossEntropy(), ArcFace()), "init": Init(force_scratch=True), "ema": Ema(0.9)},
+        {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": InitConfig(force_scratch=True)},
+        {"losses": (CrossEntropy(), ArcFace()), "init": InitConfig(force_scratch=True), "ema": EmaConfig(0.9)},
     ],
 )
 def test_no_step_waits_for_the_device(index, tmp_path, changes):
     """Twice and four times the steps, the same number of log points and checkpoints: the same number of waits."""
     counts = []
     for batch in (20, 10, 5):
-        quiet = Machine(device="cpu", compile="off", log_steps=1000)
+        quiet = MachineConfig(device="cpu", compile="off", log_steps=1000)
         recipe = tiny(epochs=1, batch_size=batch, machine=quiet, **changes)
         with Syncs() as syncs:
             run(recipe, tmp_path / f"{batch}", index)
@@ -289,7 +297,7 @@ def test_the_counter_of_waits_counts():
         ({"arch": "tresnet_m", "image_size": 30}, "tresnet_m does not take 20 images of 30 x 30"),
         ({"arch": "resnest14d", "micro_batch": 1}, "resnest14d does not take one image .*micro_batch"),
         ({"losses": (CrossEntropy(), ArcFace())}, "arcface does not converge from random weights"),
-        ({"init": Init(weights="nowhere")}, "nowhere is no checkpoint"),
+        ({"init": InitConfig(weights="nowhere")}, "nowhere is no checkpoint"),
     ],
 )
 def test_what_cannot_be_trained_is_told_by_the_run_and_by_its_summary(index, tmp_path, changes, says):
@@ -321,7 +329,7 @@ def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_the_compiled_network_trains_alike(index, tmp_path):
     plain, compiled = (
-        tiny(epochs=1, machine=Machine(device="cpu", compile=each, log_steps=1)) for each in ("off", "on")
+        tiny(epochs=1, machine=MachineConfig(device="cpu", compile=each, log_steps=1)) for each in ("off", "on")
     )
     run(plain, tmp_path / "plain", index)
     run(compiled, tmp_path / "compiled", index)
@@ -338,8 +346,8 @@ def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, ho
     losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
     told = []
     for compiled in ("off", how):
-        machine = Machine(device="cpu", compile=compiled, log_steps=1, workers=2)
-        recipe = tiny(epochs=1, losses=losses, ema=Ema(0.9), machine=machine)
+        machine = MachineConfig(device="cpu", compile=compiled, log_steps=1, workers=2)
+        recipe = tiny(epochs=1, losses=losses, ema=EmaConfig(0.9), machine=machine)
         run(recipe, tmp_path / compiled, index)
         told.append([each["terms"] for each in events(tmp_path / compiled) if each["event"] == "train"])
     assert len(told[0]) == 5

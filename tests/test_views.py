@@ -13,8 +13,8 @@ from fasttrain.data.index import Index, scan
 from fasttrain.evaluation.evaluate import probabilities
 from fasttrain.losses.base import Output
 from fasttrain.models import Classifier
-from fasttrain.pipelines.eval_loader import Evaluation
-from fasttrain.pipelines.views import CENTRE, RANDOM, Crop, Views, named, region, shorter_edge
+from fasttrain.pipelines.eval_loader import EvalLoader
+from fasttrain.pipelines.views import CENTRE, RANDOM, Crop, Views, region, shorter_edge, views_by_name
 from fasttrain.utils.errors import RunError, UserError
 
 
@@ -30,35 +30,35 @@ def index(every) -> Index:
 
 
 def test_the_reports_views_are_sixteen_at_its_sizes():
-    views = named("report", 224)
+    views = views_by_name("report", 224)
     assert views.sizes == (224, 320, 380, 448) and len(views) == 16 and views.flip
     assert {(crop.size, crop.where) for crop in views.crops} == {(s, w) for s in views.sizes for w in (CENTRE, RANDOM)}
-    assert named("report", 448).sizes == (448, 640, 760, 896)
-    assert named("report", 64, (64, 96)).sizes == (64, 96)
-    assert len(named("tencrop", 224)) == 10 and len(named("center", 224)) == 1
+    assert views_by_name("report", 448).sizes == (448, 640, 760, 896)
+    assert views_by_name("report", 64, (64, 96)).sizes == (64, 96)
+    assert len(views_by_name("tencrop", 224)) == 10 and len(views_by_name("center", 224)) == 1
 
 
 def test_the_reports_sizes_are_such_as_every_network_takes():
     """TResNet takes multiples of 4 alone; they stay within 2 pixels of the report's ratios, and each is there once."""
     for size in range(8, 4097, 4):
-        sizes, exact = named("report", size).sizes, [each * size / 224 for each in (224, 320, 380, 448)]
+        sizes, exact = views_by_name("report", size).sizes, [each * size / 224 for each in (224, 320, 380, 448)]
         assert sizes[0] == size and sizes[-1] == 2 * size and not any(each % 4 for each in sizes)
         assert max(min(abs(each - one) for one in sizes) for each in exact) <= 2
-        assert len(named("report", size).crops) == 2 * len(sizes) and (len(sizes) == 4 or size < 20)
+        assert len(views_by_name("report", size).crops) == 2 * len(sizes) and (len(sizes) == 4 or size < 20)
 
 
 def test_tresnet_answers_in_the_reports_views_of_a_small_training_size(index):
     few = Index(index.paths[:2], index.ids[:2], index.labels[:2], index.sizes[:2], index.classes)
-    views = named("report", 64)
+    views = views_by_name("report", 64)
     model = Classifier("tresnet_m", 3).eval()
-    found = probabilities(model, 3, Evaluation(few, views, 2, torch.device("cpu"), 1), CPU, torch.float32)
+    found = probabilities(model, 3, EvalLoader(few, views, 2, torch.device("cpu"), 1), CPU, torch.float32)
     assert list(found) == [64, 92, 108, 128]
 
 
 @pytest.mark.parametrize("sizes", [(4,), (64, 64), (64, 5000)])
 def test_sizes_are_checked(sizes):
     with pytest.raises(UserError, match="--sizes"):
-        named("report", 224, sizes)
+        views_by_name("report", 224, sizes)
 
 
 def test_random_crops_have_their_area_and_are_the_same_at_every_size_and_time():
@@ -76,8 +76,8 @@ def test_random_crops_have_their_area_and_are_the_same_at_every_size_and_time():
 def test_ten_crops_are_torchvisions(index):
     """The five places and their mirror images, as a set; mirrored after the crop, not before."""
     size = 64
-    views = named("tencrop", size)
-    for pixels, numbers in Evaluation(index, views, 4, torch.device("cpu"), 1):
+    views = views_by_name("tencrop", size)
+    for pixels, numbers in EvalLoader(index, views, 4, torch.device("cpu"), 1):
         for at, number in enumerate(numbers.tolist()):
             image = functional.resize(Image.open(index.paths[number]).convert("RGB"), [shorter_edge(size)])
             theirs = [np.asarray(each).astype(int) for each in TenCrop(size)(image)]
@@ -119,15 +119,15 @@ def test_the_reports_views_give_the_probabilities_of_a_naive_loop(index):
     model = Classifier("test_resnet", 7).eval()
     with torch.no_grad():  # so that images differ in their answers
         model.backbone.fc.weight *= 30
-    views = named("report", 64)
-    ours = probabilities(model, 7, Evaluation(index, views, 5, torch.device("cpu"), 1), CPU, torch.float32)
+    views = views_by_name("report", 64)
+    ours = probabilities(model, 7, EvalLoader(index, views, 5, torch.device("cpu"), 1), CPU, torch.float32)
     theirs = naive(model, index, views)
     assert ours.keys() == theirs.keys() == set(views.sizes)
     for size in views.sizes:
         assert ours[size].shape == (len(index), 7) and ours[size].dtype == np.float32
         assert theirs[size].std(0).max() > 0.003
         np.testing.assert_allclose(ours[size], theirs[size], atol=2e-3)
-    again = probabilities(model, 7, Evaluation(index, views, 3, torch.device("cpu"), 2), CPU, torch.float32)
+    again = probabilities(model, 7, EvalLoader(index, views, 3, torch.device("cpu"), 2), CPU, torch.float32)
     for size in views.sizes:
         np.testing.assert_allclose(ours[size], again[size], atol=1e-6)
 
@@ -147,8 +147,8 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("name", ["center", "report", "tencrop"])
 def test_a_constant_network_has_one_answer_in_all_views(index, name):
     model = Constant()
-    views = named(name, 32)
-    found = probabilities(model, 3, Evaluation(index, views, 4, torch.device("cpu"), 1), CPU, torch.float32)
+    views = views_by_name(name, 32)
+    found = probabilities(model, 3, EvalLoader(index, views, 4, torch.device("cpu"), 1), CPU, torch.float32)
     expected = torch.tensor([1.0, 2.0, 0.0]).softmax(0).numpy()
     for probs in found.values():
         np.testing.assert_allclose(probs, np.tile(expected, (len(index), 1)), rtol=1e-6)
@@ -161,7 +161,7 @@ def test_an_answer_that_is_not_finite_is_an_error_by_name(index):
         def forward(self, images):
             return super().forward(images)._replace(logits=torch.full((len(images), 3), torch.nan))
 
-    batches = Evaluation(index, named("center", 32), 4, torch.device("cpu"), 1)
+    batches = EvalLoader(index, views_by_name("center", 32), 4, torch.device("cpu"), 1)
     with pytest.raises(RunError, match=rf"{index.paths[0]} at 32 pixels is not finite"):
         probabilities(Diverged(), 3, batches, CPU, torch.float32)
 
@@ -176,7 +176,7 @@ def test_predictions_are_those_of_torchvisions_pixels(every, size, interpolation
     model = Classifier("test_resnet", 10).eval()
     mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
     rows: list[list[torch.Tensor]] = [[], []]
-    batches = Evaluation(every, named("center", size), 8, torch.device("cpu"), 1, interpolation=interpolation)
+    batches = EvalLoader(every, views_by_name("center", size), 8, torch.device("cpu"), 1, interpolation=interpolation)
     for (pixels,), numbers in batches:
         theirs = np.stack([reference_view(every.paths[number], size, interpolation) for number in numbers.tolist()])
         for found, each in zip(rows, (pixels, torch.from_numpy(theirs)), strict=True):

@@ -250,7 +250,7 @@ def _cpuinfo(key: str) -> list[str]:
     return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
-def require_own(path: Path) -> None:
+def check_overwritable(path: Path) -> None:
     """UserError unless `write_json` can write to `path` without losing what is no benchmark's."""
     if not path.parent.is_dir():
         raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")

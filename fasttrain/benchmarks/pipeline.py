@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from fasttrain import recipes
 from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, wall
-from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, Augment, Mix
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, MixConfig
 from fasttrain.data.index import Index
 from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.ahead import Ahead
@@ -116,7 +116,7 @@ def pipeline(
         if images_per_class:
             contenders[GROUPED] = partial(grouped, images_per_class=images_per_class, decoder=decoder)
         if policy != "none":
-            contenders[LINEAR] = partial(own, augment=Augment(autoaugment=policy, warps="linear"))
+            contenders[LINEAR] = partial(own, augment=AugmentConfig(autoaugment=policy, warps="linear"))
         contenders |= {TIMM: timms, TORCHVISION: torchvisions, STOCK: stock}
         contenders = {name: contenders[name] for name in common.chosen(contenders, only, LOADERS)}
         cuts = stages(work, decoder) if profile and OWN in contenders else {}
@@ -191,7 +191,7 @@ def relabelled(index: Index, per_class: int) -> Index:
     )
 
 
-def plan_of(work: Work, images_per_class: int = 0, augment: Augment | None = None) -> Plan:
+def plan_of(work: Work, images_per_class: int = 0, augment: AugmentConfig | None = None) -> Plan:
     """The project's plan for the work: endless, its draws those of training."""
     recipe = replace(
         recipes.for_arch("resnet18"),
@@ -199,14 +199,14 @@ def plan_of(work: Work, images_per_class: int = 0, augment: Augment | None = Non
         images_per_class=images_per_class,
         image_size=work.size,
         epochs=10**6,
-        augment=augment or Augment(autoaugment=work.policy),
-        mix=Mix(cutmix=float(work.cutmix)),
+        augment=augment or AugmentConfig(autoaugment=work.policy),
+        mix=MixConfig(cutmix=float(work.cutmix)),
     )
     return Plan.of(recipe, work.index)
 
 
 def ours(
-    work: Work, images_per_class: int = 0, augment: Augment | None = None, decoder: Decoder | None = None
+    work: Work, images_per_class: int = 0, augment: AugmentConfig | None = None, decoder: Decoder | None = None
 ) -> Stream:
     """The project's pipeline and its mix kernel; augment: other settings than the policy's own."""
     plan = plan_of(work, images_per_class, augment)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fasttrain import recipes
 from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, seconds, synchronize
-from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, Ema, Init, Recipe
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, EmaConfig, InitConfig, Recipe
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.base import Output
@@ -68,7 +68,7 @@ def recipe_of(
         image_size=image_size or found.image_size,
         precision=precision or found.precision,
         epochs=10**6,
-        init=Init(force_scratch=True),
+        init=InitConfig(force_scratch=True),
         machine=replace(found.machine, compile=compiled or found.machine.compile, workers=workers),
     )
     changed = recipes.override(changed, *settings)
@@ -123,7 +123,7 @@ def contenders(
     index = synthetic(recipe, classes)
     plan = Plan.of(recipe, index)
     numbers = torch.from_numpy(plan.images(0, 0).copy())
-    rows = recipe.batch_size * plan.rows_an_image
+    rows = recipe.batch_size * plan.views_total
     pixels = torch.randint(0, 256, (rows, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8).to(device)
     planes = pixels[: recipe.batch_size].permute(0, 3, 1, 2).contiguous()  # the layout that timm's loader gives
     labels = torch.from_numpy(index.labels)[numbers].to(device)
@@ -131,7 +131,7 @@ def contenders(
     def ours(each: Recipe) -> Ours:
         torch.manual_seed(each.seed)
         plan = Plan.of(each, index)
-        batch = Images(pixels[: each.batch_size * plan.rows_an_image], numbers)
+        batch = Images(pixels[: each.batch_size * plan.views_total], numbers)
         return Ours(each, Classifier.of(each, classes), plan, index, device, forever(batch))
 
     def timms(**how: Any) -> Timm:
@@ -144,7 +144,7 @@ def contenders(
     for setting in also:
         made[f"{OWN}, {setting}"] = partial(ours, resolve_auto(recipes.override(recipe, setting), device))
     if rows > recipe.batch_size:
-        plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=Ema())
+        plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=EmaConfig())
         made["fasttrain, CE on one view"] = partial(ours, plain)
     if compiled:
         if recipe.machine.compile == "graphs":

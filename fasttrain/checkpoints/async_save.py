@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.checkpoints import checkpoint
-from fasttrain.config.schema import Checkpoints
+from fasttrain.config.schema import CheckpointConfig
 from fasttrain.training.meter import Log
 from fasttrain.training.state import State
 from fasttrain.utils.errors import RunError
@@ -21,7 +21,9 @@ class Saver:
     being written. alive: called each second meanwhile.
     """
 
-    def __init__(self, out: Path, settings: Checkpoints, log: Log, alive: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, out: Path, settings: CheckpointConfig, log: Log, alive: Callable[[], object] = lambda: None
+    ) -> None:
         self.out, self.settings, self.log, self.alive = out, settings, log, alive
         self.done = threading.Event()  # not the thread's end: a join that Ctrl-C interrupts marks that, too early
         self.lost = False
@@ -54,7 +56,7 @@ class Saver:
         finally:
             self.done.set()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Log what has been written meanwhile; does not wait."""
         if self.thread is not None and self.done.is_set():
             self.finish()

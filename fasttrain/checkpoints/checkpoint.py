@@ -114,9 +114,9 @@ def save(
             "sha256": {name: _sha256(aside / name) for name in (_MODEL, _TRAIN)},
         }
         _put_in_place(aside, final, content)
-        point(out / "last", final)
+        set_link(out / "last", final)
         if improved:
-            point(out / "best", final)
+            set_link(out / "best", final)
     with suppress(OSError):
         _prune(out, keep)
     return final
@@ -133,7 +133,7 @@ def branch(out: Path, path: Path, changes: Callable[[dict[str, Any]], dict[str, 
             except OSError:  # a file system without such links
                 shutil.copyfile(path / name, aside / name)
         _put_in_place(aside, final, meta | changes(meta) | {"archived": False})
-        point(out / "last", final)
+        set_link(out / "last", final)
     return final
 
 
@@ -189,7 +189,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def point(link: Path, target: Path) -> None:
+def set_link(link: Path, target: Path) -> None:
     """Point `link` to `target`, in one step: as a relative link, so that the run's folder can be moved, or, on a file
     system without links, as a file of one line."""
     aside, relative = link.with_name(f".{link.name}.{os.getpid()}"), target.relative_to(link.parent)
@@ -201,7 +201,7 @@ def point(link: Path, target: Path) -> None:
     os.replace(aside, link)
 
 
-def pointed(link: Path) -> Path:
+def read_link(link: Path) -> Path:
     """What `link` points to, whether that is there or not; what is no link, itself. Path.resolve raises for loops."""
     try:
         if link.is_file() and not link.is_symlink():
@@ -213,7 +213,7 @@ def pointed(link: Path) -> Path:
 
 def _prune(out: Path, keep: int) -> None:
     home = out / "checkpoints"
-    kept = {pointed(out / link) for link in ("best", "last")}
+    kept = {read_link(out / link) for link in ("best", "last")}
     steps = sorted(home.glob("step-*"))
     # One that was not taken while steps were failing is what a run goes back to.
     kept |= {each.resolve() for each in [each for each in reversed(steps) if _holds(each, "streak", 0)][:1]}
@@ -239,7 +239,7 @@ def find(path: Path) -> Path:
 
     Raises UserError where there is none.
     """
-    for candidate in (pointed(path), pointed(path / "best"), pointed(path / "last")):
+    for candidate in (read_link(path), read_link(path / "best"), read_link(path / "last")):
         if os.path.isfile(candidate / _META):  # False for paths that there cannot be; Path.is_file raises for some
             return candidate.resolve()
     raise UserError(f"{printable(path)} is no checkpoint and holds none")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasttrain.checkpoints import checkpoint
-from fasttrain.config.schema import Init
+from fasttrain.config.schema import InitConfig
 from fasttrain.models import TRAINING_HEADS, Classifier
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
@@ -24,7 +24,7 @@ class _Weights(NamedTuple):
     told: str
 
 
-def initialise(model: Classifier, init: Init, arch: str, classes: Sequence[str]) -> str:
+def initialise(model: Classifier, init: InitConfig, arch: str, classes: Sequence[str]) -> str:
     """Start a network from a checkpoint's weights, or a file's; gives a line that says which, and which stay random.
 
     Only heads may stay random: a cosine or projection head that is not there, and the classifier and the cosine head

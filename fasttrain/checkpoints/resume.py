@@ -15,7 +15,7 @@ from fasttrain.utils.text import printable
 _FREE = ("name", "micro_batch", "init", "guard", "evaluation", "checkpoint", "resume", "data", "machine")
 
 
-def identity(recipe: Recipe, index: Index) -> dict[str, Any]:
+def run_fingerprint(recipe: Recipe, index: Index) -> dict[str, Any]:
     """What a run is, as plain values: its recipe, the names of its classes, and fingerprints of its images."""
     return {
         "recipe": recipes.to_dict(recipe),
@@ -25,8 +25,8 @@ def identity(recipe: Recipe, index: Index) -> dict[str, Any]:
     }
 
 
-def accepted(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> list[str]:
-    """What differs between a checkpoint's run and `ours` (an `identity`), a line each, all of it allowed.
+def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> list[str]:
+    """What differs between a checkpoint's run and `ours` (an `run_fingerprint`), a line each, all of it allowed.
 
     allow: `data`, `classes`, keys of the recipe, or parts of it. Raises UserError that names each difference that is
     not allowed, or what in `allow` is no such name.

@@ -22,7 +22,7 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
     resume: `auto` (OUT/last where there is one), `never` (a run that is there is moved aside) or a path. UserError
     where the folder holds something else than a run.
     """
-    if require_own(out) and resume == "never":
+    if check_overwritable(out) and resume == "never":
         aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
         try:
             out.rename(aside)
@@ -39,13 +39,13 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
     except OSError as error:
         raise UserError(f"cannot write to {printable(out)}: {error.strerror}") from None
     if start:
-        leave_after(out, start)
+        abandon_later(out, start)
     if not (start and (out / RECIPE).exists()):
         write_recipe(out, recipe_toml)
     return start
 
 
-def require_own(out: Path) -> bool:
+def check_overwritable(out: Path) -> bool:
     """Whether a folder holds a run. UserError where it holds something else, or a link in place of what a run
     writes."""
     used = out.is_dir() and any(out.iterdir())
@@ -59,12 +59,12 @@ def require_own(out: Path) -> bool:
     return used
 
 
-def leave_after(out: Path, start: Path) -> None:
-    """Make `start` the last of a run's checkpoints. Those after it, or all where it is another run's, belong to a
-    course that is left: they are renamed, so that they are neither gone on from nor counted."""
+def abandon_later(out: Path, start: Path) -> None:
+    """Make `start` the last of a run's checkpoints. Those after it, or all where it is another run's, belong to an
+    attempt that is left: they are renamed, so that they are neither gone on from nor counted."""
     home = out / "checkpoints"
     inside = start.resolve().parent == home.resolve()
-    best = checkpoint.pointed(out / "best")
+    best = checkpoint.read_link(out / "best")
     with suppress(OSError):  # a disk that does not take it is told at the first save
         for each in sorted(home.glob("step-*")):
             if not inside or each.name > start.name:
@@ -72,9 +72,9 @@ def leave_after(out: Path, start: Path) -> None:
                 was_best = each.resolve() == best
                 each.rename(left)
                 if was_best:
-                    checkpoint.point(out / "best", left)
+                    checkpoint.set_link(out / "best", left)
         if inside:
-            checkpoint.point(out / "last", home / start.name)
+            checkpoint.set_link(out / "last", home / start.name)
 
 
 def write_recipe(out: Path, recipe_toml: str) -> None:
@@ -138,7 +138,7 @@ def newest(out: Path) -> Path | None:
     return None
 
 
-def before_streak(out: Path) -> Path | None:
+def newest_before_failures(out: Path) -> Path | None:
     """The newest whole checkpoint that was not taken while steps were failing, or None where there is none."""
     for candidate in _course(out):
         try:
@@ -150,7 +150,7 @@ def before_streak(out: Path) -> Path | None:
 
 
 def _course(out: Path) -> list[Path]:
-    """The checkpoints up to `last`, newest first; what comes after it belongs to a course that the run has left."""
+    """The checkpoints up to `last`, newest first; what comes after it belongs to an attempt that the run has left."""
     steps = sorted((out / "checkpoints").glob("step-*"), reverse=True)
-    last = checkpoint.pointed(out / "last").name
+    last = checkpoint.read_link(out / "last").name
     return [each for each in steps if not last.startswith("step-") or each.name <= last]

@@ -68,7 +68,7 @@ def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
     from fasttrain.benchmarks import common
 
     if json_path:
-        common.require_own(json_path)
+        common.check_overwritable(json_path)
     if plot:
         require_png(plot, "--plot")
         common.require_matplotlib()
@@ -137,16 +137,21 @@ def bench_pipeline(
     """The training pipeline, compared with timm's loader, torchvision v2 and DALI's stock pipeline on the same
     images."""
     from fasttrain.benchmarks import pipeline
-    from fasttrain.config.schema import Data, Machine
+    from fasttrain.config.schema import DataConfig, MachineConfig
     from fasttrain.data import index as dataset
     from fasttrain.pipelines import decoders
 
-    index, _ = dataset.open_data(Data(train=(data,)))
+    index, _ = dataset.open_data(DataConfig(train=(data,)))
     asked |= {"workers": here.threads(workers), "processes": workers or here.cores}
     dtype = pipeline.dtype_of(precision, here.device)
     kind = decoders.resolve(decoder, here.device)
     rows = pipeline.pipeline(
-        index, here.device, dtype, profile=profile, decoder=decoders.Decoder(kind, Machine().hardware_load), **asked
+        index,
+        here.device,
+        dtype,
+        profile=profile,
+        decoder=decoders.Decoder(kind, MachineConfig().hardware_load),
+        **asked,
     )
     return rows, {"images": len(index), "precision": precision, "decoder": kind, **asked}
 
@@ -248,10 +253,10 @@ def bench_train(
 ) -> Figures:
     """Real runs, compared with their step alone, their pipeline alone, and timm's loader and loop."""
     from fasttrain.benchmarks.train import end_to_end
-    from fasttrain.config.schema import Data
+    from fasttrain.config.schema import DataConfig
     from fasttrain.data import index as dataset
 
-    index, _ = dataset.open_data(Data(train=(data,)))
+    index, _ = dataset.open_data(DataConfig(train=(data,)))
     threads = here.threads(workers)
     chosen = _chosen_networks(here.device, workers=workers, **options)
     turns = {"steps": steps, "warm_up": warm_up, "rounds": rounds}

@@ -17,7 +17,7 @@ from fasttrain import __version__
 from fasttrain.cli.bench import bench
 from fasttrain.cli.options import COMBINATIONS, DECODERS, FILE, FOLDER, PNG_SOFTWARE, SET_HELP, require_png, writes
 from fasttrain.distributed import signals
-from fasttrain.utils.errors import Ended, Stopped, UserError
+from fasttrain.utils.errors import CommandError, Stopped, UserError
 
 if TYPE_CHECKING:
     from fasttrain.config.schema import Recipe
@@ -32,7 +32,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except Ended as error:
+        except CommandError as error:
             if str(error):
                 _complain(str(error))
             sys.exit(error.exit_status)
@@ -119,7 +119,7 @@ def run(
     where a run was stopped. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
     """
     if not dry_run:
-        signals.note()
+        signals.install()
     from fasttrain import recipes
     from fasttrain.checkpoints.run_dir import lock, open_run
     from fasttrain.data import index as dataset
@@ -128,9 +128,9 @@ def run(
     from fasttrain.train import summary, train
     from fasttrain.utils.text import printable
 
-    if signals.noted():
+    if signals.received():
         again = "before a step was done; the same command starts again"
-        raise Stopped(f"stopped by {signals.noted()} {again}" if writes() else "")
+        raise Stopped(f"stopped by {signals.received()} {again}" if writes() else "")
     recipe = _chosen(arch, recipe_name, loss)
     on_demo = not data and not recipe.data.train
     if on_demo:
@@ -283,26 +283,26 @@ def _predict(
     from fasttrain.distributed.ranks import ranks
     from fasttrain.evaluation.evaluate import probabilities
     from fasttrain.evaluation.predictions import Predictions
-    from fasttrain.models import outlined, tried
-    from fasttrain.pipelines.eval_loader import Evaluation
-    from fasttrain.pipelines.views import named
+    from fasttrain.models import build_on_meta, check_input_shape
+    from fasttrain.pipelines.eval_loader import EvalLoader
+    from fasttrain.pipelines.views import views_by_name
     from fasttrain.prepare import decoder_of, resolve_auto
     from fasttrain.training.step import DTYPES
 
     sizes = () if options["sizes"] is None else _sizes(options["sizes"])
     with ranks(options["device"]) as here:
         model, recipe, classes = checkpoint.network(checkpoint_path, averaged=False if options["raw"] else None)
-        views = named(options["views"], recipe.image_size, sizes)
-        outline = outlined(recipe, len(classes))
+        views = views_by_name(options["views"], recipe.image_size, sizes)
+        outline = build_on_meta(recipe, len(classes))
         for size in views.sizes:
-            tried(outline, recipe.arch, 2, size, "name other --sizes or --views")
+            check_input_shape(outline, recipe.arch, 2, size, "name other --sizes or --views")
         index = here.in_turn(lambda: open_index(recipe, classes))
         model.to(here.device).to(memory_format=torch.channels_last)
         machine = replace(recipe.machine, decoder=options["decoder"])
         recipe = resolve_auto(replace(recipe, precision="auto", machine=machine), here.device)
         precision, threads = DTYPES[recipe.precision], here.threads(options["workers"])
         share = options["batch_size"], here.device, threads, here.world, here.rank
-        batches = Evaluation(index, views, *share, options["interpolation"], decoder_of(recipe, here.device))
+        batches = EvalLoader(index, views, *share, options["interpolation"], decoder_of(recipe, here.device))
         total = len(batches.source.numbers)
         with tqdm(total=total, unit="img", desc="images", disable=None if here.first else True) as bar:
             per_size = probabilities(model, len(classes), batches, here, precision, bar.update)
@@ -334,7 +334,7 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
         return index
 
     if out and writes():
-        predictions.require_own(out)
+        predictions.check_overwritable(out)
     if confusion_path and writes():
         require_png(confusion_path, "--confusion")
         confusion.require_matplotlib()
@@ -372,7 +372,7 @@ def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> No
     from fasttrain.utils.text import printable
 
     if writes():
-        predictions.require_own(out)
+        predictions.check_overwritable(out)
     found = _predict(checkpoint_path, lambda recipe, classes: dataset.scan_unlabelled(images), **options)
     if found is not None:
         predictions.save(found, out)
@@ -410,9 +410,9 @@ def ensemble(
     if weights and fit_files:
         raise UserError("--weights and --fit exclude each other: fitting finds the weights")
     if out:
-        predictions.require_own(out)
+        predictions.check_overwritable(out)
     if submission_path:
-        submission.require_own(submission_path)
+        submission.check_overwritable(submission_path)
     shares: list[float] | None = None
     if weights:
         shares = _weights(weights, len(files))
@@ -669,7 +669,7 @@ def _try_decoders(data: str | None, json_path: Path | None) -> None:
     from fasttrain.pipelines import decoders
 
     if json_path:
-        common.require_own(json_path)
+        common.check_overwritable(json_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for line, trials in decoder_check.report(data):
         click.echo(line)

@@ -20,7 +20,7 @@ def _require(holds: bool, key: str, rule: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Where the images are. No `train` folder means the demo set; no `val` means DIR/val where DIR/train is used.
 
     on_bad: what a training image that cannot be decoded does: `stop` ends the run, `skip` trains on the next image of
@@ -36,7 +36,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """SGD with momentum; a warm-up from 0, then a cosine to 0, both per step, or steps.
 
     The peak learning rate is lr_scale · lr · global batch / lr_batch (linear scaling), or lr_scale · lr where lr_batch
@@ -73,7 +73,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Augment:
+class AugmentConfig:
     """Per image: a random resized crop (area as a share of the image, aspect ratio log-uniform), a horizontal flip
     with probability `flip`, then a policy, then random erasing.
 
@@ -115,7 +115,7 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class Mix:
+class MixConfig:
     """Per batch: CutMix with probability `cutmix`, its λ drawn from Beta(cutmix_alpha, cutmix_alpha), or mixup with
     probability `mixup` and λ from Beta(mixup_alpha, mixup_alpha), or neither."""
 
@@ -141,7 +141,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Init:
+class InitConfig:
     """Where weights come from: random, or those of a checkpoint (its folder, `last` or `best`, or a run's folder),
     the averaged ones where it has such, unless averaged=false.
 
@@ -154,7 +154,7 @@ class Init:
 
 
 @dataclass(frozen=True)
-class Ema:
+class EmaConfig:
     """An exponential moving average of the weights, evaluated and saved beside them, with the given decay a step (0:
     none). In the first steps it is the plain mean of the weights so far: decay min(1 − 1/(step + 1), decay)."""
 
@@ -165,7 +165,7 @@ class Ema:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class CheckpointConfig:
     """A checkpoint every `every_epochs` epochs and at the end, and every `every_steps` steps (0: none between). The
     newest `keep`, the best, and that of every `archive_epochs`-th epoch (0: none) are kept.
 
@@ -188,7 +188,7 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class Evaluations:
+class EvaluationConfig:
     """Scores over the validation images every `every_epochs` epochs and at the end. `best` is the best of the
     checkpoints whose weights were evaluated: one of another epoch, or from within one, has no scores."""
 
@@ -199,7 +199,7 @@ class Evaluations:
 
 
 @dataclass(frozen=True)
-class Guard:
+class GuardConfig:
     """A step whose loss or gradient is not finite changes nothing. After `patience` such steps in a row the run goes
     back to its last checkpoint from before them and on with the images that come after, at most `rewinds` times; then
     it ends with a report."""
@@ -213,7 +213,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Resume:
+class ResumeConfig:
     """allow: names of what may differ from the checkpoint that a run goes on from: `data`, `classes`, keys of the
     recipe such as `optim.lr`, or parts of it such as `optim`."""
 
@@ -221,7 +221,7 @@ class Resume:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineConfig:
     """How to run, not what to train: none of this changes the order of samples, and only `decoder` their pixels.
 
     workers: DALI's threads a rank (0: this rank's share of the cores, on a GPU less two, which the loop and the
@@ -286,17 +286,17 @@ class Recipe:
     precision: str = "auto"
     zero_gamma: bool = True
     losses: tuple[Loss, ...] = ()
-    init: Init = field(default_factory=Init)
-    optim: Optim = field(default_factory=Optim)
-    augment: Augment = field(default_factory=Augment)
-    mix: Mix = field(default_factory=Mix)
-    ema: Ema = field(default_factory=Ema)
-    guard: Guard = field(default_factory=Guard)
-    evaluation: Evaluations = field(default_factory=Evaluations)
-    checkpoint: Checkpoints = field(default_factory=Checkpoints)
-    resume: Resume = field(default_factory=Resume)
-    data: Data = field(default_factory=Data)
-    machine: Machine = field(default_factory=Machine)
+    init: InitConfig = field(default_factory=InitConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
         inside = self.name.isprintable() and not {"", ".", ".."} & set(self.name.split("/"))

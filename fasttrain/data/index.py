@@ -22,7 +22,7 @@ from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
 if TYPE_CHECKING:  # config imports torch, and commands that only read files need not wait for that
-    from fasttrain.config.schema import Data
+    from fasttrain.config.schema import DataConfig
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _CACHE_FORMAT = "fasttrain-index-2"
@@ -62,7 +62,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"
 
 
-def open_data(data: "Data") -> tuple[Index, Index | None]:
+def open_data(data: "DataConfig") -> tuple[Index, Index | None]:
     """The training index (several folders merged) and the validation index, or None where there is none.
 
     `DIR` with `train/<class>/…` inside stands for DIR/train, and DIR/val is then the validation folder unless another

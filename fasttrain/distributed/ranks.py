@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttrain.distributed import signals
-from fasttrain.utils.errors import Ended, RunError, Stopped, UserError
-from fasttrain.utils.tensors import by_dtype, joined, spread
+from fasttrain.utils.errors import CommandError, RunError, Stopped, UserError
+from fasttrain.utils.tensors import by_dtype, flatten, unflatten_into
 
 T = TypeVar("T")
 _FAILED = "fasttrain/failed"
@@ -71,9 +71,9 @@ class Ranks:
         """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP does before each forward."""
         if self.world > 1:
             for buffers in by_dtype(model.buffers()):
-                values = joined(buffers)
+                values = flatten(buffers)
                 dist.broadcast(values, 0)
-                spread(values, buffers)
+                unflatten_into(values, buffers)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in their order, on rank 0; on the others their own alone."""
@@ -187,17 +187,17 @@ class StopSignals:
     LAG = 2  # steps by which a GPU's ranks hear of each other
 
     def __enter__(self) -> "StopSignals":
-        signals.note()
+        signals.install()
         self.votes: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signals.forget()
+        signals.restore()
 
     @property
     def name(self) -> str:
         """The signal that has come to this rank, or nothing."""
-        return signals.noted()
+        return signals.received()
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether to stop after this step, on all ranks or none; to be asked once a step.
@@ -229,11 +229,11 @@ def _first_failure(error: Exception, rank: int) -> Exception:
     """The error to end with: this rank's own, told to the others, or PeerFailure when another was first."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        if not isinstance(error, Ended):  # broken collectives are what another rank's end looks like from here
+        if not isinstance(error, CommandError):  # broken collectives are what another rank's end looks like from here
             store.wait([_FAILED], timedelta(seconds=3))
         if int(store.add(_FAILED + "/count", 1)) > 1:
             return PeerFailure()
         store.set(_FAILED, str(rank))
     except (RuntimeError, ValueError):  # nobody else failed (the wait timed out), or the store is gone
         return error
-    return type(error)(f"rank {rank}: {error}") if isinstance(error, Ended) else error
+    return type(error)(f"rank {rank}: {error}") if isinstance(error, CommandError) else error

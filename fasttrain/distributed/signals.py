@@ -10,7 +10,7 @@ _noted = [""]
 _before: dict[int, Any] = {}
 
 
-def note() -> None:
+def install() -> None:
     """From now on these signals no longer end the process. Imports take seconds, and an exception out of a signal's
     handler can be lost in one; so nothing is raised."""
     if threading.current_thread() is threading.main_thread():  # signals reach no other
@@ -23,12 +23,12 @@ def _note(number: int, _: FrameType | None) -> None:
     _noted[0] = signal.Signals(number).name
 
 
-def noted() -> str:
+def received() -> str:
     """The name of the last one that came, or nothing."""
     return _noted[0]
 
 
-def forget() -> None:
+def restore() -> None:
     """They do again what they did before, and none has come."""
     _noted[0] = ""
     if threading.current_thread() is threading.main_thread():

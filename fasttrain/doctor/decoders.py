@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from fasttrain import recipes
-from fasttrain.config.schema import Augment, Data
+from fasttrain.config.schema import AugmentConfig, DataConfig
 from fasttrain.data.index import Index, open_data, scan_unlabelled
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
@@ -125,7 +125,7 @@ def files(data: str | None, drawn: str) -> tuple[Index, Index]:
     """The images to time, and the rare kinds, of one index each."""
     drawn_index = scan_unlabelled(drawn, progress=False)
     is_rare = np.array([each.startswith("rare/") for each in drawn_index.ids])
-    photos = open_data(Data(train=(data,)))[0] if data else _some(drawn_index, np.flatnonzero(~is_rare))
+    photos = open_data(DataConfig(train=(data,)))[0] if data else _some(drawn_index, np.flatnonzero(~is_rare))
     return photos, _some(drawn_index, np.flatnonzero(is_rare))
 
 
@@ -145,7 +145,7 @@ def stream(index: Index, decoder: Decoder, device: torch.device, batch: int, thr
     from fasttrain.pipelines.train_loader import batches
 
     recipe = recipes.for_arch("resnet18")
-    recipe = replace(recipe, batch_size=batch, image_size=SIZE, epochs=10**6, augment=Augment(autoaugment="none"))
+    recipe = replace(recipe, batch_size=batch, image_size=SIZE, epochs=10**6, augment=AugmentConfig(autoaugment="none"))
     return batches(Plan.of(recipe, index), index, device, threads, decoder=decoder)
 
 
@@ -248,7 +248,7 @@ def report(data: str | None) -> Iterator[tuple[str, list[Trial]]]:
     """Lines for the user, each with the trials up to it; the last is `advice`. Raises UserError where there are no
     images in `data`."""
     if data:
-        open_data(Data(train=(data,)))  # before a decoder can be blamed for it
+        open_data(DataConfig(train=(data,)))  # before a decoder can be blamed for it
     known = versions.all_installed()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if not name:

@@ -13,7 +13,7 @@ from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation.predictions import Scores
 from fasttrain.kernels import mix
-from fasttrain.pipelines.eval_loader import Crops, Evaluation
+from fasttrain.pipelines.eval_loader import Crops, EvalLoader
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.tensors import to_device
 from fasttrain.utils.text import printable
@@ -52,7 +52,7 @@ def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ra
 def probabilities(
     model: nn.Module,
     classes: int,
-    batches: Evaluation,
+    batches: EvalLoader,
     ranks: Ranks,
     precision: torch.dtype,
     advance: Callable[[int], object] = lambda images: None,

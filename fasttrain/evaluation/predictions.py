@@ -69,7 +69,7 @@ def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
 
 def save(predictions: Predictions, path: Path) -> None:
     """Write a file, whole or not at all. Raises UserError where `path` is something else than such a file."""
-    require_own(path)
+    check_overwritable(path)
     arrays: dict[str, NDArray] = {
         "ids": predictions.ids,
         "classes": predictions.classes,
@@ -82,7 +82,7 @@ def save(predictions: Predictions, path: Path) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def require_own(path: Path) -> None:
+def check_overwritable(path: Path) -> None:
     """UserError unless `path` can be written without losing what fasttrain did not make."""
     if path.suffix != ".npz":
         raise UserError(f"{printable(path)}: probabilities are kept in a .npz file; end the name in .npz")

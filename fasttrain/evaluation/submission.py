@@ -13,7 +13,7 @@ from fasttrain.utils.text import printable
 HEADER, LABELS_HEADER = ("Image IDs", "Predictions"), ("Image IDs", "Labels")
 
 
-def require_own(path: Path) -> None:
+def check_overwritable(path: Path) -> None:
     """UserError unless `path` can be written without losing what is no submission."""
     if not path.parent.is_dir():
         raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")
@@ -28,7 +28,7 @@ def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"two images are called {printable(twice[0])!r}; a submission needs names that differ")
-    require_own(path)
+    check_overwritable(path)
     with replacing(path) as aside, aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)

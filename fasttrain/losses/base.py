@@ -91,7 +91,7 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def over_both_labels(against: "Against", batch: Batch) -> Tensor:
+def over_both_labels(against: "LabelFn", batch: Batch) -> Tensor:
     """λ·L(own label) + (1−λ)·L(label mixed in) for each row, [B]; without the second where the step does not mix."""
     loss = against(batch.labels)
     if not batch.mixed:
@@ -99,7 +99,7 @@ def over_both_labels(against: "Against", batch: Batch) -> Tensor:
     return torch.lerp(against(batch.labels_mixed), loss, batch.lam.to(loss.dtype))
 
 
-class Against(Protocol):
+class LabelFn(Protocol):
     """Something of each row and its label, int64 [B], as [B]: a loss, or what it takes of the label."""
 
     def __call__(self, labels: Tensor, /) -> Tensor: ...

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fasttrain.config.schema import Recipe
 from fasttrain.losses.base import Output, at_least_float32
 from fasttrain.models.aligned import align
-from fasttrain.models.channels_last import keep
+from fasttrain.models.channels_last import use_channels_last_forms
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -71,7 +71,7 @@ class Classifier(nn.Module):
             _start_norms_at_one(self.backbone)
         if aligned and isinstance(self.backbone, TResNet):
             align(self.backbone)
-        keep(self.backbone)
+        use_channels_last_forms(self.backbone)
         # Heads come last, so that the other weights of a seed are the same with and without them.
         self.cosine = CosineHead(classifier.in_features, classes) if cosine_head else None
         self.projection = ProjectionHead(classifier.in_features) if projection_head else None
@@ -109,15 +109,15 @@ class Classifier(nn.Module):
 _SMALLER = "choose another --image-size, --batch-size or micro_batch"
 
 
-def outlined(recipe: Recipe, classes: int) -> Classifier:
+def build_on_meta(recipe: Recipe, classes: int) -> Classifier:
     """The network that a recipe trains, without values: it costs no memory."""
     with torch.device("meta"):
         return Classifier.of(recipe, classes)
 
 
-def tried(model: Classifier, arch: str, rows: int, size: int, advice: str = _SMALLER) -> Output:
-    """What an `outlined` network gives in training for `rows` images of size x size. UserError, with that advice, where
-    it does not take them."""
+def check_input_shape(model: Classifier, arch: str, rows: int, size: int, advice: str = _SMALLER) -> Output:
+    """What a network of `build_on_meta` gives in training for `rows` images of size x size. UserError, with that
+    advice, where it does not take them."""
     try:
         return model.train()(torch.empty(rows, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:

@@ -1,8 +1,8 @@
 """Modules of timm that leave the channels_last layout, in forms that keep it and compute the same.
 
 Convolutions of half precision are fast in channels_last. Where a module in between answers in the other layout, or its
-gradient does, whole activations are rewritten, forward or backward. `keep` gives a network's modules these forms in
-place; parameters, buffers and their names stay.
+gradient does, whole activations are rewritten, forward or backward. `use_channels_last_forms` gives a network's modules
+these forms in place; parameters, buffers and their names stay.
 """
 
 from itertools import starmap
@@ -16,7 +16,7 @@ from timm.layers.split_attn import SplitAttn
 from torch import Tensor, nn
 
 
-def keep(network: nn.Module) -> nn.Module:
+def use_channels_last_forms(network: nn.Module) -> nn.Module:
     """Replace the forward of each such module of a network, in place, and give the network back."""
     for module in network.modules():
         for known in _FORMS:

@@ -11,14 +11,14 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fasttrain.training.inputs import Now, Staged
+from fasttrain.training.inputs import HostBatch, StepScalars
 from fasttrain.utils.errors import RunError
 
 WARM_UP = 3  # steps of a kind that are done as they are before one is recorded: they compile and tune
 PATIENCE = 100  # steps after which nothing waits any more for a kind that is rare
 
 T = TypeVar("T")
-Work = Callable[[Now, Iterable[Staged]], T]
+Work = Callable[[StepScalars, Iterable[HostBatch]], T]
 
 
 class Recorder(Protocol):
@@ -42,16 +42,16 @@ class Graphs(Generic[T]):
         self.recorder = recorder or (CudaGraphs(device) if device.type == "cuda" else None)
         self.done: Counter[bool] = Counter()  # steps of each kind, as they are
         self.recorded: dict[bool, tuple[T, Callable[[], object]]] = {}
-        self.inputs: list[Staged] = []
+        self.inputs: list[HostBatch] = []
         self.scalars = torch.zeros(3, device=device)
-        self.now = Now(*self.scalars.unbind())
+        self.now = StepScalars(*self.scalars.unbind())
 
     @property
     def complete(self) -> bool:
         """Whether all is recorded that ever will be."""
         return self.recorder is None or self.recorded.keys() == self.kinds
 
-    def __call__(self, work: Work[T], now: Now, lr: float, staged: Iterable[Staged]) -> T:
+    def __call__(self, work: Work[T], now: StepScalars, lr: float, staged: Iterable[HostBatch]) -> T:
         """A step; what it gives holds until the next one.
 
         work: what a device does in a step, the same in every call, without asking the host for anything that changes;

@@ -19,7 +19,7 @@ from fasttrain.utils.tensors import to_device
 Network = Callable[[Tensor], Output]
 
 
-class Staged(NamedTuple):
+class HostBatch(NamedTuple):
     """A micro-batch before its work begins: pixels uint8 [rows, H, W, 3], labels int64 [B] of the rows that are
     trained on and mix's params float32 [rows, 7]; and whether the step mixes at all."""
 
@@ -28,12 +28,12 @@ class Staged(NamedTuple):
     params: Tensor
     mixed: bool
 
-    def on(self, device: torch.device) -> "Staged":
+    def on(self, device: torch.device) -> "HostBatch":
         """All of it on the device; the pixels are there already."""
         return self._replace(labels=to_device(self.labels, device), params=to_device(self.params, device))
 
 
-class Now(NamedTuple):
+class StepScalars(NamedTuple):
     """What changes from step to step besides the images: `Batch.epoch` and `Batch.progress`, and the learning rate.
     They are the host's numbers; or where the step is replayed, scalars on the device, the rate among them."""
 
@@ -43,7 +43,7 @@ class Now(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Present:
+class InputBuilder:
     """labels: int64 [N] on the CPU, of all training images. dtype: of the images, and what autocast computes in.
 
     teacher: what answers for the very rows that the network sees (knowledge distillation). averaged: what answers for
@@ -62,18 +62,18 @@ class Present:
         """What networks compute under: nothing in float32."""
         return nullcontext if self.dtype == torch.float32 else partial(torch.autocast, self.device.type, self.dtype)
 
-    def now(self, step: int) -> Now:
+    def now(self, step: int) -> StepScalars:
         """What `step` begins with, in the host's numbers."""
-        return Now(step / self.plan.steps_per_epoch, step / self.plan.steps)
+        return StepScalars(step / self.plan.steps_per_epoch, step / self.plan.steps)
 
-    def stage(self, step: int, micro: int, pixels: Tensor, numbers: Tensor) -> Staged:
+    def stage(self, step: int, micro: int, pixels: Tensor, numbers: Tensor) -> HostBatch:
         """What the host has to say of `Images` of micro-batch `micro` of `step`: labels and params are on the CPU."""
         plan, labels = self.plan, self.labels[numbers]
         params, mixed = plan.mix_params(step, micro)
         rows = labels.repeat(plan.views) if plan.views > 1 else labels
-        return Staged(pixels, rows, torch.from_numpy(params), mixed)
+        return HostBatch(pixels, rows, torch.from_numpy(params), mixed)
 
-    def __call__(self, staged: Staged, now: Now) -> tuple[Tensor, Batch]:
+    def __call__(self, staged: HostBatch, now: StepScalars) -> tuple[Tensor, Batch]:
         """Images [rows, 3, H, W] in channels_last and their Batch, of what is on the device."""
         plan, own = self.plan, staged.labels
         mixed = mix(staged.pixels, staged.params, IMAGENET_MEAN, IMAGENET_STD, self.dtype)

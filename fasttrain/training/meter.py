@@ -56,8 +56,8 @@ class Meter:
         self._unread: deque[tuple[int, list[float]]] = deque(maxlen=kept)  # a step of each row, and the values' shares
         self._begin()
         self.streak = 0  # as of the last row that was brought over
-        self._fresh: dict[int, dict[str, Any]] = {}
-        self._unbroken: dict[int, dict[str, Any]] = {}
+        self._new_failures: dict[int, dict[str, Any]] = {}
+        self._failure_streak: dict[int, dict[str, Any]] = {}
         self._clear()
 
     def _begin(self) -> None:
@@ -101,9 +101,9 @@ class Meter:
             if failed:
                 self.streak += 1
                 told = dict(zip(self.names, map(plain, values), strict=True))
-                self._fresh[step] = self._unbroken[step] = told
+                self._new_failures[step] = self._failure_streak[step] = told
             else:
-                self.streak, self._unbroken = 0, {}
+                self.streak, self._failure_streak = 0, {}
         self._unread.clear()
 
     def state(self) -> dict[str, list[float]]:
@@ -126,10 +126,10 @@ class Meter:
         means = {
             n: total / share for n, total, share in zip(self.names, *ranks.sum(own).tolist(), strict=True) if share
         }
-        fresh, self._fresh = self._fresh, {}
+        fresh, self._new_failures = self._new_failures, {}
         self._clear()
         finite = {name: each for name, each in means.items() if math.isfinite(each)}
-        return Reading(finite, fresh, self.streak, dict(self._unbroken))
+        return Reading(finite, fresh, self.streak, dict(self._failure_streak))
 
 
 def plain(value: float) -> float | str:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttrain.config.schema import Optim, Recipe
+from fasttrain.config.schema import OptimConfig, Recipe
 from fasttrain.training.schedule import lr_at
 from fasttrain.utils.errors import UserError
 
 
-def sgd(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """Fused SGD over all parameters; the learning rate is set before each step (see `rate`).
+def sgd(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
+    """Fused SGD over all parameters; the learning rate is set before each step (see `lr_schedule`).
 
     Weight decay is on every parameter. With decay_norm_bias=false it is off where a parameter has at most one
     dimension: biases and the weights of norms (Bag of Tricks, section 3.1). Raises UserError where settings.impl is
@@ -52,15 +52,15 @@ def _apex_sgd(parameters: Sequence[nn.Parameter]) -> Callable[..., torch.optim.O
 
 
 @torch.no_grad()
-def step(optimizer: torch.optim.Optimizer, held: Tensor, lr: Tensor | None = None) -> None:
-    """Take the step of an optimizer of `sgd`; or leave weights and momentum as they are where `held`, a float32 scalar
-    on the device, is 1 and not 0: decided there. lr: the learning rate, such a scalar too, instead of the groups' (not
-    for apex's).
+def step(optimizer: torch.optim.Optimizer, found_inf: Tensor, lr: Tensor | None = None) -> None:
+    """Take the step of an optimizer of `sgd`; or leave weights and momentum as they are where `found_inf`, a float32
+    scalar on the device, is 1 and not 0: decided there. lr: the learning rate, such a scalar too, instead of the
+    groups' (not for apex's).
 
     Of torch's SGD this calls the kernel alone: `SGD.step` looks at each parameter in turn before it comes to that.
     """
     if hasattr(optimizer, "_dummy_overflow_buf"):  # apex's kernels return at once where this is not 0
-        optimizer._dummy_overflow_buf.copy_(held)
+        optimizer._dummy_overflow_buf.copy_(found_inf)
         optimizer.step()
         return
     for group in optimizer.param_groups:
@@ -77,18 +77,18 @@ def step(optimizer: torch.optim.Optimizer, held: Tensor, lr: Tensor | None = Non
                 nesterov=group["nesterov"],
                 maximize=False,
                 is_first_step=False,  # there is a momentum from the beginning
-                found_inf=held,
+                found_inf=found_inf,
             )
 
 
-def clear(optimizer: torch.optim.Optimizer) -> None:
+def drop_grads(optimizer: torch.optim.Optimizer) -> None:
     """Drop all gradients, as `optimizer.zero_grad()` does, which takes longer over its bookkeeping."""
     for group in optimizer.param_groups:
         for each in group["params"]:
             each.grad = None
 
 
-def rate(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
+def lr_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     """The recipe's learning rate as a function of the step, for a run of so many steps an epoch."""
     settings = recipe.optim
     steps, warmup = recipe.epochs * steps_per_epoch, round(settings.warmup_epochs * steps_per_epoch)

@@ -19,7 +19,7 @@ from fasttrain.training import optim
 from fasttrain.training.cuda_graphs import Graphs
 from fasttrain.training.ema import Ema
 from fasttrain.training.guard import Guard
-from fasttrain.training.inputs import Network, Now, Present, Staged
+from fasttrain.training.inputs import HostBatch, InputBuilder, Network, StepScalars
 from fasttrain.training.meter import Meter, Row
 from fasttrain.training.state import State
 from fasttrain.utils.errors import UserError
@@ -27,7 +27,7 @@ from fasttrain.utils.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Told(NamedTuple):
+class StepOutput(NamedTuple):
     """What the device's work of a step gives, on the device: the meter's row, and `Guard.norms`."""
 
     row: Row
@@ -63,14 +63,14 @@ class Step:
         self.graphs = None
         if recipe.machine.compile == "graphs":
             require_replayable(recipe, ranks)
-            self.graphs = Graphs[Told](device, recipe.mix.kinds)
-        self.lr_at = optim.rate(recipe, plan.steps_per_epoch)
+            self.graphs = Graphs[StepOutput](device, recipe.mix.kinds)
+        self.lr_at = optim.lr_schedule(recipe, plan.steps_per_epoch)
         names = ["loss", *(name for loss in recipe.losses for name in names_of(loss))]
         self.meter = Meter(names, device, kept=recipe.machine.log_steps)
         self.guard = Guard(model, self.optimizer, self.scaler, device)
 
         self.network: Network = model
-        self.without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
         compiled = recipe.machine.compile != "off"
         if ranks.world > 1:
             exchanging = DistributedDataParallel(
@@ -80,11 +80,11 @@ class Step:
                 # With accumulation torch aborts; compiled, it is what cuts the graph at the buckets that has to know.
                 static_graph=plan.micro_batches == 1 and not compiled,
             )
-            self.network, self.without_exchange = exchanging, exchanging.no_sync
+            self.network, self.no_sync = exchanging, exchanging.no_sync
         averaged: Network | None = self.ema.model if self.ema and plan.aside else None
         if compiled:
             self.network, averaged = torch.compile(self.network), averaged and torch.compile(averaged)
-        self.present = Present(plan, labels, device, dtype, teacher, averaged)
+        self.present = InputBuilder(plan, labels, device, dtype, teacher, averaged)
 
     @property
     def state(self) -> State:
@@ -119,14 +119,14 @@ class Step:
                 self.ranks.share_buffers(self.ema.model)
         return told.row.values[0]
 
-    def work(self, now: Now, staged: Iterable[Staged]) -> Told:
+    def work(self, now: StepScalars, staged: Iterable[HostBatch]) -> StepOutput:
         """What the device does in a step, given what is on it: weights, momentum and buffers become the next ones."""
         recipe, plan, present, scaler = self.recipe, self.plan, self.present, self.scaler
         weight = 1 / plan.micro_batches  # of each one's loss in that of its step
         for micro, each in enumerate(staged):
             images, batch = present(each, now)
             last = micro == plan.micro_batches - 1
-            with nullcontext() if last else self.without_exchange():
+            with nullcontext() if last else self.no_sync():
                 with present.autocast():
                     output = self.network(images)
                 terms = {each.name: term for each in recipe.losses if (term := each(output, batch)) is not None}
@@ -134,8 +134,8 @@ class Step:
                 scaler.scale(loss).backward(self.guard.seed(loss, weight))
             self.meter.add(values_of(loss, terms), weight)
         row = self.meter.row(*self.guard.step(now.lr))
-        optim.clear(self.optimizer)
-        return Told(row, self.guard.norms)
+        optim.drop_grads(self.optimizer)
+        return StepOutput(row, self.guard.norms)
 
 
 def require_replayable(recipe: Recipe, ranks: Ranks) -> None:

@@ -14,13 +14,13 @@ def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(found.values())
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """A new tensor [total] of all their values, one tensor after another; they are of one dtype."""
     return torch.cat([each.reshape(-1) for each in tensors])
 
 
-def spread(values: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write back what `joined` gives of tensors of the same shapes."""
+def unflatten_into(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write back what `flatten` gives of tensors of the same shapes."""
     parts = values.split([each.numel() for each in tensors])
     torch._foreach_copy_(list(tensors), [part.view_as(each) for part, each in zip(parts, tensors, strict=True)])
 

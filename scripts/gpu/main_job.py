@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
 from fasttrain.benchmarks.common import write_figures
-from fasttrain.config.schema import Data
+from fasttrain.config.schema import DataConfig
 from fasttrain.data.index import open_data
 from fasttrain.distributed.ranks import ranks
 
@@ -38,7 +38,7 @@ def main() -> int:
     arch = "test_resnet" if args.toy else args.arch
     shutil.rmtree(args.out, ignore_errors=True)
     images = args.out / "images"
-    index, _ = open_data(Data(train=(args.data,)))
+    index, _ = open_data(DataConfig(train=(args.data,)))
     for copy in range(-(-steps * batch // len(index))):
         for path, name in zip(index.paths, index.ids, strict=True):
             target = images / f"{Path(name).parent}" / f"{copy:03}-{Path(name).name}"
