@@ -48,6 +48,7 @@ setup(
         "fasttrain.losses",
         "fasttrain.models",
         "fasttrain.pipelines",
+        "fasttrain.recipes",
         "fasttrain.training",
         "fasttrain.utils",
     ],

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasttrain import __version__, recipes
+from fasttrain import __version__
 from fasttrain.checkpoints import checkpoint, resume
 from fasttrain.checkpoints.async_save import Saver
 from fasttrain.checkpoints.init_weights import initialise
 from fasttrain.checkpoints.run_dir import abandon_later, check_overwritable, newest_before_failures, write_recipe
+from fasttrain.config import toml
 from fasttrain.config.schema import CheckpointConfig, Recipe
 from fasttrain.data.index import Index, require_classes
 from fasttrain.distributed.ranks import Ranks, StopSignals
@@ -35,7 +36,7 @@ from fasttrain.pipelines.train_loader import batches
 from fasttrain.pipelines.views import views_by_name
 from fasttrain.prepare import decoder_of
 from fasttrain.training.guard import REPORT, Diverged
-from fasttrain.training.meter import Log
+from fasttrain.training.log import Log
 from fasttrain.training.step import Step
 from fasttrain.utils.errors import RunError, Stopped, UserError
 from fasttrain.utils.text import printable
@@ -127,7 +128,7 @@ def train_loop(
         if start >= plan.steps:
             return Result(start, None, best)
         if ranks.first:
-            write_recipe(out, recipes.to_toml(recipe))
+            write_recipe(out, toml.to_toml(recipe))
         saved = None  # its tensors take as much memory as the network's
 
     threads = ranks.threads(recipe.machine.workers)

@@ -37,7 +37,8 @@ class Rule(NamedTuple):
 # Newest first. DALI 2.2 comes with nvImageCodec 0.8, DALI 2.3 and 2.4 with 0.9.
 RULES = (
     Rule((0, 9), "gpu", ("gpu-region",), "nvImageCodec 0.9 crashes in it (NVIDIA/nvImageCodec#55)"),
-    Rule((0, 0), "gpu", (), "no fault is known of nvImageCodec 0.8, which issue 55 names as the version that works"),
+    # It decodes regions on a GPU, but whole images of truncated BMP files from what lies behind them in memory.
+    Rule((0, 0), "cpu", (), "nvImageCodec 0.8 reads past the end of a truncated BMP"),
 )
 # `gpu-hardware` is never `auto`: on H100 nvJPEG's hardware decoder may write its output without waiting for the
 # stream (meta-pytorch/torchcodec#1634), which corrupts pixels without an error.

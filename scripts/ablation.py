@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout nee
 from fasttrain import recipes
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.config import toml
 from fasttrain.config.schema import AugmentConfig, EmaConfig, InitConfig, MixConfig, OptimConfig, Recipe
 from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import ranks
@@ -229,7 +230,7 @@ def trained(args: argparse.Namespace, data: Path, out: Path, seed: int, row: Row
     recipe = recipe_of(args, row.run, seed, out.parent / stage1 / "last")
     with ranks("auto") as here:
         recipe = resolve_auto(recipe, here.device)
-        start = open_run(out, "auto", recipes.to_toml(recipe))
+        start = open_run(out, "auto", toml.to_toml(recipe))
         train(recipe, out, scan(data / "train"), None, here, start)
         val = scan(data / "val")
         model, _, _ = checkpoint.network(out / "last", averaged=row.averaged)

@@ -19,7 +19,7 @@ from timm.loss import SoftTargetCrossEntropy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.pipelines.views import shorter_edge
-from fasttrain.training.schedule import lr_at
+from fasttrain.training.optim import lr_at
 
 
 def main() -> None:

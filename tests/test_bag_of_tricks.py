@@ -9,6 +9,7 @@ import torch
 from test_train import events, index, run, tiny  # noqa: F401 (index is a fixture)
 
 from fasttrain import recipes
+from fasttrain.config import toml
 from fasttrain.config.schema import MixConfig, OptimConfig
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.distillation import Distillation
@@ -18,7 +19,7 @@ from fasttrain.training import optim
 
 def flat(recipe) -> dict:
     found: dict = {}
-    for key, value in recipes.to_dict(recipe).items():
+    for key, value in toml.to_dict(recipe).items():
         found |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
     return found
 

@@ -368,8 +368,8 @@ def test_processes_that_do_not_start_are_an_error():
 def test_a_decoder_that_does_not_return_is_ended(tmp_path):
     (tmp_path / "x.jpg").write_bytes(encoded())
     code = (
-        "import sys, time; from fasttrain import verdict; verdict._decoder(); verdict.SECONDS = 0.2; "
-        "verdict._decode_with_pil = lambda look, data: sum(range(10**12)); verdict.read([(sys.argv[1], False)])"
+        "import sys; from fasttrain.data import decode_check as check; check._decoder(); check.SECONDS = 0.2; "
+        "check._decode_with_pil = lambda look, data: sum(range(10**12)); check.read([(sys.argv[1], False)])"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.jpg")], timeout=60).returncode == 1
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fasttrain import __version__, recipes
 from fasttrain.cli.main import main
+from fasttrain.config import toml
 from fasttrain.data.demo_set import CLASSES
 from fasttrain.data.index import cache_dir, scan
 from fasttrain.evaluation import predictions
@@ -109,7 +110,7 @@ def test_options_reach_the_recipe(demo_set, tmp_path):
         "run", *TINY, "--data", demo_set / "train", "--val", demo_set / "val", "--lr", "0.3", "--seed", 9,
         "--workers", 3, "--compile", "--set", "optim.momentum=0.5", "--dry-run", "--out", tmp_path / "o",
     ).stdout  # fmt: skip
-    recipe = recipes.from_toml(text.split("\n\n" + "data ")[0])
+    recipe = toml.from_toml(text.split("\n\n" + "data ")[0])
     assert recipe.peak_lr == 0.3 and recipe.seed == 9 and recipe.machine.workers == 3
     assert recipe.machine.compile == "on" and recipe.optim.momentum == 0.5 and recipe.data.val == str(demo_set / "val")
 
@@ -121,7 +122,7 @@ def test_paths_reach_the_recipe_as_they_are(demo_set, tmp_path):
         (odd / split).symlink_to(demo_set / split)
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), odd / "w.pth")
     args = ["run", *TINY, "--data", odd, "--val", odd / "val", "--init", odd / "w.pth", "--out", odd / "o", "--dry-run"]
-    recipe = recipes.from_toml(call(*args).stdout.split("\n\n" + "data ")[0])
+    recipe = toml.from_toml(call(*args).stdout.split("\n\n" + "data ")[0])
     assert recipe.init.weights == str(odd / "w.pth")
     assert (recipe.data.train, recipe.data.val) == ((str(odd),), str(odd / "val"))
 
@@ -187,7 +188,7 @@ def test_recipes_are_listed_and_printed():
     listing = call("recipes").stdout
     assert all(name in listing for name in recipes.RECIPES)
     printed = call("recipes", "deepblueai/tresnet_xl-ce").stdout
-    assert recipes.from_toml(printed) == recipes.RECIPES["deepblueai/tresnet_xl-ce"]
+    assert toml.from_toml(printed) == recipes.RECIPES["deepblueai/tresnet_xl-ce"]
 
 
 def test_show_draws_the_batch_of_a_step(demo_set, tmp_path):

@@ -28,9 +28,10 @@ def test_no_region_is_decoded_where_that_crashes(nvimagecodec, version):
     assert decoders.resolve("auto", GPU) not in ("auto", "gpu-region", "gpu-hardware")
 
 
-def test_regions_are_decoded_by_nvimagecodec_0_8(nvimagecodec):
+def test_nvimagecodec_0_8_decodes_regions_and_the_host_by_default(nvimagecodec):
+    """Whole images of truncated BMP files are not safe with it."""
     nvimagecodec("0.8.0.22")
-    assert decoders.resolve("gpu-region", GPU) == "gpu-region"
+    assert decoders.resolve("gpu-region", GPU) == "gpu-region" and decoders.resolve("auto", GPU) == "cpu"
 
 
 @pytest.mark.parametrize("kind", DECODERS)

@@ -22,7 +22,7 @@ from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.async_save import Saver
 from fasttrain.config.schema import CheckpointConfig, DataConfig
 from fasttrain.training import optim
-from fasttrain.training.meter import Log
+from fasttrain.training.log import Log
 from fasttrain.training.state import State
 from fasttrain.utils.errors import RunError
 
@@ -112,7 +112,7 @@ from pathlib import Path
 import torch
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.utils.errors import RunError
-from fasttrain.training.meter import Log
+from fasttrain.training.log import Log
 log = Log(Path({str(tmp_path)!r}), Ranks(0, 1, 0, 1, torch.device("cpu")), start_step=0, steps=9, batch_size=1,
           tolerant={tolerant})
 log.board = None
@@ -157,7 +157,7 @@ def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch, seen, tops, f
         honest(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    monkeypatch.setattr(Saver, "look", Saver.finish if seen == "at once" else lambda self: None)
+    monkeypatch.setattr(Saver, "poll", Saver.finish if seen == "at once" else lambda self: None)
     result = run(tiny(epochs=4, checkpoint=CheckpointConfig(on_error="go_on", keep=9)), tmp_path / "run", index, index)
     assert result.best == best and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == best
     assert checkpoint.load(tmp_path / "run" / "last").meta["best"] == best

@@ -75,8 +75,11 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_train import tiny
-from fasttrain import dataset, recipes, rundir, train
-from fasttrain.config.schema import Ema, Init, Machine
+from fasttrain import train
+from fasttrain.checkpoints import run_dir
+from fasttrain.config import toml
+from fasttrain.config.schema import EmaConfig, InitConfig, MachineConfig
+from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import ranks
 from fasttrain.utils.errors import Stopped
 from fasttrain.losses.contrastive import Contrastive
@@ -94,18 +97,18 @@ def watched(plan, index, device, threads, start=0, **settings):
 
 
 train.batches = watched
-recipe = tiny(ema=Ema(0.9), machine=Machine(device="cpu", compile="off", log_steps=2, workers=1))
+recipe = tiny(ema=EmaConfig(0.9), machine=MachineConfig(device="cpu", compile="off", log_steps=2, workers=1))
 if sys.argv[3] == "triplet":
     recipe = replace(recipe, losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, micro_batch=2,
-                     init=Init(force_scratch=True))
+                     init=InitConfig(force_scratch=True))
 if sys.argv[3] == "mean teacher":
     recipe = replace(recipe, losses=(CrossEntropy(0.1), Contrastive(), MeanTeacher()))
-index = dataset.scan(sys.argv[2], progress=False)
+index = scan(sys.argv[2], progress=False)
 
 
 def run(name, here):
     out = Path(sys.argv[4], name)
-    start = here.from_first(lambda: rundir.open_run(out, "auto", recipes.to_toml(recipe)))
+    start = here.from_first(lambda: run_dir.open_run(out, "auto", toml.to_toml(recipe)))
     return train.train(recipe, out, index, None, here, start).steps
 
 

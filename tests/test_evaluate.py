@@ -14,7 +14,7 @@ from fasttrain.evaluation.evaluate import evaluate, normalised
 from fasttrain.evaluation.predictions import Scores
 from fasttrain.losses.base import Output
 from fasttrain.pipelines.eval_loader import Crops
-from fasttrain.training import meter
+from fasttrain.training.log import Log
 
 LABELS = np.arange(20) % 10
 INDEX = Index(
@@ -54,7 +54,7 @@ def test_answers_that_are_not_finite_are_wrong_and_counted(bad):
 
 
 def test_the_log_says_where_answers_were_not_finite(tmp_path, capsys):
-    log = meter.Log(tmp_path, CPU, start_step=0, steps=9, batch_size=1)
+    log = Log(tmp_path, CPU, start_step=0, steps=9, batch_size=1)
     log.evaluation(0, 1, Scores(0.5, 1.0, 20), Scores(0.5, 1.0, 20))
     assert "not finite" not in capsys.readouterr().err
     log.evaluation(1, 2, Scores(0.5, 1.0, 20, 3), Scores(0.0, 0.0, 20, 20))

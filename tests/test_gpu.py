@@ -9,6 +9,7 @@ import torch
 from fasttrain import recipes
 from fasttrain import train as training
 from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.config import toml
 from fasttrain.config.schema import DECODERS, AugmentConfig, EmaConfig, InitConfig, MachineConfig, MixConfig
 from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import Ranks
@@ -111,7 +112,7 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(training, "batches", watched)
     monkeypatch.setattr(meter.Meter, "read", read)
     recipe = tiny(**changes)
-    start = open_run(tmp_path / "run", "auto", recipes.to_toml(recipe))
+    start = open_run(tmp_path / "run", "auto", toml.to_toml(recipe))
     try:
         result = training.train(recipe, tmp_path / "run", index, None, Ranks(0, 1, 0, 1, GPU), start)
     finally:
@@ -133,7 +134,7 @@ def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, mo
         machine = MachineConfig(compile=compiled, log_steps=1)
         recipe = tiny(losses=losses, ema=EmaConfig(0.9), micro_batch=micro_batch)
         recipe = replace(recipe, precision="fp32", machine=machine, epochs=2)
-        start = open_run(tmp_path / compiled, "never", recipes.to_toml(recipe))
+        start = open_run(tmp_path / compiled, "never", toml.to_toml(recipe))
         training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
         lines = map(json.loads, (tmp_path / compiled / "log.jsonl").read_text().splitlines())
         told.append([line["terms"] for line in lines if line["event"] == "train"])

@@ -11,7 +11,7 @@ from test_train import part_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fasttrain import recipes
+from fasttrain.config import toml
 from fasttrain.config.schema import EmaConfig, MachineConfig, MixConfig, OptimConfig
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
@@ -220,7 +220,7 @@ def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
     [("precision=fp16", "precision bf16 or fp32"), ("optim.impl=apex", "optim.impl=torch")],
 )
 def test_what_cannot_be_replayed_is_refused(index, setting, needs):
-    recipe = recipes.override(tiny(machine=MachineConfig(device="cpu", compile="graphs")), tuple(setting.split("=")))
+    recipe = toml.override(tiny(machine=MachineConfig(device="cpu", compile="graphs")), tuple(setting.split("=")))
     with pytest.raises(UserError, match=f"machine.compile=graphs replays whole steps and needs {needs}"):
         require_replayable(resolve_auto(recipe, CPU), ALONE)
 

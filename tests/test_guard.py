@@ -371,9 +371,9 @@ def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
 
 RANKED = """
 import os, sys
-from fasttrain import present
 from fasttrain.cli.main import main
-honest, count = present.mix, [0]
+from fasttrain.training import inputs
+honest, count = inputs.mix, [0]
 
 
 def mix(*args):
@@ -384,7 +384,7 @@ def mix(*args):
     return mixed
 
 
-present.mix = mix
+inputs.mix = mix
 main(sys.argv[1:])
 """
 

@@ -95,7 +95,7 @@ def test_a_large_truncated_bmp_does_not_crash(tmp_path):
     victim = tmp_path / "large.bmp"
     Image.new("RGB", (4000, 4000)).save(victim)
     os.truncate(victim, 1000)
-    code = "import sys; from fasttrain.pipelines.decode_errors import trouble; print(trouble(sys.argv[1]))"
+    code = "import sys; from fasttrain.pipelines import decode_errors; print(decode_errors.decode_problem(sys.argv[1]))"
     ran = subprocess.run([sys.executable, "-c", code, victim], capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout == "it is damaged, or no image that DALI reads\n"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fasttrain import recipes
+from fasttrain.config import toml
 from fasttrain.config.schema import MachineConfig
 from fasttrain.pipelines import decoders
 from fasttrain.prepare import decoder_of, resolve_auto
@@ -50,9 +51,9 @@ def test_widths_are_aligned_where_tensor_cores_want_it(has_bf16, arch, precision
 
 @pytest.mark.parametrize(("written", "read"), [("true", "on"), ("false", "off"), ('"auto"', "auto"), ('"on"', "on")])
 def test_align_was_true_or_false_and_may_still_be_written_so(written, read):
-    toml = f'arch = "tresnet_xl"\n[machine]\nalign = {written}\n'
-    assert recipes.from_toml(toml).machine.align == read
-    assert recipes.override(recipes.for_arch("tresnet_xl"), f"machine.align={written}").machine.align == read
+    text = f'arch = "tresnet_xl"\n[machine]\nalign = {written}\n'
+    assert toml.from_toml(text).machine.align == read
+    assert toml.override(recipes.for_arch("tresnet_xl"), f"machine.align={written}").machine.align == read
 
 
 def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monkeypatch):

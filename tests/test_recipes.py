@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fasttrain import recipes
 from fasttrain.cli import options
+from fasttrain.config import toml
 from fasttrain.config.schema import AugmentConfig, DataConfig, MixConfig, OptimConfig, Recipe
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -98,7 +99,7 @@ def test_demo_runs_of_different_recipes_have_different_names(tmp_path):
 @pytest.mark.parametrize("name", list(recipes.RECIPES))
 def test_every_recipe_survives_toml(name):
     recipe = recipes.by_name(name)
-    assert recipes.from_toml(recipes.to_toml(recipe)) == recipe
+    assert toml.from_toml(toml.to_toml(recipe)) == recipe
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -118,7 +119,7 @@ names = st.from_regex(r"\w[\w.+-]*(/\w[\w.+-]*)*", fullmatch=True).filter(str.is
     )
 )
 def test_any_recipe_survives_toml(recipe):
-    assert recipes.from_toml(recipes.to_toml(recipe)) == recipe
+    assert toml.from_toml(toml.to_toml(recipe)) == recipe
 
 
 @pytest.mark.parametrize(
@@ -139,9 +140,9 @@ def test_any_recipe_survives_toml(recipe):
 )
 def test_settings_change_one_value(setting, check):
     before = recipes.for_arch("tresnet_xl")
-    after = recipes.override(before, setting)
+    after = toml.override(before, setting)
     assert check(after)
-    flat, was = recipes.to_dict(after), recipes.to_dict(before)
+    flat, was = toml.to_dict(after), toml.to_dict(before)
     different = [key for key in flat if flat[key] != was[key]]
     assert different == [setting.split("=")[0].split(".")[0]]
 
@@ -183,7 +184,7 @@ def test_settings_change_one_value(setting, check):
 )
 def test_wrong_settings_are_refused_in_one_line(setting, says):
     with pytest.raises(UserError) as caught:
-        recipes.override(recipes.for_arch("tresnet_xl"), setting)
+        toml.override(recipes.for_arch("tresnet_xl"), setting)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -232,7 +233,7 @@ def test_settings_are_checked_once_all_are_made():
     """In either order, though the first alone would not do."""
     pair = ("augment.randaugment=2", "augment.autoaugment=none")
     for settings in (pair, pair[::-1]):
-        assert recipes.override(recipes.for_arch("resnet18"), *settings).augment.randaugment == 2
+        assert toml.override(recipes.for_arch("resnet18"), *settings).augment.randaugment == 2
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_settings_are_checked_once_all_are_made():
 )
 def test_losses_that_would_never_be_there_are_refused(losses, rest, says):
     with pytest.raises(UserError, match=says):
-        recipes.from_toml(f"arch = 'x'\n{rest}\n[losses.cross_entropy]\n{losses}")
+        toml.from_toml(f"arch = 'x'\n{rest}\n[losses.cross_entropy]\n{losses}")
 
 
 def test_attract_repulses_recipes_are_those_of_the_readme():

@@ -273,8 +273,10 @@ KILLED = '''
 import os, signal, sys
 from pathlib import Path
 import torch
-from fasttrain import checkpoint, optim
-from fasttrain.config.schema import Optim
+from fasttrain.checkpoints import checkpoint
+from fasttrain.config.schema import OptimConfig
+from fasttrain.training import optim
+from fasttrain.training.state import State
 
 torch.set_num_threads(1)
 META = {"recipe": {}, "classes": ["a"], "data": "", "sizes": "", "best": None, "epoch_steps": 1, "world": 1}
@@ -311,7 +313,7 @@ def half(function):
 def saves(out):
     global armed
     model = torch.nn.Linear(3, 2)
-    optimizer, scaler = optim.sgd(model, Optim()), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = optim.sgd(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
     for step in (1, 2, 2):
         with torch.no_grad():
             model.weight.fill_(step)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain.training.schedule import lr_at
+from fasttrain.training.optim import lr_at
 
 
 def test_equals_torch_schedulers_chained():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_train import CPU, events, index, run, tiny, weights  # noqa: F401 (index is a fixture)
 
-from fasttrain import recipes
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.init_weights import initialise
+from fasttrain.config import toml
 from fasttrain.config.schema import EmaConfig, InitConfig, MixConfig, OptimConfig
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
@@ -285,4 +285,4 @@ def test_init_takes_averaged_weights_unless_told_otherwise(index, tmp_path):  # 
 
 def test_the_recipe_in_a_checkpoint_is_whole(first):
     meta = json.loads((first / "last" / "meta.json").read_text())
-    assert recipes.from_dict(meta["recipe"], "meta") == resolve_auto(tiny(epochs=1), torch.device("cpu"))
+    assert toml.from_dict(meta["recipe"], "meta") == resolve_auto(tiny(epochs=1), torch.device("cpu"))

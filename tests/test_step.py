@@ -15,7 +15,7 @@ from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
 from fasttrain.prepare import resolve_auto
-from fasttrain.training.schedule import lr_at
+from fasttrain.training.optim import lr_at
 from fasttrain.training.step import Step
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))

@@ -13,6 +13,7 @@ from fasttrain import recipes
 from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.config import toml
 from fasttrain.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -70,7 +71,7 @@ def tiny(**changes):
 
 
 def run(recipe, out, index, val=None, resume="auto"):
-    start = open_run(out, resume, recipes.to_toml(recipe))
+    start = open_run(out, resume, toml.to_toml(recipe))
     return training.train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
 
 

@@ -66,7 +66,8 @@ def test_the_rank_that_hangs_is_named(demo_set, tmp_path, how, says):
 
 SLOW = """
 import os, sys, time
-from fasttrain import checkpoint, train
+from fasttrain import train
+from fasttrain.checkpoints import checkpoint
 from fasttrain.cli.main import main
 honest, save = train.evaluate, checkpoint.save_file
 

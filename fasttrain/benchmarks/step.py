@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fasttrain import recipes
 from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, seconds, synchronize
+from fasttrain.config import toml
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, EmaConfig, InitConfig, Recipe
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
@@ -71,7 +72,7 @@ def recipe_of(
         init=InitConfig(force_scratch=True),
         machine=replace(found.machine, compile=compiled or found.machine.compile, workers=workers),
     )
-    changed = recipes.override(changed, *settings)
+    changed = toml.override(changed, *settings)
     require_even([changed.batch_size])
     return resolve_auto(replace(changed, name=", ".join([found.name, *settings])), device)
 
@@ -142,7 +143,7 @@ def contenders(
     compiled = recipe.machine.compile != "off"
     made: dict[str, Callable[[], Ours | Timm]] = {OWN: partial(ours, recipe)}
     for setting in also:
-        made[f"{OWN}, {setting}"] = partial(ours, resolve_auto(recipes.override(recipe, setting), device))
+        made[f"{OWN}, {setting}"] = partial(ours, resolve_auto(toml.override(recipe, setting), device))
     if rows > recipe.batch_size:
         plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=EmaConfig())
         made["fasttrain, CE on one view"] = partial(ours, plain)

@@ -18,11 +18,11 @@ from typing import Any
 import timm
 import torch
 
-from fasttrain import recipes
 from fasttrain.benchmarks import common, pipeline
 from fasttrain.benchmarks.common import OWN, Row, race, row, wall
 from fasttrain.benchmarks.step import LAYOUTS, TIMM, Timm, Turns, contenders, cudnn_benchmark
 from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
@@ -118,7 +118,7 @@ def run(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) ->
     short = replace(recipe, epochs=1, machine=machine)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        open_run(out, "never", recipes.to_toml(short))
+        open_run(out, "never", toml.to_toml(short))
         train(short, out, index, None, ranks)
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     gc.collect()

@@ -8,7 +8,7 @@ from typing import Any
 
 from fasttrain.checkpoints import checkpoint
 from fasttrain.config.schema import CheckpointConfig
-from fasttrain.training.meter import Log
+from fasttrain.training.log import Log
 from fasttrain.training.state import State
 from fasttrain.utils.errors import RunError
 

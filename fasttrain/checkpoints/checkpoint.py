@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fasttrain import __version__, recipes
+from fasttrain import __version__
+from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.models import Classifier
 from fasttrain.models.aligned import cut, pad
@@ -393,7 +394,7 @@ def network(path: Path, averaged: bool | None = None) -> tuple[Classifier, Recip
     averaged: with the averaged weights (None: where there are such). Raises UserError like `load`.
     """
     saved = load(path)
-    recipe = recipes.from_dict(saved.meta["recipe"], where=printable(saved.path))
+    recipe = toml.from_dict(saved.meta["recipe"], where=printable(saved.path))
     _require_fit(saved, recipe)
     model = Classifier.of(recipe, len(saved.meta["classes"]))
     restore_model(saved, model, averaged=has_average(saved) if averaged is None else averaged)

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from fasttrain import recipes
 from fasttrain.checkpoints.checkpoint import Checkpoint
+from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
 from fasttrain.utils.errors import UserError
@@ -18,7 +18,7 @@ _FREE = ("name", "micro_batch", "init", "guard", "evaluation", "checkpoint", "re
 def run_fingerprint(recipe: Recipe, index: Index) -> dict[str, Any]:
     """What a run is, as plain values: its recipe, the names of its classes, and fingerprints of its images."""
     return {
-        "recipe": recipes.to_dict(recipe),
+        "recipe": toml.to_dict(recipe),
         "classes": list(index.classes),
         "data": index.fingerprint(),
         "sizes": index.fingerprint_of_sizes(),
@@ -32,8 +32,8 @@ def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[st
     not allowed, or what in `allow` is no such name.
     """
     # A key that the checkpoint's recipe does not have, because it was written before there was such, has its default.
-    recipe = recipes.from_dict(saved.meta["recipe"], where=printable(saved.path))
-    theirs = saved.meta | {"recipe": recipes.to_dict(recipe)}
+    recipe = toml.from_dict(saved.meta["recipe"], where=printable(saved.path))
+    theirs = saved.meta | {"recipe": toml.to_dict(recipe)}
     both = {**_flat(theirs["recipe"]), **_flat(ours["recipe"])}
     parts = [key.split(".") for key in both if key.split(".")[0] not in _FREE]
     names = {"data", "classes", *(".".join(each[:depth]) for each in parts for depth in range(1, len(each) + 1))}
