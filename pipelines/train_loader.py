@@ -187,7 +187,7 @@ def batches(
 
     The pixels share memory with DALI: no copy is made, unless there are several views. Prefetching runs across the
     ends of epochs. An image that cannot be decoded raises RunError that names the file; or, with on_skip, another of
-    its class takes its place from then on (see `decode_errors.substitutes`), which is told once.
+    its class takes its place from then on (see `decode_errors.substitutes`), which is reported once.
     """
     stop = plan.steps if stop_step is None else stop_step
     replacement = np.arange(len(index))

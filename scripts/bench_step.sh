@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The training step's figures in README.md: the report's networks beside timm's loop, and the host time of both loops.
+# The training step's figures in README.md: the report's networks compared with timm's loop, and the host time of both loops.
 # usage: bash scripts/bench_step.sh [NAME]
 #   NAME  of the results, scripts/results/step-NAME.json and host-NAME.json (default: cpu, or gpu where there is one)
 # On a CPU it takes a small network at small sizes: the report's would take hours. FASTTRAIN is the command (default:

@@ -56,30 +56,30 @@ def machine(tmp_path, monkeypatch):
 def test_a_driver_names_its_cuda(machine, driver, cuda):
     findings = machine(f"{driver}\n{driver}", cuda=f"{cuda}.0", installed=(f"nvidia-dali-cuda{cuda}0",))
     assert findings["NVIDIA driver"].found == f"{driver}, runs CUDA {cuda} and older"
-    assert findings["NVIDIA driver"].good and not findings["NVIDIA driver"].mend
-    assert findings["DALI"].good and "CUDA_VISIBLE_DEVICES" in findings["GPU"].mend
+    assert findings["NVIDIA driver"].good and not findings["NVIDIA driver"].fix
+    assert findings["DALI"].good and "CUDA_VISIBLE_DEVICES" in findings["GPU"].fix
 
 
 @pytest.mark.parametrize("driver", ["575.57.08", "550.54.15", "535.104.05", "525.60.13"])
 def test_a_driver_that_is_too_old_for_cuda_13_has_a_command(machine, driver):
     findings = machine(driver)
-    assert not findings["NVIDIA driver"].good and findings["NVIDIA driver"].mend == TO_12
+    assert not findings["NVIDIA driver"].good and findings["NVIDIA driver"].fix == TO_12
     assert "too old for torch's CUDA 13.0, which needs 580 or newer" in findings["NVIDIA driver"].found
-    assert "see above" in findings["GPU"].mend and not findings["GPU"].good
-    assert machine(driver, installed=())["NVIDIA driver"].mend == "FASTTRAIN_CUDA=12 pip install ."
+    assert "see above" in findings["GPU"].fix and not findings["GPU"].good
+    assert machine(driver, installed=())["NVIDIA driver"].fix == "FASTTRAIN_CUDA=12 pip install ."
 
 
 @pytest.mark.parametrize("cuda", ["13.0", "12.8"])
 @pytest.mark.parametrize("driver", ["470.256.02", "515.105.01"])
 def test_a_driver_that_is_too_old_for_all_has_to_be_updated(machine, driver, cuda):
     finding = machine(driver, cuda=cuda, installed=(f"nvidia-dali-cuda{cuda[:2]}0",))["NVIDIA driver"]
-    assert not finding.good and "update the driver" in finding.mend and "pip" not in finding.mend
+    assert not finding.good and "update the driver" in finding.fix and "pip" not in finding.fix
 
 
 def test_an_old_driver_that_torch_can_use_is_fine(machine):
     """NVIDIA's forward compatibility package makes CUDA 13 run on older drivers."""
     findings = machine("550.54.15", gpu=True)
-    assert findings["NVIDIA driver"].good and not findings["NVIDIA driver"].mend
+    assert findings["NVIDIA driver"].good and not findings["NVIDIA driver"].fix
 
 
 @pytest.mark.parametrize("module", KERNEL_MODULES)
@@ -89,7 +89,7 @@ def test_the_kernel_module_stands_in_for_nvidia_smi(machine, module):
 
 def test_a_machine_without_a_driver(machine):
     findings = machine()
-    assert "NVIDIA driver" not in findings and findings["GPU"].mend == "everything runs on the CPU"
+    assert "NVIDIA driver" not in findings and findings["GPU"].fix == "everything runs on the CPU"
     assert findings["torch"].good and findings["DALI"].good
 
 
@@ -106,21 +106,21 @@ def test_a_machine_without_a_driver(machine):
 )
 def test_torch_and_dali_for_different_cudas(machine, driver, cuda, installed, command):
     finding = machine(driver, cuda=cuda, installed=(installed,))["DALI"]
-    assert not finding.good and finding.needed and finding.mend == command
+    assert not finding.good and finding.needed and finding.fix == command
     assert f"but torch is built for CUDA {cuda[:2]}" in finding.found
 
 
 @pytest.mark.parametrize(("cuda", "command"), [("12.8", "FASTTRAIN_CUDA=12 pip install ."), ("13.0", "pip install .")])
 def test_two_dalis(machine, cuda, command):
     finding = machine(cuda=cuda, installed=(CUDA13, CUDA12))["DALI"]
-    assert not finding.good and finding.mend == f"pip uninstall -y {CUDA13} {CUDA12} && {command}"
+    assert not finding.good and finding.fix == f"pip uninstall -y {CUDA13} {CUDA12} && {command}"
 
 
 @pytest.mark.parametrize(("version", "good"), [("2.1.1", False), ("1.53.0", False), ("2.2.0", True), ("2.10.0", True)])
 def test_an_old_dali(machine, monkeypatch, version, good):
     monkeypatch.setattr(dali, "__version__", version)
     finding = machine()["DALI"]
-    assert finding.good == good and (finding.mend == "pip install .") == (not good)
+    assert finding.good == good and (finding.fix == "pip install .") == (not good)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_what_is_missing_is_installed_for_the_driver(machine, monkeypatch, drive
     if name == "nvidia.dali":
         monkeypatch.delattr("nvidia.dali")
     finding = machine(driver, installed=(), cuda="13.0")[{"torch": "torch", "nvidia.dali": "DALI"}[name]]
-    assert not finding.good and finding.needed and finding.mend.startswith(command)
+    assert not finding.good and finding.needed and finding.fix.startswith(command)
 
 
 def test_files_of_dali_that_are_gone_are_installed_again(machine, monkeypatch):
     """As after removing one of two builds."""
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delattr("nvidia.dali")
-    assert machine()["DALI"].mend == f"pip uninstall -y {CUDA13} && pip install ."
+    assert machine()["DALI"].fix == f"pip uninstall -y {CUDA13} && pip install ."
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_files_of_dali_that_are_gone_are_installed_again(machine, monkeypatch):
 def test_a_torch_without_cuda_on_a_machine_with_a_driver(machine, driver, processor, command):
     installed = (CUDA13 if driver >= "580" else CUDA12,)
     finding = machine(driver, cuda=None, installed=installed, processor=processor)["torch"]
-    assert not finding.good and finding.mend == f"pip uninstall -y torch torchvision && {command}"
+    assert not finding.good and finding.fix == f"pip uninstall -y torch torchvision && {command}"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_torch_without_cuda_on_a_machine_with_a_driver(machine, driver, proces
 )
 def test_processors(machine, processor, good, note):
     finding = machine(processor=processor)["Python"]
-    assert finding.good == good and note in finding.mend and bool(finding.mend) == bool(note)
+    assert finding.good == good and note in finding.fix and bool(finding.fix) == bool(note)
 
 
 def test_the_command_is_printed(machine):
@@ -181,4 +181,4 @@ def test_what_dali_brings_along_is_removed_with_it(machine):
     """Its files have the same paths for both CUDA versions: pip would take what was overwritten for installed."""
     there = (CUDA13, "nvidia-nvimgcodec-cu13", "nvidia-libnvcomp-cu12")
     expected = f"pip uninstall -y {' '.join(there)} && FASTTRAIN_CUDA=12 pip install ."
-    assert machine("535.54.03", cuda="12.8", installed=there)["DALI"].mend == expected
+    assert machine("535.54.03", cuda="12.8", installed=there)["DALI"].fix == expected

@@ -1,4 +1,4 @@
-"""What the benchmarks share. Contenders have turns, round after round, in one run; they are told as medians with their
+"""What the benchmarks share. Contenders take turns, round after round, in one run; results are medians with their
 spread, in a table, as JSON and as a picture."""
 
 import datetime

@@ -1,4 +1,4 @@
-"""Training end to end: the real `train` beside the two things that it is made of, and beside timm's.
+"""Training end to end: the real `train`, compared with the two things that it is made of and with timm's.
 
 C is the step alone on a batch that is on the device, D the pipeline alone, its output normalised on the device, and E
 the run; what E reaches of the slower of the two is eta = E / min(C, D), in images a second.

@@ -83,7 +83,7 @@ def _from_file(path: Path, model: Classifier, averaged: bool) -> _Weights:
 
 
 def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
-    """The tensors of a file of anybody's: nothing in it is executed, and it cannot unpack to more than its size."""
+    """The tensors of an untrusted file: nothing in it is executed, and it cannot unpack to more than its size."""
     try:
         if not path.is_file():
             raise ValueError("there is no such file")

@@ -61,11 +61,11 @@ def check_overwritable(out: Path) -> bool:
 
 def abandon_later(out: Path, start: Path) -> None:
     """Make `start` the last of a run's checkpoints. Those after it, or all where it is another run's, belong to an
-    attempt that is left: they are renamed, so that they are neither gone on from nor counted."""
+    attempt that is left: they are renamed, so that they are neither resumed from nor counted."""
     home = out / "checkpoints"
     inside = start.resolve().parent == home.resolve()
     best = checkpoint.read_link(out / "best")
-    with suppress(OSError):  # a disk that does not take it is told at the first save
+    with suppress(OSError):  # a disk that does not take it is reported at the first save
         for each in sorted(home.glob("step-*")):
             if not inside or each.name > start.name:
                 left = next(path for n in itertools.count() if not (path := home / f"left{n}-{each.name}").exists())
@@ -130,7 +130,7 @@ def newest(out: Path) -> Path | None:
             damaged.append(candidate)
             continue
         for each in damaged:
-            with suppress(OSError):  # a disk that is read-only is told elsewhere
+            with suppress(OSError):  # a disk that is read-only is reported elsewhere
                 each.rename(each.with_name(f"damaged-{each.name}"))
         return candidate
     if candidates:

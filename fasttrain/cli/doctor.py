@@ -36,8 +36,8 @@ def doctor(gpu: bool, data: str | None, json_path: Path | None) -> None:
     findings = examine()
     for finding in findings:
         click.echo(f"{'ok  ' if finding.good else 'LACK'}  {finding.what}: {finding.found}")
-        if finding.mend:
-            click.echo(f"      {finding.mend}")
+        if finding.fix:
+            click.echo(f"      {finding.fix}")
     sys.exit(0 if all(each.good or not each.needed for each in findings) else 1)
 
 

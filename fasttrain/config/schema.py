@@ -214,7 +214,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """allow: names of what may differ from the checkpoint that a run goes on from: `data`, `classes`, keys of the
+    """allow: names of what may differ from the checkpoint that a run resumes from: `data`, `classes`, keys of the
     recipe such as `optim.lr`, or parts of it such as `optim`."""
 
     allow: tuple[str, ...] = ()

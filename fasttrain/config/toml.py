@@ -68,7 +68,7 @@ def from_toml(text: str, where: str = "recipe") -> Recipe:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """What TOML of anybody's says. ValueError where it is none, or would keep tomllib busy: for a key of many parts
+    """What untrusted TOML says. ValueError where it is none, or would keep tomllib busy: for a key of many parts
     that takes time with the square of their number."""
     if len(text) > TEXT_LENGTH or any(line.count(".") > _DOTS for line in text.splitlines()):
         raise ValueError("it is too long for a recipe")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, by which machines are told that they are needed elsewhere: noted, for a run to ask about."""
+"""SIGTERM and SIGUSR1, by which a scheduler takes a machine away: recorded, for a run to ask about."""
 
 import signal
 import threading

@@ -22,13 +22,13 @@ KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. needed: whether nothing runs without it. mend: the line that helps, or nothing."""
+    """One thing looked at. needed: whether nothing runs without it. fix: the line that helps, or nothing."""
 
     what: str
     found: str
     good: bool = True
     needed: bool = True
-    mend: str = ""
+    fix: str = ""
 
 
 def examine() -> list[Finding]:
@@ -97,40 +97,40 @@ def _python() -> Finding:
     good = sys.version_info >= (3, 11) and sys.platform == "linux" and machine in ("x86_64", "aarch64")
     found = f"{platform.python_version()} on {sys.platform} {machine}"
     if not good:
-        return Finding("Python", found, good, mend="needs Linux on x86-64 or aarch64, and Python 3.11 or newer")
+        return Finding("Python", found, good, fix="needs Linux on x86-64 or aarch64, and Python 3.11 or newer")
     untested = "all packages have builds for aarch64, but fasttrain has not been run on it yet"
-    return Finding("Python", found, mend=untested if machine == "aarch64" else "")
+    return Finding("Python", found, fix=untested if machine == "aarch64" else "")
 
 
 def _torch(findings: list[Finding], driver: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        findings.append(Finding("torch", str(error), good=False, mend=install_command(_cuda_for(driver, None))))
+        findings.append(Finding("torch", str(error), good=False, fix=install_command(_cuda_for(driver, None))))
         return None
     version = torch.__version__
     cuda = _cuda_for(driver, torch)
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
-        findings.append(Finding("torch", version, good=False, mend=install_command(cuda)))
+        findings.append(Finding("torch", version, good=False, fix=install_command(cuda)))
     elif torch.version.cuda:
         findings.append(Finding("torch", f"{version}, CUDA {torch.version.cuda}"))
     elif driver:
-        mend = install_command(cuda, remove=("torch", "torchvision"))
-        findings.append(Finding("torch", f"{version} (a build without CUDA)", good=False, needed=False, mend=mend))
+        fix = install_command(cuda, remove=("torch", "torchvision"))
+        findings.append(Finding("torch", f"{version} (a build without CUDA)", good=False, needed=False, fix=fix))
     elif version.endswith("+cpu"):
-        mend = "torchvision and timm cannot be imported beside it: pip install --force-reinstall torch torchvision"
-        findings.append(Finding("torch", f"{version} (a build without CUDA)", good=False, mend=mend))
+        fix = "torchvision and timm cannot be imported beside it: pip install --force-reinstall torch torchvision"
+        findings.append(Finding("torch", f"{version} (a build without CUDA)", good=False, fix=fix))
     else:
         findings.append(Finding("torch", f"{version} (a build without CUDA)"))
     return torch
 
 
-def _package(name: str, mend: str, needed: bool = True) -> Finding:
+def _package(name: str, fix: str, needed: bool = True) -> Finding:
     try:
         __import__(name)
         return Finding(name, importlib.metadata.version(name))
     except Exception as error:  # a package beside the wrong torch fails in any way
-        return Finding(name, f"cannot be imported: {str(error).splitlines()[0]}", False, needed, mend)
+        return Finding(name, f"cannot be imported: {str(error).splitlines()[0]}", False, needed, fix)
 
 
 def _driver(driver: str, torch: Any) -> Finding:
@@ -139,11 +139,11 @@ def _driver(driver: str, torch: Any) -> Finding:
     if torch is not None and torch.cuda.is_available():
         return Finding("NVIDIA driver", found)  # whatever its version: NVIDIA's compatibility package helps old ones
     if not newest:
-        mend = f"update the driver: CUDA 13 needs {OLDEST_DRIVER[13]} or newer, CUDA 12 {OLDEST_DRIVER[12]} or newer"
-        return Finding("NVIDIA driver", found, good=False, needed=False, mend=mend)
+        fix = f"update the driver: CUDA 13 needs {OLDEST_DRIVER[13]} or newer, CUDA 12 {OLDEST_DRIVER[12]} or newer"
+        return Finding("NVIDIA driver", found, good=False, needed=False, fix=fix)
     if _cuda_of(torch) > newest:
         found = f"{driver}, too old for torch's CUDA {torch.version.cuda}, which needs {OLDEST_DRIVER[13]} or newer"
-        return Finding("NVIDIA driver", found, good=False, needed=False, mend=install_command(newest))
+        return Finding("NVIDIA driver", found, good=False, needed=False, fix=install_command(newest))
     return Finding("NVIDIA driver", found)
 
 
@@ -151,36 +151,36 @@ def _dali(torch: Any, driver: str) -> Finding:
     try:
         from nvidia import dali
     except ImportError as error:
-        return Finding("DALI", str(error), False, mend=install_command(_cuda_for(driver, torch), _dali_installed()))
+        return Finding("DALI", str(error), False, fix=install_command(_cuda_for(driver, torch), _dali_installed()))
     built = getattr(dali, "__cuda_version__", "")
     cuda = int(built) // 1000 if str(built).isdigit() else 0
     found = f"{dali.__version__}, built for CUDA {cuda or 'of an unknown version'}"
     install = install_command(_cuda_for(driver, torch))
     if len(names := _dali_installed()) > 1:
         found = f"{' and '.join(names)} are both installed and overwrite each other's files"
-        return Finding("DALI", found, good=False, mend=install)
+        return Finding("DALI", found, good=False, fix=install)
     if tuple(int(part) for part in dali.__version__.split(".")[:2]) < (2, 2):
-        return Finding("DALI", f"{found}; needs 2.2 or newer", good=False, mend=install)
+        return Finding("DALI", f"{found}; needs 2.2 or newer", good=False, fix=install)
     if _cuda_of(torch) and cuda != _cuda_of(torch):
-        return Finding("DALI", f"{found}, but torch is built for CUDA {_cuda_of(torch)}", good=False, mend=install)
+        return Finding("DALI", f"{found}, but torch is built for CUDA {_cuda_of(torch)}", good=False, fix=install)
     return Finding("DALI", found)
 
 
 def _gpu(torch: Any, driver: str) -> list[Finding]:
     if not torch.cuda.is_available():
         if not driver:
-            mend = "everything runs on the CPU"
+            fix = "everything runs on the CPU"
         elif not _cuda_of(torch) or _cuda_of(torch) > newest_cuda(driver):
-            mend = "torch does not fit the driver; see above"
+            fix = "torch does not fit the driver; see above"
         else:
-            mend = "nvidia-smi lists the GPUs; CUDA_VISIBLE_DEVICES can hide them"
-        return [Finding("GPU", "none that torch can use", good=False, needed=False, mend=mend)]
+            fix = "nvidia-smi lists the GPUs; CUDA_VISIBLE_DEVICES can hide them"
+        return [Finding("GPU", "none that torch can use", good=False, needed=False, fix=fix)]
     findings = []
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, compute capability {about.major}.{about.minor}"
-        findings.append(Finding(f"GPU {number}", found, mend="" if about.major >= 8 else "no bf16: fp16 is used"))
+        findings.append(Finding(f"GPU {number}", found, fix="" if about.major >= 8 else "no bf16: fp16 is used"))
     compiler = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
-    mend = "" if compiler else "Triton compiles kernels with it: install gcc"
-    findings.append(Finding("C compiler", compiler or "none", good=bool(compiler), mend=mend))
+    fix = "" if compiler else "Triton compiles kernels with it: install gcc"
+    findings.append(Finding("C compiler", compiler or "none", good=bool(compiler), fix=fix))
     return findings

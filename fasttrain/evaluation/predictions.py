@@ -68,7 +68,7 @@ def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
 
 
 def save(predictions: Predictions, path: Path) -> None:
-    """Write a file, whole or not at all. Raises UserError where `path` is something else than such a file."""
+    """Write a file atomically. Raises UserError where `path` is something else than such a file."""
     check_overwritable(path)
     arrays: dict[str, NDArray] = {
         "ids": predictions.ids,
@@ -101,7 +101,7 @@ def _looks_like_ours(path: Path) -> bool:
 
 
 def load(path: Path, per_size: bool = True) -> Predictions:
-    """Read a file of anybody's; without per_size only what is fused. Raises UserError that names the file and what is
+    """Read an untrusted file; without per_size only what is fused. Raises UserError that names the file and what is
     wrong with it."""
     try:
         with opened(path) as file:

@@ -24,7 +24,7 @@ COMBINATIONS: dict[str, tuple[Loss, ...]] = {
 
 
 def second_stage(recipe: Recipe, combination: str) -> Recipe:
-    """The recipe that goes on from `recipe`'s weights with another loss added, for four fifths of its epochs (200 of
+    """The recipe that continues from `recipe`'s weights with another loss added, for four fifths of its epochs (200 of
     the report's 250): warm-up, cosine and learning rate start again. Triplet has 4 images of each class in a batch."""
     return replace(
         recipe,

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading files of anybody's."""
+"""Writing files atomically, and reading untrusted ones."""
 
 import errno
 import json

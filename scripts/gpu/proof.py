@@ -2,7 +2,7 @@
 
     python3 scripts/gpu/proof.py --data DIR --out OUT --json FILE
 
-DIR holds train/ and val/. Stage 1 trains with cross entropy; stage 2 goes on from it with cross entropy, with triplet
+DIR holds train/ and val/. Stage 1 trains with cross entropy; stage 2 continues from it with cross entropy, with triplet
 and with ArcFace. timm's loader and a plain loop train the same network for as many epochs as a model has in both
 stages. FILE has, for each model, the best top-1 on val, the seconds until it was reached (start and compilation
 included, and for stage 2 those of stage 1), and top-1 with the report's 16 views; and the top-1 of all models together.
@@ -76,7 +76,7 @@ class Proof:
 
     def _train(self, name: str, folder: Path, epochs: int, more: list[str], before: float = 0) -> float:
         """A run of fasttrain, its evaluations with the time at which they were in the log, and then its 16 views.
-        before: seconds of the stage that it goes on from. Gives the seconds of both."""
+        before: seconds of the stage that it continues from. Gives the seconds of both."""
         command = ["run", "--arch", self.arch, "--data", str(self.data), "--epochs", str(epochs), "--out", str(folder)]
         start = time.perf_counter() - before
         process = subprocess.Popen(self._fasttrain(*command, *self.run_options, *self.device, *more), env=self._env())
