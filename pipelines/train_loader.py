@@ -1,7 +1,7 @@
 """The training pipeline: files to augmented uint8 batches, on a GPU or a CPU from one definition."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +182,7 @@ def batches(
     stop_step: int | None = None,
     on_skip: Callable[[Skip], object] | None = None,
     decoder: Decoder | None = None,
-) -> Iterator[Images]:
+) -> Generator[Images, None, None]:
     """This rank's micro-batches from `start_step` up to `stop_step` (default: the run's end), one after another.
 
     The pixels share memory with DALI: no copy is made, unless there are several views. Prefetching runs across the

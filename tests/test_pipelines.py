@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -59,6 +60,16 @@ def test_batches_are_uint8_nhwc_without_a_copy_and_channels_last(index, monkeypa
     assert batch.pixels.data_ptr() == pointers[0]
     assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
     assert batch.numbers.tolist() == plan.images(0, 0).tolist()
+
+
+@pytest.mark.parametrize("take", [1, 9])
+def test_a_stream_ends_the_thread_that_feeds_it(index, take):
+    """Closed early, and at its own end."""
+    stream = train_loader.batches(make_plan(index), index, CPU, 2)
+    for _, _ in zip(range(take), stream, strict=False):
+        pass
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "fasttrain-ahead"]
 
 
 def test_an_earlier_batch_stays_valid(index):

@@ -34,6 +34,7 @@ from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
 from fasttrain.prepare import resolve_auto
 from fasttrain.training import inputs
+from fasttrain.training import log as logging
 from fasttrain.utils.errors import RunError, UserError
 
 CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -121,6 +122,16 @@ def test_the_runs_folder_holds_what_is_promised(index, tmp_path):
     assert result.best == best["top1"]
     meta = json.loads((out / "last" / "meta.json").read_text())
     assert meta["classes"] == list(index.classes) and meta["step"] == 10
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tensorboards_files_are_written_where_they_are_wanted(index, tmp_path, monkeypatch, wanted):
+    """Its writer is a stand-in, since it need not be installed."""
+    folders = []
+    monkeypatch.setattr(logging, "_tensorboard", folders.append)
+    recipe = tiny(epochs=1)
+    run(replace(recipe, machine=replace(recipe.machine, tensorboard=wanted)), tmp_path / "run", index)
+    assert folders == [tmp_path / "run"] * wanted
 
 
 def test_learning_rates_are_the_schedules(index, tmp_path):
