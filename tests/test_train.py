@@ -127,7 +127,7 @@ def test_the_runs_folder_holds_what_is_promised(index, tmp_path):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_tensorboards_files_are_written_where_they_are_wanted(index, tmp_path, monkeypatch, wanted):
     """Its writer is a stand-in, since it need not be installed."""
-    folders = []
+    folders: list[Path] = []
     monkeypatch.setattr(logging, "_tensorboard", folders.append)
     recipe = tiny(epochs=1)
     run(replace(recipe, machine=replace(recipe.machine, tensorboard=wanted)), tmp_path / "run", index)
