@@ -9,8 +9,6 @@ from fasttrain.pipelines.decoders import Decoder
 # Boxes are planned from the size in the header, which knows nothing of EXIF; PIL does not rotate either.
 _AS_STORED = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
 _WHOLE: dict[str, Any] = {"rel_start": [0.0, 0.0], "rel_shape": [1.0, 1.0], "axis_names": "HW"}
-
-
 # Threads that are tied to cores compete with the loop's and DALI's own for the same ones.
 _ON_GPU = {**_AS_STORED, "device": "mixed", "affine": False}
 

@@ -105,7 +105,7 @@ def race(case: str, makers: Mapping[str, Callable[[], Callable[[], float]]], rou
                 try:
                     if name not in turns:
                         turns[name] = makers[name]()
-                    seconds = turns[name]()
+                    spent = turns[name]()
                 except RuntimeError as error:
                     if name.startswith(OWN):
                         raise
@@ -114,7 +114,7 @@ def race(case: str, makers: Mapping[str, Callable[[], Callable[[], float]]], rou
                     found.timed.pop(name, None)
                     turns.pop(name, None)
                     continue
-                found.timed.setdefault(name, []).append(seconds)
+                found.timed.setdefault(name, []).append(spent)
                 yield found
 
 
