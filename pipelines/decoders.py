@@ -54,8 +54,8 @@ def rule() -> Rule:
 
 
 def resolve(kind: str, device: torch.device) -> str:
-    """The decoder that a setting (one of `config.schema.DECODERS`) stands for on a device. A CPU decodes by itself, whatever
-    the setting. Raises UserError for a decoder that crashes with the installed nvImageCodec."""
+    """The decoder that a setting (one of `config.schema.DECODERS`) stands for on a device. A CPU decodes by itself,
+    whatever the setting. Raises UserError for a decoder that crashes with the installed nvImageCodec."""
     if device.type == "cpu":
         return "cpu"
     known = rule()
