@@ -47,7 +47,7 @@ def test_noise_is_in_the_training_images_alone(script, demo_set, tmp_path):
 @pytest.mark.parametrize("method", ["report", "attract_repulse"])
 def test_a_small_one_ends_with_a_table_and_is_not_trained_twice(demo_set, tmp_path, method):
     command = [sys.executable, SCRIPT, "--data", demo_set, "--out", tmp_path / "out", "--method", method, "--arch"]
-    command += ["test_resnet", "--classes", 4, "--image-size", 32, "--batch-size", 20, "--epochs", 5, "--seeds", 2]
+    command += ["test_resnet", "--classes", 4, "--image-size", 32, "--batch-size", 16, "--epochs", 5, "--seeds", 2]
     command += ["--label-noise", 0.4, "--json", tmp_path / "told.json"]
     for _ in range(2):
         subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=900)
