@@ -15,12 +15,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
+from checkout import environment
+
 from fasttrain.benchmarks.common import write_figures
 from fasttrain.config.schema import DataConfig
 from fasttrain.data.index import open_data
 from fasttrain.distributed.ranks import ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH = 256  # of the recipe
 
 
@@ -49,7 +50,7 @@ def main() -> int:
     command += [word for setting in args.set for word in ("--set", setting)]
     command += ["--image-size", "32", "--batch-size", "8", "--device", "cpu"] if args.toy else []
     start = time.perf_counter()
-    status = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path_with_root()}).returncode
+    status = subprocess.run(command, env=environment()).returncode
     seconds = time.perf_counter() - start
     log = args.out / "run" / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -69,10 +70,6 @@ def link(path: str, target: Path) -> None:
         os.link(path, target)
     except OSError:  # another disk
         shutil.copyfile(path, target)
-
-
-def path_with_root() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
+from checkout import ROOT, environment
+
 from fasttrain.benchmarks.common import write_figures
 from fasttrain.distributed.ranks import ranks
 from fasttrain.evaluation import predictions
 from fasttrain.evaluation.ensemble import fuse, load_alike
 from fasttrain.evaluation.predictions import Predictions
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIZE = 128, 64
 STAGE1, STAGE2 = 40, 20  # epochs
 LOSSES = ("ce", "ce+triplet", "ce+arcface")
@@ -79,7 +80,7 @@ class Proof:
         before: seconds of the stage that it continues from. Gives the seconds of both."""
         command = ["run", "--arch", self.arch, "--data", str(self.data), "--epochs", str(epochs), "--out", str(folder)]
         start = time.perf_counter() - before
-        process = subprocess.Popen(self._fasttrain(*command, *self.run_options, *self.device, *more), env=self._env())
+        process = subprocess.Popen(self._fasttrain(*command, *self.run_options, *self.device, *more), env=environment())
         curve: list[tuple[float, float]] = []
         while process.poll() is None:
             time.sleep(0.1)
@@ -89,7 +90,7 @@ class Proof:
             raise subprocess.CalledProcessError(process.returncode, name)
         words = ["eval", str(folder), "--data", str(self.data / "val"), "--views", "report"]
         evaluate = self._fasttrain(*words, "--out", str(views_of(folder)), *self.device)
-        subprocess.run(evaluate, env=self._env(), check=True)
+        subprocess.run(evaluate, env=environment(), check=True)
         (told,) = load_alike([views_of(folder)])
         whole = epochs + (self.epochs[0] if before else 0)
         self._row(name, whole, curve, top1_16_views=top1_of(told.probs, told))
@@ -104,11 +105,12 @@ class Proof:
         """timm's loader and a plain loop, the same peak learning rate."""
         epochs, size = sum(self.epochs), self.run_options[3]
         batch = int(self.run_options[1])
-        command = [sys.executable, "scripts/train_with_timm.py", "--data", str(self.data), "--arch", self.arch]
+        script = ROOT / "scripts" / "train_with_timm.py"
+        command = [sys.executable, str(script), "--data", str(self.data), "--arch", self.arch]
         command += ["--image-size", size, "--batch-size", str(batch), "--epochs", str(epochs)]
         command += ["--lr", str(0.1 * batch / 256), "--workers", str(len(os.sched_getaffinity(0)))]
         start, curve = time.perf_counter(), []
-        process = subprocess.Popen(command, cwd=ROOT, env=self._env(), stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
             if found := re.search(r"top-1 ([\d.]+)%", line):
@@ -130,9 +132,6 @@ class Proof:
 
     def _fasttrain(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "fasttrain", *words]
-
-    def _env(self) -> dict[str, str]:
-        return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 def top1_of(probs: NDArray[Any], known: Predictions) -> float:

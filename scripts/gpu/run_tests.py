@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
+from checkout import ROOT
+
 from fasttrain.benchmarks.common import write_figures
 from fasttrain.distributed.ranks import ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 6  # processes that share the GPU
 
 

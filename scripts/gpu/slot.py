@@ -26,8 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import report
+from checkout import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 LARGEST_CACHE = 16 << 20  # bytes; a larger one is not packed
 
 
@@ -161,6 +161,8 @@ def main() -> int:
             elif run(part, args.data.resolve(), work.resolve(), min(left, 1000 if args.toy else part.limit), args.toy):
                 report.gather(work, args.out)
                 continue
+            else:
+                report.gather(work, args.out)  # what it had when it was ended
             missing.append(part.name)
     finally:
         report.gather(work, args.out)
@@ -197,17 +199,12 @@ def run(part: Part, data: Path, work: Path, limit: float, toy: bool) -> bool:
     words = [word.format(**places) for word in shlex.split(template)]
     expected = "a toy" if toy else f"some {part.expected} s"
     print(f"== {part.name}: {expected}, at most {limit:.0f} s", flush=True)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {
-        "PYTHONPATH": path,
-        "PYTHONUNBUFFERED": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
-    }
+    variables = environment(PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"))
     start = time.monotonic()
     with (work / f"{part.name}.log").open("ab") as log:
         print(shlex.join(words), file=sys.stderr, flush=True)
         process = subprocess.Popen(
-            [sys.executable, *words], stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+            [sys.executable, *words], stdout=log, stderr=log, cwd=ROOT, env=variables, start_new_session=True
         )
         try:
             status: int | None = process.wait(limit)
