@@ -1,16 +1,43 @@
-"""What is resolved before a run starts."""
+"""Everything before the first step: resolve `auto`, check all that can be checked, build the run, print the banner.
 
-from dataclasses import replace
+`fasttrain run --dry-run` makes the same checks and prints a summary.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fasttrain import __version__
+from fasttrain.checkpoints import checkpoint, resume
+from fasttrain.checkpoints.init_weights import initialize
+from fasttrain.checkpoints.run_dir import check_overwritable, write_recipe
+from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
+from fasttrain.data.index import Index, require_classes
+from fasttrain.distributed.ranks import Ranks
+from fasttrain.losses.base import Output
+from fasttrain.models import Classifier, build_on_meta, check_input_shape
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.views import views_by_name
+from fasttrain.training.log import Log
+from fasttrain.training.progress import Progress
+from fasttrain.training.step import Step
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.text import printable
+
+if TYPE_CHECKING:  # steps can be benchmarked where DALI is not installed
+    from fasttrain.pipelines.eval_loader import EvalLoader
 
 
 def resolve_auto(recipe: Recipe, device: torch.device) -> Recipe:
-    """`recipe` with what `auto` stands for on this device. Raises UserError for a decoder that is known to crash."""
+    """`recipe` with each `auto` replaced by its choice for this device. Raises UserError for a decoder that is known to
+    crash."""
     on_gpu = device.type == "cuda"
     half = "bf16" if not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     precision = (half if on_gpu else "fp32") if recipe.precision == "auto" else recipe.precision
@@ -27,3 +54,230 @@ def resolve_auto(recipe: Recipe, device: torch.device) -> Recipe:
 def decoder_of(recipe: Recipe, device: torch.device) -> Decoder:
     """The decoder of a recipe, resolved or not, on this device."""
     return Decoder(decoders.resolve(recipe.machine.decoder, device), recipe.machine.hardware_load)
+
+
+class Checked(NamedTuple):
+    """A run's plan; its network on the meta device, without values; and the network's output for one micro-batch."""
+
+    plan: Plan
+    model: Classifier
+    output: Output
+
+
+def check(recipe: Recipe, index: Index, ranks: Ranks) -> Checked:
+    """Check that batches can be made and that the network takes them. Raises UserError if not."""
+    plan = Plan.of(recipe, index, ranks.world, ranks.rank)
+    model = build_on_meta(recipe, len(index.classes))
+    output = check_input_shape(model, recipe.arch, plan.micro_batch * plan.views, recipe.image_size)
+    return Checked(plan, model, output)
+
+
+def start_weights(recipe: Recipe, model: Classifier, classes: Sequence[str]) -> list[str]:
+    """Load the weights that a recipe starts from into a network, which has random ones; a network on the meta device is
+    only checked. Returns lines to log. Raises UserError where they do not fit, or a loss needs some and has none."""
+    fine_tuning = [loss.name for loss in recipe.losses if loss.fine_tunes]
+    if fine_tuning and not recipe.init.weights and not recipe.init.force_scratch:
+        raise UserError(
+            f"{' and '.join(fine_tuning)} does not converge from random weights: train the network with cross entropy "
+            "first and name that run with --init RUN, or insist with --set init.force_scratch=true"
+        )
+    if recipe.init.weights:
+        return [initialize(model, recipe.init, recipe.arch, classes)]
+    if recipe.ema_views:
+        return ["the mean teacher starts from random weights; --init RUN starts it from trained ones"]
+    return []
+
+
+def load_teacher(recipe: Recipe, classes: Sequence[str], device: torch.device) -> Classifier | None:
+    """The frozen network that a loss names as its teacher, or None. Raises UserError where it has other classes."""
+    runs = {run for loss in recipe.losses if (run := loss.teacher_run()) is not None}
+    if not runs:
+        return None
+    if len(runs) > 1:
+        raise UserError(f"there can be one teacher, not {len(runs)}: {', '.join(map(printable, sorted(runs)))}")
+    (run,) = runs
+    model, _, teacher_classes = checkpoint.network(Path(run))
+    require_classes(teacher_classes, run, classes, "the training images")
+    return model.requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+
+
+@dataclass
+class Run:
+    """A run that is ready for its next step. changed: what differs from the checkpoint that it resumes from. notes:
+    lines to log at the start."""
+
+    recipe: Recipe
+    out: Path
+    train_index: Index
+    val_index: Index | None
+    ranks: Ranks
+    plan: Plan
+    train_step: Step
+    progress: Progress
+    fingerprint: dict[str, Any]
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.steps_done >= self.plan.steps
+
+
+def prepare(
+    recipe: Recipe, out: Path, train_index: Index, val_index: Index | None, ranks: Ranks, resume_from: Path | None
+) -> Run:
+    """Build a run of a resolved recipe, from a checkpoint, from other weights or from scratch. Raises UserError where
+    the settings, the data and the checkpoint do not fit together."""
+    plan = check(recipe, train_index, ranks).plan
+    teacher = load_teacher(recipe, train_index.classes, ranks.device)
+    torch.manual_seed(recipe.seed)
+    model = Classifier.of(recipe, len(train_index.classes))
+    fingerprint = resume.run_fingerprint(recipe, train_index)
+    saved, changed, notes = None, [], []
+    if resume_from is None:
+        progress = Progress.start(recipe.losses)
+        notes = start_weights(recipe, model, train_index.classes)
+    else:
+        saved = checkpoint.load(resume_from)
+        changed = resume.check_compatible(saved, fingerprint, recipe.resume.allow)
+        changed += resume.machine_changes(saved.meta, recipe, ranks)
+        if changed:
+            notes.append(f"resuming with changes: {'; '.join(changed)}")
+        progress = Progress.from_meta(saved.meta, recipe.losses, plan.steps_per_epoch)
+        plan = replace(plan, shift=saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"])
+
+    torch.backends.cudnn.benchmark = True  # tries all algorithms once per shape; the shapes do not change
+    train_step = Step(recipe, plan, model, torch.from_numpy(train_index.labels), ranks, teacher)
+    if saved is not None:
+        checkpoint.restore(saved, train_step.state)
+        train_step.guard.reset()
+        train_step.meter.restore(saved.meta["meters"], saved.meta["streak"], ranks)
+    return Run(
+        recipe,
+        out,
+        train_index,
+        val_index,
+        ranks,
+        plan,
+        train_step,
+        progress,
+        fingerprint,
+        changed=changed,
+        notes=notes,
+    )
+
+
+def build_val_loader(run: Run) -> "EvalLoader | None":
+    """The loader of a run's validation images, one central crop each; None without such images."""
+    from fasttrain.pipelines.eval_loader import EvalLoader
+
+    if run.val_index is None:
+        return None
+    recipe, ranks = run.recipe, run.ranks
+    return EvalLoader(
+        run.val_index,
+        views_by_name("center", recipe.image_size),
+        run.plan.micro_batch,
+        ranks.device,
+        ranks.threads(recipe.machine.workers),
+        ranks.world,
+        ranks.rank,
+        decoder=decoder_of(recipe, ranks.device),
+    )
+
+
+def open_log(run: Run) -> Log:
+    """Open a run's log, and write and print how it starts. A run that resumes also gets its recipe.toml anew."""
+    recipe, plan, progress, device = run.recipe, run.plan, run.progress, run.ranks.device
+    start = progress.steps_done
+    if start and run.ranks.first:
+        write_recipe(run.out, toml.to_toml(recipe))
+    log = Log(
+        run.out,
+        run.ranks,
+        start_step=start,
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        tolerant=recipe.checkpoint.on_error == "go_on",
+        tensorboard=recipe.machine.tensorboard,
+    )
+    log.event(
+        "resume" if start else "start",
+        step=start,
+        steps=plan.steps,
+        images=plan.count,
+        world=run.ranks.world,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        versions={"fasttrain": __version__, "torch": torch.__version__},
+        **({"changed": run.changed} if run.changed else {}),
+        **({"rewinds": progress.rewinds, "shift": plan.shift} if progress.rewinds else {}),
+    )
+    log.say(device_line(recipe, run.ranks))
+    for line in filter(None, (*run.notes, groups_line(plan), views_line(plan, recipe))):
+        log.event("note", text=line)
+        log.say(line)
+    return log
+
+
+def device_line(recipe: Recipe, ranks: Ranks) -> str:
+    """The line that says what a run trains, and where."""
+    where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "the CPU"
+    losses = " + ".join(loss.name for loss in recipe.losses)
+    line = f"{recipe.arch} on {where}, {recipe.precision}, compile {recipe.machine.compile}, {losses}"
+    line += f", {ranks.world} ranks" if ranks.world > 1 else ""
+    if ranks.device.type == "cpu" and recipe.machine.device == "auto" and shutil.which("nvidia-smi"):
+        line += "; this machine may have a GPU that torch cannot use: see `fasttrain doctor`"
+    return line
+
+
+def groups_line(plan: Plan) -> str:
+    """The line that describes P x K batches; empty where images are drawn at random."""
+    if not plan.groups:
+        return ""
+    used = plan.steps_per_epoch * plan.batch_size
+    line = f"batches of {plan.groups.p} classes x {plan.groups.k} images; {used} of {plan.count} images per epoch"
+    if plan.micro_batches > 1:
+        line += f"; mined within each micro-batch of {plan.micro_batch * plan.world}, not within the batch"
+    return line
+
+
+def views_line(plan: Plan, recipe: Recipe) -> str:
+    """The line that describes several views per image; empty for one view."""
+    views = plan.views_total
+    if views == 1:
+        return ""
+    line = f"{views} views of each image, {views * plan.batch_size} per step"
+    line += "; one of them is the averaged network's" if plan.ema_views else ""
+    if plan.micro_batches > 1 and any(loss.projection_head for loss in recipe.losses):
+        line += f"; contrasted within each micro-batch of {plan.micro_batch * plan.world}, not within the batch"
+    return line
+
+
+def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks, out: Path) -> str:
+    """What a run would do from its start, as text. Nothing is trained or written. Raises UserError like `prepare`."""
+    plan, model, output = check(recipe, train_index, ranks)
+    start_weights(recipe, model, train_index.classes)
+    load_teacher(recipe, train_index.classes, torch.device("cpu"))
+    check_overwritable(out)
+    parameters = sum(p.numel() for p in model.parameters())
+    weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    saved_bytes = weight_bytes * (2 if recipe.ema.decay else 1) + sum(p.nbytes for p in model.parameters())
+    kept = min(recipe.checkpoint.keep + 1, -(-recipe.epochs // recipe.checkpoint.every_epochs))
+    val = f"{len(val_index)} images" if val_index is not None else "none"
+    rows = plan.micro_batch * plan.views
+    lines = {
+        "data": f"{len(train_index)} images of {len(train_index.classes)} classes; validation: {val}",
+        "network": f"{recipe.arch}, {parameters / 1e6:.2f} M parameters, {recipe.precision}",
+        "losses": " + ".join(loss.name for loss in recipe.losses),
+        "input": f"{[rows, 3, recipe.image_size, recipe.image_size]} per rank and micro-batch",
+        "output": f"logits {list(output.logits.shape)}, features {list(output.features.shape)}",
+        "batch": f"{plan.batch_size} = {ranks.world} ranks x {plan.micro_batches} micro-batches x {plan.micro_batch}",
+        "steps": f"{plan.steps} = {plan.epochs} epochs x {plan.steps_per_epoch}",
+        "peak lr": f"{recipe.peak_lr:g}",
+        "device": f"{ranks.device}, compile {recipe.machine.compile}, {ranks.threads(recipe.machine.workers)} threads",
+        "checkpoint": f"{saved_bytes / 2**20:.0f} MiB each, up to {kept} kept",
+        "writes": f"{printable(out)}/: recipe.toml, log.jsonl, checkpoints/, last, best",
+    }
+    if views := views_line(plan, recipe):
+        lines["views"] = views
+    return "\n".join(f"{name:<11}{line}" for name, line in lines.items())

@@ -12,7 +12,7 @@ from fasttrain.utils.versions import nvimagecodec
 
 @dataclass(frozen=True)
 class Decoder:
-    """How images are decoded: one of `config.schema.DECODERS`, but `auto`.
+    """How images are decoded: one of `config.choices.DECODERS`, but `auto`.
 
     `cpu`: libjpeg-turbo decodes the region that is needed, on the host. `gpu`: nvJPEG decodes the whole image on the
     GPU's cores, and the region is cut out of it. `gpu-region`: nvJPEG decodes the region. `gpu-hardware`: as `gpu`, and
@@ -54,7 +54,7 @@ def rule() -> Rule:
 
 
 def resolve(kind: str, device: torch.device) -> str:
-    """The decoder that a setting (one of `config.schema.DECODERS`) stands for on a device. A CPU decodes by itself,
+    """The decoder that a setting (one of `config.choices.DECODERS`) stands for on a device. A CPU decodes by itself,
     whatever the setting. Raises UserError for a decoder that crashes with the installed nvImageCodec."""
     if device.type == "cpu":
         return "cpu"

@@ -15,7 +15,7 @@ from fasttrain.data.index import Index
 from fasttrain.pipelines.decode_errors import decode_error
 from fasttrain.pipelines.decode_graph import decode
 from fasttrain.pipelines.decoders import Decoder, resolve
-from fasttrain.pipelines.train_loader import PREFETCH, output_stream
+from fasttrain.pipelines.train_loader import PREFETCH, Input, output_stream
 from fasttrain.pipelines.views import Views, region
 
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -29,8 +29,22 @@ class Crops(NamedTuple):
     numbers: Tensor
 
 
+def inputs(views: Views) -> dict[str, Input]:
+    """The graph's inputs, by name.
+
+    path: bytes of the file's name. number: the image's number in the index. crop0.start, crop0.end: corners (y, x) of
+    the first crop, in stored pixels.
+    """
+    of_crops = {
+        f"crop{at}.{corner}": Input(types.FLOAT, 1) for at in range(len(views.crops)) for corner in ("start", "end")
+    }
+    return {"path": Input(types.UINT8, 1), "number": Input(types.INT64, 0), **of_crops}
+
+
 @dataclass(frozen=True)
 class Source:
+    """Gives DALI the graph's inputs: the images `numbers` of an index, batch after batch."""
+
     numbers: NDArray[np.int64]
     index: Index
     batch_size: int
@@ -40,42 +54,49 @@ class Source:
         chunk = self.chunk(info.iteration)
         if not len(chunk):
             raise StopIteration
-        batch: list[Any] = [[np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in chunk], chunk]
-        for crop in self.views.crops:
+        values: dict[str, Any] = {
+            "path": [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in chunk],
+            "number": chunk,
+        }
+        for at, crop in enumerate(self.views.crops):
             box = region(crop, chunk, self.index.sizes[chunk])
-            batch += [np.ascontiguousarray(box[:, :2]), np.ascontiguousarray(box[:, 2:])]
-        return tuple(batch)
+            values |= {f"crop{at}.start": box[:, :2], f"crop{at}.end": box[:, 2:]}
+        return tuple(
+            np.ascontiguousarray(values[name]) if name != "path" else values[name] for name in inputs(self.views)
+        )
 
     def chunk(self, batch: int) -> NDArray[np.int64]:
+        """The numbers of a batch's images."""
         return self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 @pipeline_def
 def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
-    """read → decode → a resize for each crop; uint8 HWC images, one output a crop, and their numbers."""
-    crops = source.views.crops
-    paths, numbers, *corners = fn.external_source(
+    """read → decode → a resize for each crop. Gives uint8 HWC images, one output per crop, and their numbers."""
+    expected = inputs(source.views)
+    given = fn.external_source(
         source=source,
-        num_outputs=2 + 2 * len(crops),
+        num_outputs=len(expected),
         batch=True,
         batch_info=True,
-        dtype=[types.UINT8, types.INT64] + 2 * len(crops) * [types.FLOAT],
-        ndim=[1, 0] + 2 * len(crops) * [1],
+        dtype=[each.dtype for each in expected.values()],
+        ndim=[each.ndim for each in expected.values()],
     )
-    images = decode(fn.io.file.read(paths), decoder, on_gpu)
+    nodes = {name: given[at] for at, name in enumerate(expected)}
+    images = decode(fn.io.file.read(nodes["path"]), decoder, on_gpu)
     views = [
         fn.resize(
             images,
             size=[crop.size, crop.size],
-            roi_start=corners[2 * at],
-            roi_end=corners[2 * at + 1],
+            roi_start=nodes[f"crop{at}.start"],
+            roi_end=nodes[f"crop{at}.end"],
             interp_type=INTERPOLATIONS[interpolation],
             antialias=True,
             subpixel_scale=False,
         )
-        for at, crop in enumerate(crops)
+        for at, crop in enumerate(source.views.crops)
     ]
-    return (*views, numbers)
+    return (*views, nodes["number"])
 
 
 class EvalLoader:

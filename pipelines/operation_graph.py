@@ -9,32 +9,42 @@ from typing import Any
 from nvidia.dali import fn, math, types
 
 from fasttrain.pipelines import erasing
-from fasttrain.pipelines.operations import FILL, Arguments
+from fasttrain.pipelines.operations import FILL, Arguments, Kind
 
-DTYPES = Arguments(types.INT32, types.UINT8, types.UINT8, types.UINT8, *(5 * [types.FLOAT]))
-NDIMS = Arguments(0, 0, 0, 0, 0, 0, 0, 2, 2)
+# DALI's type and number of dimensions, per image, of each field of Arguments.
+INPUTS: dict[str, tuple[Any, int]] = {
+    "kind": (types.INT32, 0),
+    "keep": (types.UINT8, 0),
+    "flip": (types.UINT8, 0),
+    "threshold": (types.UINT8, 0),
+    "brightness": (types.FLOAT, 0),
+    "saturation": (types.FLOAT, 0),
+    "contrast": (types.FLOAT, 0),
+    "matrix": (types.FLOAT, 2),
+    "kernel": (types.FLOAT, 2),
+}
 
 
 def apply(images: Any, a: Arguments, size: int, interp: types.DALIInterpType = types.INTERP_NN) -> Any:
-    """Each image (uint8 HWC, size x size) through its own operation. All arguments are CPU nodes but the kernel,
-    which lives where the images do. interp: DALI's interpolation of warps."""
-    if a.kind == 0:
+    """Apply to each image (uint8 HWC, size x size) its own operation. All arguments are CPU nodes, except for the
+    kernel, which is where the images are. interp: DALI's interpolation of warps."""
+    if a.kind == Kind.NONE.value:
         result = images
-    elif a.kind == 1:
+    elif a.kind == Kind.BITS.value:
         result = (images & a.keep) ^ a.flip
-    elif a.kind == 2:
+    elif a.kind == Kind.EQUALIZE.value:
         result = fn.equalize(images)
-    elif a.kind == 3:
+    elif a.kind == Kind.WARP.value:
         result = fn.warp_affine(images, matrix=a.matrix, size=[size, size], fill_value=FILL, interp_type=interp)
-    elif a.kind == 4:
+    elif a.kind == Kind.COLOR.value:
         result = color(images, a.saturation)
-    elif a.kind == 5:
+    elif a.kind == Kind.CONTRAST.value:
         result = contrast(images, a.contrast, a.brightness)
-    elif a.kind == 6:
+    elif a.kind == Kind.SHARPNESS.value:
         result = fn.filter(images, a.kernel)
-    elif a.kind == 7:
+    elif a.kind == Kind.AUTO_CONTRAST.value:
         result = auto_contrast(images)
-    else:
+    else:  # Kind.SOLARIZE
         result = images ^ (a.flip * (images >= a.threshold))
     return result
 

@@ -152,8 +152,8 @@ class Plan:
     `groups` the batches are P x K ones. A rank has an equal, contiguous share of each, in micro-batches of
     `micro_batch` images. With `shift` every step takes what belongs to the step so many later.
 
-    A micro-batch has a row for each of `views` augmented views of its images, and `aside` further ones that are never
-    mixed: first view 0 of each image, then view 1 of each, and so on.
+    A micro-batch has a row for each of `views` augmented views of its images, and for `ema_views` further ones that are
+    never mixed: first view 0 of each image, then view 1 of each, and so on.
     """
 
     seed: int
@@ -166,7 +166,7 @@ class Plan:
     mix: MixConfig
     groups: Groups | None = None
     views: int = 1
-    aside: int = 0
+    ema_views: int = 0
     world: int = 1
     rank: int = 0
     shift: int = 0
@@ -204,15 +204,15 @@ class Plan:
             mix=recipe.mix,
             groups=groups,
             views=recipe.views,
-            aside=recipe.aside,
+            ema_views=recipe.ema_views,
             world=world,
             rank=rank,
         )
 
     @property
     def views_total(self) -> int:
-        """How many views of an image there are, mixed or aside."""
-        return self.views + self.aside
+        """How many views of an image there are, mixed or not."""
+        return self.views + self.ema_views
 
     @property
     def steps_per_epoch(self) -> int:
@@ -227,19 +227,19 @@ class Plan:
         """Micro-batches a rank puts through the network in one step."""
         return self.batch_size // self.world // self.micro_batch
 
-    def place(self, step: int) -> tuple[int, int]:
+    def epoch_and_step(self, step: int) -> tuple[int, int]:
         """Epoch of the images of a step, and the step's position in it."""
         return divmod(step + self.shift, self.steps_per_epoch)
 
     def images(self, step: int, micro: int) -> NDArray[np.int64]:
         """Numbers of the images in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
-        epoch, position = self.place(step)
+        epoch, position = self.epoch_and_step(step)
         start = position * self.batch_size + self.rank * (self.batch_size // self.world) + micro * self.micro_batch
         order = self.groups.order(self.seed, epoch) if self.groups else epoch_order(self.seed, epoch, self.count)
         return order[start : start + self.micro_batch]
 
     def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32], view: int = 0) -> Draws:
-        epoch, _ = self.place(step)
+        epoch, _ = self.epoch_and_step(step)
         return image_draws(self.seed, epoch, images, sizes, self.augment, self.image_size, view)
 
     def mix_params(self, step: int, micro: int) -> tuple[NDArray[np.float32], bool]:
@@ -247,7 +247,7 @@ class Plan:
 
         The box, or λ, is the global step's own; the partners are a permutation of the rows that are mixed.
         """
-        epoch, position = self.place(step)
+        epoch, position = self.epoch_and_step(step)
         by = step_mix(self.seed, epoch, position, self.image_size, self.mix)
         params = mix_kernel.plain_params(self.micro_batch * self.views_total)
         if by is None:

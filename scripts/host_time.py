@@ -28,6 +28,7 @@ from fasttrain.benchmarks.pipeline import repeated
 from fasttrain.config.schema import DataConfig
 from fasttrain.data.index import open_data
 from fasttrain.pipelines.ahead import Ahead
+from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import PREFETCH, Source, build
 from fasttrain.training.inputs import InputBuilder
@@ -99,9 +100,9 @@ def dali(source: Source, steps: int) -> float:
 
 
 def staging(plan: Plan, labels: Any) -> Callable[[int], Any]:
-    present = InputBuilder(plan, torch.from_numpy(labels), CPU, torch.bfloat16)
+    inputs = InputBuilder(plan, torch.from_numpy(labels), CPU, torch.bfloat16)
     pixels = torch.zeros(plan.micro_batch, 8, 8, 3, dtype=torch.uint8)
-    return lambda step: present.stage(step, 0, pixels, torch.from_numpy(plan.images(step, 0).copy()))
+    return lambda step: inputs.on_host(step, 0, Images(pixels, torch.from_numpy(plan.images(step, 0).copy())))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain.benchmarks import common
-from fasttrain.config.schema import DECODERS, DataConfig, MachineConfig
+from fasttrain.config.choices import DECODERS
+from fasttrain.config.schema import DataConfig, MachineConfig
 from fasttrain.data.index import Index, open_data
 from fasttrain.distributed.ranks import Ranks, ranks
 from fasttrain.pipelines import decoders

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import part_of
 from PIL import Image
 
 from fasttrain.data.demo_set import make
+from fasttrain.data.index import Index
 
 # Downloads must fail at once, and no run may find another's cached indices.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +36,12 @@ def demo_set(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "set"
     make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def index(demo_set) -> Index:
+    """100 of the demo set's training images, ten of each class."""
+    return part_of(demo_set, 10)
 
 
 def noise_photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fasttrain import recipes
+from fasttrain import prepare, recipes
 from fasttrain import train as training
 from fasttrain.checkpoints.run_dir import open_run
 from fasttrain.config import toml
-from fasttrain.config.schema import DECODERS, AugmentConfig, EmaConfig, InitConfig, MachineConfig, MixConfig
+from fasttrain.config.choices import DECODERS
+from fasttrain.config.schema import AugmentConfig, EmaConfig, InitConfig, MachineConfig, MixConfig
 from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
@@ -129,7 +130,7 @@ def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, mo
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
     told, steps = [], []
-    monkeypatch.setattr(training, "Step", lambda *args: steps.append(Step(*args)) or steps[-1])
+    monkeypatch.setattr(prepare, "Step", lambda *args: steps.append(Step(*args)) or steps[-1])
     for compiled in ("off", how):
         machine = MachineConfig(compile=compiled, log_steps=1)
         recipe = tiny(losses=losses, ema=EmaConfig(0.9), micro_batch=micro_batch)

@@ -32,17 +32,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as to_safetensors
 
-from fasttrain import recipes
+from fasttrain import prepare, recipes
 from fasttrain import train as training
-from fasttrain.checkpoints import checkpoint
-from fasttrain.checkpoints.init_weights import initialise
+from fasttrain.checkpoints import checkpoint, meta
+from fasttrain.checkpoints.init_weights import initialize
 from fasttrain.checkpoints.resume import check_compatible, step_of
 from fasttrain.checkpoints.run_dir import lock, newest, open_run
 from fasttrain.cli.main import main
 from fasttrain.config import toml
 from fasttrain.config.schema import DataConfig, InitConfig, MachineConfig, MixConfig, OptimConfig, Recipe
-from fasttrain.data import demo_set, place_files, quarantine
 from fasttrain.data import index as dataset
+from fasttrain.data import place_files, quarantine
 from fasttrain.data.subset import make
 from fasttrain.distributed.ranks import Ranks, ranks
 from fasttrain.evaluation import predictions, submission
@@ -53,6 +53,7 @@ from fasttrain.training import optim
 from fasttrain.training.meter import Meter
 from fasttrain.training.state import State
 from fasttrain.utils.errors import CommandError, UserError
+from fasttrain.utils.files import read_json_object
 from fasttrain.utils.text import printable
 
 T = TypeVar("T")
@@ -224,11 +225,11 @@ READERS: dict[str, tuple[str, Callable[[Path], object], bool]] = {
     "submission to write over": ("x.csv", submission.check_overwritable, False),
     "checkpoint": ("meta.json", lambda path: checkpoint.load(path.parent), True),
     "checkpoint's meta.json": ("meta.json", lambda path: checkpoint.verify(path.parent), True),
-    "checkpoint, archived or not": ("meta.json", lambda path: checkpoint._holds(path.parent, "archived", True), False),
+    "checkpoint, archived or not": ("meta.json", lambda path: meta.holds(path.parent, "archived", True), False),
     "quarantine": ("restore.json", lambda path: quarantine.restore(path.parent, path.parent.parent), True),
     "quarantine to add to": ("restore.json", lambda path: quarantine.quarantine("/nowhere", ["a"], path.parent), True),
     "set": ("cut.json", lambda path: place_files.finished(path.parent, "cut.json", {"fasttrain_cut": 1}), True),
-    "demo set": ("demo.json", demo_set._read_mark, False),
+    "demo set": ("demo.json", read_json_object, False),
     "list of missing files": (
         "set.missing.txt",
         lambda path: place_files._refuse_missing(path, {"/nowhere": None}),
@@ -504,7 +505,7 @@ def test_a_meta_file_that_is_none_is_refused(whole, read, content):
     put((whole / "meta.json"), content[1])
     refused(lambda: read(whole), whole.name, memory=GB)
     with limits(memory=GB):
-        assert checkpoint._holds(whole, "archived", True) is False
+        assert meta.holds(whole, "archived", True) is False
 
 
 # Values that a key of meta.json must not have.
@@ -549,7 +550,7 @@ def resume(whole, images, alone, network, monkeypatch) -> Callable[[], object]:
     settled = resolve_auto(RECIPE, torch.device("cpu"))
     forge(whole, recipe=toml.to_dict(settled), data=images.fingerprint(), sizes=images.fingerprint_of_sizes())
     monkeypatch.setattr(Classifier, "of", lambda recipe, classes: network)  # built once, for speed
-    monkeypatch.setattr(training, "check_input_shape", lambda *_: None)
+    monkeypatch.setattr(prepare, "check_input_shape", lambda *_: None)
     return lambda: training.train(settled, whole.parent.parent, images, None, alone, whole)
 
 
@@ -576,7 +577,7 @@ def test_a_network_is_not_made_from_values_of_other_kinds(whole, network, key, v
     unnamed = isinstance(value, dict) and value.get("arch") in (EVIL, "../../x")
     refused(lambda: checkpoint.network(whole), "timm" if unnamed else whole.name)
     if not unnamed:
-        refused(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
+        refused(lambda: initialize(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
 
 
 def test_no_network_is_made_that_is_larger_than_its_file(whole):
@@ -590,7 +591,7 @@ def test_no_network_is_made_that_is_larger_than_its_file(whole):
 def test_a_checkpoints_network_is_shown_escaped(whole, network, arch):
     forge(whole, recipe=toml.to_dict(replace(RECIPE, arch=arch)))
     refused(lambda: checkpoint.network(whole), "timm")
-    refused(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
+    refused(lambda: initialize(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
 
 
 @pytest.mark.parametrize("names", [[EVIL, "b"], ["\ud800", "b"], ["\udcff", "b"], ["a\0", "b"], ["a", "x" * 99_999]])
@@ -691,7 +692,7 @@ def test_tensors_of_another_network_are_shown_escaped(whole, network, content):
         )
         saved = checkpoint.load(whole)
         refused(partial(checkpoint.restore_model, saved, network), whole.name)
-        refused(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
+        refused(lambda: initialize(network, InitConfig(str(whole)), "test_resnet", ["a", "b"]), whole.name)
 
 
 @pytest.mark.parametrize(
@@ -723,7 +724,7 @@ def test_paths_that_lead_to_no_checkpoint_are_refused(network, name):
     """A stranger's recipe may name any to start from."""
     Path("loop").symlink_to("loop")
     refused(lambda: checkpoint.find(Path(name)), "is no checkpoint")
-    refused(lambda: initialise(network, InitConfig(name), "test_resnet", ["a"]), "is no checkpoint")
+    refused(lambda: initialize(network, InitConfig(name), "test_resnet", ["a"]), "is no checkpoint")
 
 
 def test_pruning_removes_nothing_through_links(whole, tmp_path):
@@ -793,7 +794,7 @@ def test_any_meta_value_is_read_or_refused(whole, network, alone, monkeypatch):
         if took:
             assert found is not None and isinstance(found[1], Recipe) and all(type(each) is str for each in found[2])
         outcome(go_on, whole.name)
-        took, line = outcome(lambda: initialise(network, InitConfig(str(whole)), "test_resnet", ["a"]), whole.name)
+        took, line = outcome(lambda: initialize(network, InitConfig(str(whole)), "test_resnet", ["a"]), whole.name)
         assert not took or (line and line.isprintable())
 
     fuzz("checkpoint.network", 120, st.lists(st.tuples(st.sampled_from(keys), anything) | deeper, min_size=1,
@@ -864,14 +865,14 @@ WEIGHTS: dict[str, bytes] = {
 def test_weights_that_are_none_are_refused(network, content, suffix):
     path = Path("evil" + suffix)
     path.write_bytes(WEIGHTS[content])
-    refused(lambda: initialise(network, InitConfig(str(path)), "test_resnet", ["a", "b"]), path.name)
+    refused(lambda: initialize(network, InitConfig(str(path)), "test_resnet", ["a", "b"]), path.name)
 
 
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("name", ["evil.pth", "evil.safetensors"])
 def test_weights_that_are_no_files_are_not_waited_for(network, name, special):
     SPECIAL[special](Path(name))
-    refused(lambda: initialise(network, InitConfig(name), "test_resnet", ["a", "b"]), name, seconds=2)
+    refused(lambda: initialize(network, InitConfig(name), "test_resnet", ["a", "b"]), name, seconds=2)
 
 
 def test_any_weights_are_read_or_refused(network):
@@ -886,11 +887,11 @@ def test_any_weights_are_read_or_refused(network):
     def check(content: bytes) -> None:
         Path("x.pth").write_bytes(content)
         init = InitConfig("x.pth")
-        took, line = outcome(lambda: initialise(network, init, "test_resnet", ["a", "b"]), "x.pth")
+        took, line = outcome(lambda: initialize(network, init, "test_resnet", ["a", "b"]), "x.pth")
         assert not took or (line and line.isprintable())
 
     small = pth(few)
-    fuzz("initial.initialise", 200, inside(small) | mutations(small), check)
+    fuzz("initial.initialize", 200, inside(small) | mutations(small), check)
 
 
 # ---- probabilities; tests/test_ensemble.py has the damage to bytes
@@ -1218,7 +1219,7 @@ def test_a_set_of_another_mark_is_refused(folder, content):
     Path(folder, "another").write_text("years of work")
     refused(lambda: place_files.finished(Path("out"), "cut.json", STAMP), "out")
     with limits():
-        assert demo_set._read_mark(Path(folder, "cut.json")) != STAMP
+        assert read_json_object(Path(folder, "cut.json")) != STAMP
 
 
 def test_any_mark_is_known_or_refused():

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import CPU, events, index, run, tiny, weights  # noqa: F401 (index is a fixture)
+from helpers import CPU, events, run, tiny, weights
 
-from fasttrain import train as training
+from fasttrain import prepare
 from fasttrain.checkpoints import checkpoint
-from fasttrain.checkpoints.init_weights import initialise
+from fasttrain.checkpoints.init_weights import initialize
 from fasttrain.config import toml
 from fasttrain.config.schema import EmaConfig, InitConfig, MixConfig, OptimConfig
 from fasttrain.losses.arcface import ArcFace
@@ -29,7 +29,7 @@ TRIPLET = (CrossEntropy(0.1), Triplet())
 
 
 @pytest.fixture(scope="module")
-def first(index, tmp_path_factory):  # noqa: F811
+def first(index, tmp_path_factory):
     """A run of stage 1."""
     out = tmp_path_factory.mktemp("stage1") / "run"
     run(tiny(epochs=1), out, index)
@@ -42,7 +42,7 @@ def stage2(first, losses=ARCFACE, **changes):
 
 
 @pytest.mark.parametrize("losses", [ARCFACE, TRIPLET])
-def test_stage_two_does_not_start_from_scratch_unless_forced(index, tmp_path, losses):  # noqa: F811
+def test_stage_two_does_not_start_from_scratch_unless_forced(index, tmp_path, losses):
     scratch = stage2("", losses, init=InitConfig())
     with pytest.raises(UserError, match=rf"{losses[1].name} does not converge from random .* --init RUN"):
         run(scratch, tmp_path / "run", index)
@@ -52,11 +52,11 @@ def test_stage_two_does_not_start_from_scratch_unless_forced(index, tmp_path, lo
     run(scratch, tmp_path / "run", index)
 
 
-def test_all_but_the_new_head_is_taken_and_named(first, index):  # noqa: F811
+def test_all_but_the_new_head_is_taken_and_named(first, index):
     torch.manual_seed(5)
     model = Classifier.of(stage2(first), 10)
     head = model.cosine.weight.detach().clone()  # type: ignore[union-attr]
-    said = initialise(model, InitConfig(str(first)), "test_resnet", index.classes)
+    said = initialize(model, InitConfig(str(first)), "test_resnet", index.classes)
     stored = weights(first)
     for name, each in model.state_dict().items():
         assert torch.equal(each, head if name == "cosine.weight" else stored[name]), name
@@ -64,11 +64,11 @@ def test_all_but_the_new_head_is_taken_and_named(first, index):  # noqa: F811
     assert f"{total - 1} of {total} tensors" in said and said.endswith("starting random: cosine.weight")
 
 
-def test_other_classes_start_with_another_classifier(first, index):  # noqa: F811
+def test_other_classes_start_with_another_classifier(first, index):
     for classes in (["a", "b", "c"], [*index.classes[:-1], "zebra"]):
         model = Classifier("test_resnet", len(classes))
         fresh = {name: each.clone() for name, each in model.state_dict().items()}
-        said = initialise(model, InitConfig(str(first)), "test_resnet", classes)
+        said = initialize(model, InitConfig(str(first)), "test_resnet", classes)
         assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
         for name, each in model.state_dict().items():
             assert torch.equal(each, fresh[name] if "fc" in name else weights(first)[name]), name
@@ -80,7 +80,7 @@ CONTRASTIVE = (SymmetricCrossEntropy(), Contrastive())
 
 
 @pytest.fixture(scope="module")
-def projected(index, tmp_path_factory):  # noqa: F811
+def projected(index, tmp_path_factory):
     """A run of a network with a projection head, with averaged weights. All steps mix, so nothing reads the head."""
     out = tmp_path_factory.mktemp("projected") / "run"
     run(
@@ -103,7 +103,7 @@ def test_a_projection_head_is_saved_averaged_and_loaded(projected):
     assert stored["momentum.projection.out.weight"].any()
 
 
-def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, index):  # noqa: F811
+def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, index):
     def start(recipe, init, classes=index.classes):
         torch.manual_seed(5)
         model = Classifier.of(recipe, len(classes))
@@ -111,7 +111,7 @@ def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, ind
         return (
             model.state_dict(),
             fresh,
-            initialise(model, InitConfig(str(init), averaged=False), "test_resnet", classes),
+            initialize(model, InitConfig(str(init), averaged=False), "test_resnet", classes),
         )
 
     names = ["projection.hidden.bias", "projection.hidden.weight", "projection.out.bias", "projection.out.weight"]
@@ -131,17 +131,17 @@ def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, ind
     assert all(torch.equal(own[name], weights(projected)[name]) for name in names)
 
 
-def test_what_does_not_fit_is_refused_by_name(first, index, tmp_path):  # noqa: F811
+def test_what_does_not_fit_is_refused_by_name(first, index, tmp_path):
     with pytest.raises(UserError, match=r"holds a test_resnet, and this run trains a resnet18"):
-        initialise(Classifier("resnet18", 10), InitConfig(str(first)), "resnet18", index.classes)
+        initialize(Classifier("resnet18", 10), InitConfig(str(first)), "resnet18", index.classes)
     other = Classifier("resnet18", 10)
     with pytest.raises(UserError, match=r"backbone\.\S+ is .* in it and .* in this network"):
-        initialise(other, InitConfig(str(first)), "test_resnet", index.classes)
+        initialize(other, InitConfig(str(first)), "test_resnet", index.classes)
     with pytest.raises(UserError, match="is no checkpoint"):
         run(stage2(tmp_path / "none"), tmp_path / "run", index)
 
 
-def test_stage_two_starts_where_stage_one_ended(first, index, tmp_path):  # noqa: F811
+def test_stage_two_starts_where_stage_one_ended(first, index, tmp_path):
     """One step at a rate of 0 (warm-up) leaves the weights where --init put them; momentum starts afresh."""
     recipe = stage2(first, batch_size=100, images_per_class=10)
     run(recipe, tmp_path / "run", index)
@@ -149,10 +149,12 @@ def test_stage_two_starts_where_stage_one_ended(first, index, tmp_path):  # noqa
     taken = [name for name in found if name in stored and "running" not in name and name.startswith("backbone.")]
     assert taken and all(torch.equal(stored[name], found[name]) for name in taken if "num_batches" not in name)
     notes = [each["text"] for each in events(tmp_path / "run") if each["event"] == "note"]
-    assert notes[0].startswith("init: ") and notes[1] == "batches of 10 classes x 10 images; 100 of 100 images an epoch"
+    assert (
+        notes[0].startswith("init: ") and notes[1] == "batches of 10 classes x 10 images; 100 of 100 images per epoch"
+    )
 
 
-def test_triplet_tells_its_stats_and_leaves_mixed_steps_out(first, index, tmp_path):  # noqa: F811
+def test_triplet_tells_its_stats_and_leaves_mixed_steps_out(first, index, tmp_path):
     run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "plain", index)
     points = [each for each in events(tmp_path / "plain") if each["event"] == "train"]
     assert all(each["stats"].keys() == {"triplet/active", "triplet/d_ap", "triplet/d_an"} for each in points)
@@ -162,19 +164,19 @@ def test_triplet_tells_its_stats_and_leaves_mixed_steps_out(first, index, tmp_pa
     assert all(each["terms"].keys() == {"cross_entropy"} and "stats" not in each for each in points)
 
 
-def test_mining_by_micro_batch_is_said(first, index, tmp_path):  # noqa: F811
+def test_mining_by_micro_batch_is_said(first, index, tmp_path):
     run(stage2(first, TRIPLET, micro_batch=10), tmp_path / "run", index)
     notes = [each["text"] for each in events(tmp_path / "run") if each["event"] == "note"]
     assert "mined within each micro-batch of 10" in notes[1]
 
 
-def test_a_collapsed_loss_is_said_in_the_log_and_on_screen(first, index, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_collapsed_loss_is_said_in_the_log_and_on_screen(first, index, tmp_path, monkeypatch, capsys):
     class Dead(Classifier):
         def forward(self, images):
             output = super().forward(images)
             return output._replace(features=output.features * 0)
 
-    monkeypatch.setattr(training, "Classifier", Dead)
+    monkeypatch.setattr(prepare, "Classifier", Dead)
     run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "dead", index)
     said = [each for each in events(tmp_path / "dead") if each["event"] == "collapsed"]
     assert [each["loss"] for each in said] == ["triplet"] and "triplet has collapsed" in capsys.readouterr().err
@@ -186,7 +188,7 @@ def test_a_collapsed_loss_is_said_in_the_log_and_on_screen(first, index, tmp_pat
 # ---- a teacher
 
 
-def test_a_student_that_is_its_teacher_has_no_loss(index, tmp_path):  # noqa: F811
+def test_a_student_that_is_its_teacher_has_no_loss(index, tmp_path):
     """A network without BatchNorm, whose training mode would differ; the first two steps, at rates 0 and nearly 0."""
     tiny_net = tiny(arch="test_convnext", epochs=1, machine=replace(tiny().machine, log_steps=1))
     run(tiny_net, tmp_path / "teacher", index)
@@ -200,16 +202,16 @@ def test_a_student_that_is_its_teacher_has_no_loss(index, tmp_path):  # noqa: F8
     assert abs(same) < 1e-6 and other > 1e-3
 
 
-def test_the_teacher_is_frozen_and_checked(first, index, tmp_path):  # noqa: F811
+def test_the_teacher_is_frozen_and_checked(first, index, tmp_path):
     recipe = tiny(losses=(Distillation(teacher=str(first)),))
-    teacher = training.load_teacher(recipe, index.classes, CPU.device)
+    teacher = prepare.load_teacher(recipe, index.classes, CPU.device)
     assert teacher is not None and not teacher.training
     assert not any(each.requires_grad for each in teacher.parameters())
-    assert training.load_teacher(tiny(), index.classes, CPU.device) is None
+    assert prepare.load_teacher(tiny(), index.classes, CPU.device) is None
     with pytest.raises(UserError, match="class 'zebra' is in the training images but not in"):
-        training.load_teacher(recipe, [*index.classes, "zebra"], CPU.device)
+        prepare.load_teacher(recipe, [*index.classes, "zebra"], CPU.device)
     with pytest.raises(UserError, match="needs a teacher"):
-        training.load_teacher(tiny(losses=(Distillation(),)), index.classes, CPU.device)
+        prepare.load_teacher(tiny(losses=(Distillation(),)), index.classes, CPU.device)
 
 
 # ---- averaged weights
@@ -239,7 +241,7 @@ def test_the_average_follows_its_rule():
     assert not any(each.requires_grad for each in average.model.parameters())
 
 
-def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monkeypatch):  # noqa: F811
+def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monkeypatch):
     recipe = tiny(epochs=2, ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5))
     result = run(recipe, tmp_path / "whole", index, index)
     tests = [each for each in events(tmp_path / "whole") if each["event"] == "eval"]
@@ -254,7 +256,7 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monke
     moved = [name for name in raw if f"ema.{name}" in averaged]
     assert moved and any(not torch.equal(averaged[f"ema.{name}"], averaged[name]) for name in moved)
 
-    from test_train import Stop, fail_at
+    from helpers import Stop, fail_at
 
     with monkeypatch.context() as patch:
         fail_at(patch, 5)
@@ -272,13 +274,13 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monke
         checkpoint.network(tmp_path / "plain", averaged=True)
 
 
-def test_init_takes_averaged_weights_unless_told_otherwise(index, tmp_path):  # noqa: F811
+def test_init_takes_averaged_weights_unless_told_otherwise(index, tmp_path):
     run(tiny(epochs=1, ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5)), tmp_path / "run", index)
     stored = weights(tmp_path / "run")
     for averaged, prefix in ((True, "ema."), (False, "")):
         model = Classifier("test_resnet", 10)
         init = InitConfig(str(tmp_path / "run"), averaged=averaged)
-        said = initialise(model, init, "test_resnet", index.classes)
+        said = initialize(model, init, "test_resnet", index.classes)
         assert ("averaged weights" in said) == averaged
         assert all(torch.equal(each, stored[prefix + name]) for name, each in model.named_parameters())
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import part_of, run, tiny
+from helpers import part_of, run, tiny
 
 from fasttrain import train as training
 from fasttrain.config.schema import CheckpointConfig, MachineConfig
@@ -62,17 +62,17 @@ def test_garbage_is_collected_between_epochs_only(index, tmp_path, monkeypatch):
         if phase == "start":
             collections.append((where[0], info["generation"]))
 
-    honest = Guard.step
+    honest = Guard.check
 
     numbers = itertools.count()
 
-    def step(guard, lr):
+    def check(guard):
         where[0] = f"step {next(numbers)}"
         assert not gc.isenabled()
         [[] for _ in range(5000)]  # enough to set a collection off, were it on
-        return honest(guard, lr)
+        return honest(guard)
 
-    monkeypatch.setattr(Guard, "step", step)
+    monkeypatch.setattr(Guard, "check", check)
     gc.callbacks.append(note)
     try:
         run(tiny(epochs=3), tmp_path / "run", index)
@@ -87,7 +87,7 @@ def test_the_collector_is_on_again_after_a_failure(index, tmp_path, monkeypatch)
     def fail(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Guard, "step", fail)
+    monkeypatch.setattr(Guard, "check", fail)
     with pytest.raises(ZeroDivisionError):
         run(tiny(epochs=1), tmp_path / "run", index)
     assert gc.isenabled()

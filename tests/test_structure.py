@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 # From the top: a room may import from the rooms below it, and from itself.
 ROOMS = [
     "__main__",
@@ -13,6 +13,7 @@ ROOMS = [
     "benchmarks",
     "doctor",
     "show_batch",
+    "predict",
     "train",
     "prepare",
     "checkpoints",

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import CPU, Stop, events, fail_at, run, tiny, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrain import recipes
-from fasttrain import train as training
+from fasttrain import prepare, recipes
 from fasttrain.checkpoints import checkpoint
-from fasttrain.checkpoints.run_dir import open_run
-from fasttrain.config import toml
 from fasttrain.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -23,66 +21,18 @@ from fasttrain.config.schema import (
     MixConfig,
     OptimConfig,
 )
-from fasttrain.data.index import Index, scan
-from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
+from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
-from fasttrain.prepare import resolve_auto
 from fasttrain.training import inputs
 from fasttrain.training import log as logging
+from fasttrain.training.memory import out_of_memory
 from fasttrain.utils.errors import RunError, UserError
-
-CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def index(demo_set):
-    """100 of the demo set's training images, ten of each class."""
-    return part_of(demo_set, 10)
-
-
-def part_of(demo_set: Path, per_class: int) -> Index:
-    """So many of the demo set's training images of each class."""
-    whole = scan(demo_set / "train")
-    some = [number for number in range(500) if number % 50 < per_class]
-    return Index(
-        tuple(whole.paths[n] for n in some),
-        tuple(whole.ids[n] for n in some),
-        whole.labels[some],
-        whole.sizes[some],
-        whole.classes,
-    )
-
-
-def tiny(**changes):
-    recipe = replace(
-        recipes.for_arch("test_resnet"),
-        image_size=32,
-        batch_size=20,
-        epochs=2,
-        precision="fp32",
-        machine=MachineConfig(device="cpu", compile="off", log_steps=2, workers=2),
-    )
-    return replace(recipe, **changes)
-
-
-def run(recipe, out, index, val=None, resume="auto"):
-    start = open_run(out, resume, toml.to_toml(recipe))
-    return training.train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
-
-
-def events(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def weights(out: Path):
-    saved = checkpoint.load(out / "last")
-    return saved.model | saved.train
 
 
 def test_a_run_learns(index, tmp_path):
@@ -151,7 +101,7 @@ def test_evaluation_scores_are_those_of_a_plain_loop(index, tmp_path):
     view = T.Compose(
         [T.Resize(37), T.CenterCrop(32), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     )
-    model = training.Classifier("test_resnet", 10).eval()
+    model = Classifier("test_resnet", 10).eval()
     checkpoint.restore_model(checkpoint.load(out / "last"), model)
     images = torch.stack([view(Image.open(path).convert("RGB")) for path in index.paths])
     with torch.no_grad():
@@ -161,23 +111,6 @@ def test_evaluation_scores_are_those_of_a_plain_loop(index, tmp_path):
     # Pixels differ by up to 2 of 255 from PIL's, so a tie or two may fall to the other side.
     assert abs(result.scores.top1 * 100 - int(hits[:, 0].sum())) <= 2
     assert abs(result.scores.top5 * 100 - int(hits.sum())) <= 2
-
-
-class Stop(Exception):
-    pass
-
-
-def fail_at(monkeypatch, step: int):
-    """Let a run fail in its step of that number, from 0."""
-    honest = training.batches
-
-    def failing(plan, *args, **settings):
-        for count, batch in enumerate(honest(plan, *args, **settings)):
-            if count == step * plan.micro_batches:
-                raise Stop
-            yield batch
-
-    monkeypatch.setattr(training, "batches", failing)
 
 
 @pytest.mark.parametrize("changes", [{}, {"arch": "test_vit", "image_size": 160}])
@@ -220,10 +153,10 @@ def test_resuming_refuses_another_run_and_names_every_difference(index, tmp_path
         run(tiny(epochs=1, seed=3, optim=OptimConfig(momentum=0.8)), tmp_path / "run", index)
     assert "seed was 0 and is 3" in str(caught.value) and "optim.momentum was 0.9 and is 0.8" in str(caught.value)
     other = replace(index, labels=index.labels[::-1].copy())
-    with pytest.raises(UserError, match="the training images are others"):
+    with pytest.raises(UserError, match="the training images differ"):
         run(tiny(epochs=1), tmp_path / "run", other)
     renamed = replace(index, classes=("yak", *index.classes[1:]))
-    with pytest.raises(UserError, match=r"the classes are others .*yak"):
+    with pytest.raises(UserError, match=r"the classes differ .*yak"):
         run(tiny(epochs=1), tmp_path / "run", renamed)
     run(tiny(epochs=1, micro_batch=10, checkpoint=CheckpointConfig(keep=1)), tmp_path / "run", index)
 
@@ -315,7 +248,7 @@ def test_the_counter_of_waits_counts():
 def test_what_cannot_be_trained_is_told_by_the_run_and_by_its_summary(index, tmp_path, changes, says):
     recipe = tiny(**changes)
     with pytest.raises(UserError, match=says):
-        training.summary(recipe, index, None, CPU, tmp_path / "run")
+        prepare.summary(recipe, index, None, CPU, tmp_path / "run")
     with pytest.raises(UserError, match=says):
         run(recipe, tmp_path / "run", index)
 
@@ -323,7 +256,7 @@ def test_what_cannot_be_trained_is_told_by_the_run_and_by_its_summary(index, tmp
 def test_a_folder_of_somebody_elses_is_refused_by_a_summary(index, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run"):
-        training.summary(tiny(), index, None, CPU, tmp_path)
+        prepare.summary(tiny(), index, None, CPU, tmp_path)
 
 
 def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch):
@@ -334,8 +267,8 @@ def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch
     with pytest.raises(RunError, match=r"micro_batch=20 at 32 pixels; try --set micro_batch=10"):
         run(tiny(), tmp_path / "run", index)
     plan = Plan.of(tiny(micro_batch=1), index)
-    assert "smaller --image-size" in str(training.out_of_memory(plan))
-    assert "micro_batch=3" in str(training.out_of_memory(replace(plan, micro_batch=9)))
+    assert "smaller --image-size" in str(out_of_memory(plan))
+    assert "micro_batch=3" in str(out_of_memory(replace(plan, micro_batch=9)))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the loop waits for a copy in memory, and a thread for the disk."""
+"""Asynchronous checkpoints: the loop waits for a copy in memory, and a thread writes it to the disk."""
 
 import threading
 import time
@@ -14,55 +14,55 @@ from fasttrain.utils.errors import RunError
 
 
 class Saver:
-    """Saves a run's checkpoints into `out`, one at a time, and logs each once it is on disk.
+    """Saves a run's checkpoints into `out`, one at a time, and logs each once it is on the disk.
 
-    Where the disk does not take one, settings.on_error decides: RunError from the next call of any method, or a line
-    and an event in the log; `lost` is then true until it is set to False. As a context manager it waits for what is
-    being written. alive: called each second meanwhile.
+    If one cannot be written, settings.on_error decides: the next call of any method raises RunError, or the log says so
+    and `lost` is True until the caller sets it to False. Leaving the context waits for the write. alive: called once a
+    second while the loop waits.
     """
 
     def __init__(
         self, out: Path, settings: CheckpointConfig, log: Log, alive: Callable[[], object] = lambda: None
     ) -> None:
         self.out, self.settings, self.log, self.alive = out, settings, log, alive
-        self.done = threading.Event()  # not the thread's end: a join that Ctrl-C interrupts marks that, too early
+        self.done = threading.Event()  # not Thread.join: when Ctrl-C interrupts it, the thread counts as ended
         self.lost = False
-        self.waited = 0.0  # seconds for the disk, since the last save
+        self.waited = 0.0  # seconds that the loop waited for the disk since the last save
         self.snapshot = checkpoint.Snapshot()
         self.thread: threading.Thread | None = None
         self.written: dict[str, Any] = {}
         self.error: Exception | None = None
 
-    def save(self, step: int, state: State, epoch: int, **how: Any) -> None:
-        """Begin to save the state after `step` steps; how: the rest of `checkpoint.save`'s arguments."""
+    def save(self, step: int, state: State, epoch: int, **options: Any) -> None:
+        """Start to save the state after `step` steps. options: the rest of `checkpoint.save`'s arguments."""
         self.finish()
         began = time.perf_counter()
         self.snapshot.take(state)
         self.written = {"held_s": round(self.waited + time.perf_counter() - began, 4)}
         self.waited = 0.0
         self.done.clear()
-        # Not a daemon's: an interpreter that ends waits for it, so that what was begun is whole.
-        self.thread = threading.Thread(target=self._write, args=(step, epoch, how), name="saver")
+        # Not a daemon thread: Python waits for it at exit, so that the checkpoint is completed.
+        self.thread = threading.Thread(target=self._write, args=(step, epoch, options), name="saver")
         self.thread.start()
 
-    def _write(self, step: int, epoch: int, how: dict[str, Any]) -> None:
+    def _write(self, step: int, epoch: int, options: dict[str, Any]) -> None:
         began = time.perf_counter()
         try:
-            path = checkpoint.save(self.out, step, self.snapshot, keep=self.settings.keep, **how)
+            path = checkpoint.save(self.out, step, self.snapshot, keep=self.settings.keep, **options)
             took = round(time.perf_counter() - began, 4)
             self.written |= {"epoch": epoch, "step": step, "path": str(path.relative_to(self.out)), "write_s": took}
-        except Exception as error:  # for the loop, which would not hear of it
+        except Exception as error:  # raised by `finish`, in the loop's thread
             self.error = error
         finally:
             self.done.set()
 
     def poll(self) -> None:
-        """Log what has been written meanwhile; does not wait."""
+        """Log the checkpoint if it has been written; does not wait."""
         if self.thread is not None and self.done.is_set():
             self.finish()
 
     def finish(self, last: bool = False) -> None:
-        """Wait until what was begun is written. last: no checkpoint comes after it, so an error is raised."""
+        """Wait until the checkpoint is written. last: no other follows, so an error is raised whatever on_error is."""
         if self.thread is None:
             return
         began = time.perf_counter()
@@ -77,7 +77,7 @@ class Saver:
             raise error
         self.lost = True
         self.log.event("save_failed", reason=str(error))
-        self.log.say(f"{error}; training goes on, since checkpoint.on_error is go_on")
+        self.log.say(f"{error}; training continues, because checkpoint.on_error is go_on")
 
     def _wait(self) -> None:
         while not self.done.wait(1):
@@ -87,7 +87,7 @@ class Saver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.thread is not None:  # something else has ended the run
+        if self.thread is not None:  # an error has ended the run
             self._wait()
             if self.error is None:
                 self.log.event("checkpoint", **self.written)

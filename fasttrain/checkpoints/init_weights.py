@@ -1,4 +1,4 @@
-"""Weights to start a run from: those of another run, or a file of a timm network's."""
+"""Weights to start a run from: another run's, or a file of a timm network's weights."""
 
 import zipfile
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fasttrain.checkpoints import checkpoint
 from fasttrain.config.schema import InitConfig
-from fasttrain.models import TRAINING_HEADS, Classifier
+from fasttrain.models import Classifier
+from fasttrain.models.heads import TRAINING_HEADS
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -21,16 +22,16 @@ FILES = (".pth", ".pt", ".bin", ".safetensors")
 class _Weights(NamedTuple):
     tensors: dict[str, Tensor]
     same_classes: bool
-    told: str
+    source: str
 
 
-def initialise(model: Classifier, init: InitConfig, arch: str, classes: Sequence[str]) -> str:
-    """Start a network from a checkpoint's weights, or a file's; gives a line that says which, and which stay random.
+def initialize(model: Classifier, init: InitConfig, arch: str, classes: Sequence[str]) -> str:
+    """Load a checkpoint's or a file's weights into a network. Returns a line that says which were loaded and which stay
+    random.
 
-    Only heads may stay random: a cosine or projection head that is not there, and the classifier and the cosine head
-    where the classes are others (in a file, which has no names of classes: where their number is another). Heads that
-    the network lacks are left behind.
-    UserError, naming the first tensor, where anything else does not fit.
+    Only heads may stay random: a cosine or projection head that the weights lack, and the classifier and the cosine
+    head where the classes differ (a file has no class names, so there: where their number differs). Heads that the
+    network lacks are ignored. Raises UserError that names the first tensor, where anything else does not fit.
     """
     path = Path(init.weights)
     if path.suffix in FILES and not path.is_dir():
@@ -48,10 +49,10 @@ def initialise(model: Classifier, init: InitConfig, arch: str, classes: Sequence
             raise UserError(
                 f"--init {printable(path)}: {printable(name)} is {shapes[0]} in it and {shapes[1]} in this network"
             )
-    if not next(model.parameters()).is_meta:  # one without values is only to be tried
+    if not next(model.parameters()).is_meta:  # on the meta device it is only checked
         model.load_state_dict(fits, strict=False)
     return (
-        f"init: {len(fits)} of {len(own)} tensors, {found.told}; "
+        f"init: {len(fits)} of {len(own)} tensors, {found.source}; "
         f"starting random: {', '.join(sorted(own.keys() - fits)) or 'none'}"
     )
 
@@ -65,12 +66,13 @@ def _from_checkpoint(path: Path, arch: str, classes: Sequence[str], averaged: bo
             "they have to be the same"
         )
     averaged = averaged and checkpoint.has_average(saved)
-    told = f"{'averaged weights' if averaged else 'weights'} of step {saved.meta['step']}, from {printable(saved.path)}"
-    return _Weights(checkpoint.weights(saved, averaged), saved.meta["classes"] == list(classes), told)
+    kind = "averaged weights" if averaged else "weights"
+    source = f"{kind} of step {saved.meta['step']}, from {printable(saved.path)}"
+    return _Weights(checkpoint.weights(saved, averaged), saved.meta["classes"] == list(classes), source)
 
 
 def _from_file(path: Path, model: Classifier, averaged: bool) -> _Weights:
-    """A timm network's own names, with the classifier where it has as many classes."""
+    """A file with timm's names; its classifier is used where it has as many classes."""
     found = _read(path, averaged)
     if all(name.startswith(("backbone.", *TRAINING_HEADS)) for name in found):
         raise UserError(
@@ -83,19 +85,19 @@ def _from_file(path: Path, model: Classifier, averaged: bool) -> _Weights:
 
 
 def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
-    """The tensors of an untrusted file: nothing in it is executed, and it cannot unpack to more than its size."""
+    """The tensors of an untrusted file. Nothing in it is executed, and it cannot unpack to more than its size."""
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
         if path.suffix == ".safetensors":
             return load_file(path)
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no file of torch.save's, or one of before torch 1.6; save it again")
+            raise ValueError("it was not written by torch.save, or by torch before 1.6; save it again")
         with zipfile.ZipFile(path) as archive:
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
                 raise ValueError("it is compressed; torch.save does not do that")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever the damage leads the two libraries to
+    except Exception as error:  # damaged files make the two libraries raise anything
         gist = f"{error}".strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"--init {printable(path)} cannot be read: {printable(gist)}") from None
     for key in (*(("state_dict_ema", "model_ema") if averaged else ()), "state_dict", "model"):
@@ -106,5 +108,5 @@ def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
         raise UserError(
             f"--init {printable(path)} holds no weights: expected tensors by name, or `state_dict` with such"
         )
-    # What DataParallel, DDP and torch.compile put in front of names.
+    # DataParallel, DDP and torch.compile put these in front of names.
     return {str(name).removeprefix("_orig_mod.").removeprefix("module."): each for name, each in content.items()}

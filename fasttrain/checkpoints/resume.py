@@ -1,22 +1,29 @@
-"""Going on from a checkpoint: what may differ between the run that wrote it and the one that takes it up."""
+"""Resuming: what may differ between the run that wrote a checkpoint and the one that resumes from it; going back."""
 
 import difflib
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.checkpoint import Checkpoint
+from fasttrain.checkpoints.run_dir import abandon_later, newest_before_failures
 from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
+from fasttrain.distributed.ranks import Ranks
+from fasttrain.training.guard import Diverged
+from fasttrain.training.progress import step_of
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
-# A run may go on with other values of these: none changes which images a step takes or what is done to them.
+# A run may resume with other values of these: none changes which images a step takes or what is done to them.
 _FREE = ("name", "micro_batch", "init", "guard", "evaluation", "checkpoint", "resume", "data", "machine")
 
 
 def run_fingerprint(recipe: Recipe, index: Index) -> dict[str, Any]:
-    """What a run is, as plain values: its recipe, the names of its classes, and fingerprints of its images."""
+    """What identifies a run, as plain values: its recipe, its classes, and fingerprints of its images."""
     return {
         "recipe": toml.to_dict(recipe),
         "classes": list(index.classes),
@@ -26,12 +33,12 @@ def run_fingerprint(recipe: Recipe, index: Index) -> dict[str, Any]:
 
 
 def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[str]) -> list[str]:
-    """What differs between a checkpoint's run and `ours` (an `run_fingerprint`), a line each, all of it allowed.
+    """What differs between a checkpoint's run and `ours` (a `run_fingerprint`), one line each; all of it is allowed.
 
     allow: `data`, `classes`, keys of the recipe, or parts of it. Raises UserError that names each difference that is
-    not allowed, or what in `allow` is no such name.
+    not allowed, or a name in `allow` that does not exist.
     """
-    # A key that the checkpoint's recipe does not have, because it was written before there was such, has its default.
+    # A setting that did not exist when the checkpoint was written has its default.
     recipe = toml.from_dict(saved.meta["recipe"], where=printable(saved.path))
     theirs = saved.meta | {"recipe": toml.to_dict(recipe)}
     both = {**_flat(theirs["recipe"]), **_flat(ours["recipe"])}
@@ -45,16 +52,17 @@ def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[st
     found = _differences(theirs, ours)
     refused = [key for key in found if not any(f"{key}.".startswith(f"{name}.") for name in allow)]
     if refused:
-        told, asked = "; ".join(found[key] for key in refused), ", ".join(f'"{printable(key)}"' for key in refused)
+        differences = "; ".join(found[key] for key in refused)
+        keys = ", ".join(f'"{printable(key)}"' for key in refused)
         raise UserError(
-            f"cannot go on from {printable(saved.path)}: {told}. Name another --out, start over with --resume never, "
-            f"or go on all the same with --set 'resume.allow=[{asked}]'"
+            f"cannot resume from {printable(saved.path)}: {differences}. Name another --out, start over with "
+            f"--resume never, or resume anyway with --set 'resume.allow=[{keys}]'"
         )
     return list(found.values())
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
-    """What differs, by name, as text."""
+    """What differs, as text, by name."""
     was, now = _flat(theirs["recipe"]), _flat(ours["recipe"])
     found = {
         key: f"{printable(key)} was {_brief(was.get(key))} and is {_brief(now.get(key))}"
@@ -64,11 +72,11 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]
     if theirs["classes"] != ours["classes"]:
         other = sorted(set(theirs["classes"]) ^ set(ours["classes"]))
         names = f"{', '.join(map(printable, other[:3]))}{', …' if other[3:] else ''}" or "in another order"
-        found["classes"] = f"the classes are others ({names})"
+        found["classes"] = f"the classes differ ({names})"
     elif theirs["data"] != ours["data"]:
-        found["data"] = "the training images are others"
+        found["data"] = "the training images differ"
     elif theirs["sizes"] != ours["sizes"] and ours["recipe"]["data"]["on_bad"] == "stop":
-        # With `skip` an image may have become unreadable meanwhile, and has no size then.
+        # With `skip` an image may have become unreadable meanwhile and have no size.
         found["data"] = "training images have other sizes"
     return found
 
@@ -85,8 +93,31 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def step_of(meta: dict[str, Any], steps_per_epoch: int) -> int:
-    """The step to go on from: that of a checkpoint's meta.json, or the one at the same share of the epoch where an
-    epoch has another number of steps now."""
-    epoch, position = divmod(meta["step"], meta["epoch_steps"])
-    return epoch * steps_per_epoch + position * steps_per_epoch // meta["epoch_steps"]
+def machine_changes(meta: dict[str, Any], recipe: Recipe, ranks: Ranks) -> list[str]:
+    """What differs from a checkpoint's machine and matters, one line each: the number of ranks, the decoder."""
+    changes = []
+    if meta["world"] != ranks.world:
+        changes.append(f"ranks were {meta['world']} and are {ranks.world}")
+    decoder = meta["recipe"]["machine"].get("decoder", recipe.machine.decoder)
+    if decoder != recipe.machine.decoder:
+        changes.append(f"the decoder was {printable(decoder)} and is {recipe.machine.decoder}: pixels differ slightly")
+    return changes
+
+
+def rewind(out: Path, diverged: Diverged, index: Index, rewinds: int) -> Path | None:
+    """Make the checkpoint from which a run that has diverged resumes: the newest one from before the failed steps, with
+    the images after theirs. If it has gone back `rewinds` times, or has no such checkpoint, return None and write a
+    report into the run's folder."""
+    found = newest_before_failures(out) if diverged.rewinds < rewinds else None
+    if found is None:
+        diverged.report(out, index)
+        return None
+    abandon_later(out, found)
+
+    def changes(meta: dict[str, Any]) -> dict[str, Any]:
+        step = step_of(meta, diverged.plan.steps_per_epoch)
+        return {"shift": diverged.shift(step), "rewinds": diverged.rewinds + 1, "best": diverged.best}
+
+    branched = checkpoint.branch(out, found, changes)
+    print(f"{diverged}; going back to {printable(found)}, and on with the images after these", file=sys.stderr)
+    return branched

@@ -1,4 +1,4 @@
-"""A run's folder: made or reopened, kept to one process, and the checkpoint in it to go on from."""
+"""A run's folder: making or reopening it, locking it, and finding the checkpoint to resume from."""
 
 import fcntl
 import itertools
@@ -17,18 +17,18 @@ RECIPE = "recipe.toml"
 
 
 def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
-    """Make or reopen a run's folder and write its recipe.toml; gives the checkpoint to go on from, or None.
+    """Make or reopen a run's folder and write its recipe.toml. Returns the checkpoint to resume from, or None.
 
-    resume: `auto` (OUT/last where there is one), `never` (a run that is there is moved aside) or a path. UserError
-    where the folder holds something else than a run.
+    resume: `auto` (OUT/last if it exists), `never` (an existing run's folder is renamed) or a path. Raises UserError
+    where the folder holds something other than a run.
     """
     if check_overwritable(out) and resume == "never":
-        aside = next(each for n in itertools.count(1) if not (each := out.with_name(f"{out.name}.{n}")).exists())
+        renamed = next(path for n in itertools.count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
         try:
-            out.rename(aside)
+            out.rename(renamed)
         except OSError as error:
-            raise UserError(f"cannot move {printable(out)} aside: {error.strerror}; name another --out") from None
-        print(f"the run that was in {printable(out)} is now {printable(aside)}", file=sys.stderr)
+            raise UserError(f"cannot rename {printable(out)}: {error.strerror}; name another --out") from None
+        print(f"the run that was in {printable(out)} is now in {printable(renamed)}", file=sys.stderr)
     start = None
     if resume == "auto":
         start = newest(out)
@@ -46,8 +46,7 @@ def open_run(out: Path, resume: str, recipe_toml: str) -> Path | None:
 
 
 def check_overwritable(out: Path) -> bool:
-    """Whether a folder holds a run. UserError where it holds something else, or a link in place of what a run
-    writes."""
+    """Whether a folder holds a run. Raises UserError where it holds something else, or a link where a run writes."""
     used = out.is_dir() and any(out.iterdir())
     if used and not (out / RECIPE).is_file():
         raise UserError(f"{printable(out)} is not empty and holds no run; name another --out")
@@ -60,12 +59,12 @@ def check_overwritable(out: Path) -> bool:
 
 
 def abandon_later(out: Path, start: Path) -> None:
-    """Make `start` the last of a run's checkpoints. Those after it, or all where it is another run's, belong to an
-    attempt that is left: they are renamed, so that they are neither resumed from nor counted."""
+    """Make `start` the last of a run's checkpoints. Later ones, or all if it belongs to another run, are abandoned:
+    they are renamed, so that they are neither resumed from nor counted."""
     home = out / "checkpoints"
     inside = start.resolve().parent == home.resolve()
     best = checkpoint.read_link(out / "best")
-    with suppress(OSError):  # a disk that does not take it is reported at the first save
+    with suppress(OSError):  # a full or read-only disk is reported at the first save
         for each in sorted(home.glob("step-*")):
             if not inside or each.name > start.name:
                 left = next(path for n in itertools.count() if not (path := home / f"left{n}-{each.name}").exists())
@@ -78,15 +77,16 @@ def abandon_later(out: Path, start: Path) -> None:
 
 
 def write_recipe(out: Path, recipe_toml: str) -> None:
-    """Keep a run's recipe in its folder. RunError where the disk does not take it."""
-    with replacing(out / RECIPE) as aside:
-        aside.write_text(recipe_toml, encoding="utf-8")
+    """Write a run's recipe into its folder. Raises RunError if it cannot be written."""
+    with replacing(out / RECIPE) as temporary:
+        temporary.write_text(recipe_toml, encoding="utf-8")
 
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Keep a run's folder to one process. UserError where another has it; one that has died does not."""
-    out = Path(os.path.realpath(out))  # the same by whatever name
+    """Lock a run's folder for this process. Raises UserError where another process holds the lock; a dead one does
+    not."""
+    out = Path(os.path.realpath(out))  # one lock, by whatever name the folder is called
     path = out.parent / f".{out.name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,11 +104,11 @@ def lock(out: Path) -> Iterator[None]:
                     f"another run is writing to {printable(out)} ({printable(holder) or 'just started'}); "
                     "wait for it, stop it, or name another --out"
                 ) from None
-            file.close()  # its holder has removed it in the meantime
+            file.close()  # its holder removed it in the meantime
     except OSError as error:
         raise UserError(f"cannot write to {printable(out.parent)}: {error.strerror}") from None
     with file:
-        with suppress(OSError):  # a full disk; who has it is only a hint
+        with suppress(OSError):  # a full disk; the holder's name is only a hint
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
         try:
@@ -118,39 +118,38 @@ def lock(out: Path) -> Iterator[None]:
 
 
 def newest(out: Path) -> Path | None:
-    """The newest whole checkpoint of a run: `last`, or, with a word on stderr, one before it. None where there is
-    none yet; UserError where there are only damaged ones. Where there is a whole one, damaged ones are renamed, so
-    that they do not count as kept ones."""
-    candidates, damaged = _course(out), []
+    """The newest intact checkpoint of a run: `last`, or an earlier one, which is reported on stderr; None if there is
+    none yet. Damaged ones are renamed, so that they do not count as kept. Raises UserError if all are damaged."""
+    candidates, damaged = _attempt(out), []
     for candidate in candidates:
         try:
             checkpoint.verify(candidate)
         except UserError as error:
-            print(f"{error}; looking at the one before", file=sys.stderr)
+            print(f"{error}; trying the one before", file=sys.stderr)
             damaged.append(candidate)
             continue
         for each in damaged:
-            with suppress(OSError):  # a disk that is read-only is reported elsewhere
+            with suppress(OSError):  # a read-only disk is reported elsewhere
                 each.rename(each.with_name(f"damaged-{each.name}"))
         return candidate
     if candidates:
-        raise UserError(f"no checkpoint in {printable(out / 'checkpoints')} is whole; start over with --resume never")
+        raise UserError(f"no checkpoint in {printable(out / 'checkpoints')} is intact; start over with --resume never")
     return None
 
 
 def newest_before_failures(out: Path) -> Path | None:
-    """The newest whole checkpoint that was not taken while steps were failing, or None where there is none."""
-    for candidate in _course(out):
+    """The newest intact checkpoint that was not taken while steps were failing, or None."""
+    for candidate in _attempt(out):
         try:
             if checkpoint.verify(candidate)["streak"] == 0:
                 return candidate
         except UserError as error:
-            print(f"{error}; looking at the one before", file=sys.stderr)
+            print(f"{error}; trying the one before", file=sys.stderr)
     return None
 
 
-def _course(out: Path) -> list[Path]:
-    """The checkpoints up to `last`, newest first; what comes after it belongs to an attempt that the run has left."""
+def _attempt(out: Path) -> list[Path]:
+    """The checkpoints of the current attempt, newest first: up to `last`. Later ones belong to an abandoned attempt."""
     steps = sorted((out / "checkpoints").glob("step-*"), reverse=True)
     last = checkpoint.read_link(out / "last").name
     return [each for each in steps if not last.startswith("step-") or each.name <= last]

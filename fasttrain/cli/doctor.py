@@ -2,29 +2,21 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from fasttrain.cli.options import (
-    FILE,
-    FOLDER,
-)
+from fasttrain.cli.options import FILE, FOLDER
 from fasttrain.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
-@click.option("--gpu", is_flag=True, help="Try every decoder on the GPU instead; takes a minute.")
+@click.option("--gpu", is_flag=True, help="Try every image decoder on the GPU instead; takes one to two minutes.")
 @click.option("--data", type=FOLDER, metavar="DIR", help="With --gpu: images in class folders. Default: drawn ones.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="With --gpu: write the figures.")
 def doctor(gpu: bool, data: str | None, json_path: Path | None) -> None:
-    """Say what this machine has and lacks, with the command that fixes it.
+    """Check this machine, and print the command that installs or fixes what is missing.
 
-    Exit status 1 where something that is needed is missing, or, with --gpu, where the decoder that a run takes by
-    default does not work.
+    Exit status 1 if something that fasttrain needs is missing, or, with --gpu, if the default decoder does not work.
     """
     if gpu:
         _try_decoders(data, json_path)
@@ -38,7 +30,7 @@ def doctor(gpu: bool, data: str | None, json_path: Path | None) -> None:
         click.echo(f"{'ok  ' if finding.good else 'LACK'}  {finding.what}: {finding.found}")
         if finding.fix:
             click.echo(f"      {finding.fix}")
-    sys.exit(0 if all(each.good or not each.needed for each in findings) else 1)
+    sys.exit(0 if all(finding.good or not finding.needed for finding in findings) else 1)
 
 
 def _try_decoders(data: str | None, json_path: Path | None) -> None:
@@ -55,7 +47,7 @@ def _try_decoders(data: str | None, json_path: Path | None) -> None:
         click.echo(line)
         if json_path:
             settings = {"data": "given" if data else "drawn", "advice": line}
-            common.write_figures(json_path, device, [vars(each) for each in trials], settings)
-    chosen = [each for each in trials if each.kind == decoders.rule().auto]
-    if chosen and not chosen[0].good:
+            common.write_figures(json_path, device, [vars(trial) for trial in trials], settings)
+    default = [trial for trial in trials if trial.kind == decoders.rule().auto]
+    if default and not default[0].good:
         sys.exit(1)

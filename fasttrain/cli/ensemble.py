@@ -1,33 +1,27 @@
-"""`fasttrain ensemble` and `fasttrain score`: saved probabilities together, and submissions."""
+"""`fasttrain ensemble` and `fasttrain score`: saved probabilities combined, and submissions."""
 
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from fasttrain.cli.options import (
-    FILE,
-)
+from fasttrain.cli.options import FILE
 from fasttrain.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
 @click.argument("files", metavar="FILE.npz…", nargs=-1, required=True, type=FILE)
-@click.option("--weights", metavar="W,W,…", help="A weight for each file. Default: all the same.")
+@click.option("--weights", metavar="W,W,…", help="One weight per file. Default: equal weights.")
 @click.option(
     "--fit",
     "fit_files",
     multiple=True,
     type=FILE,
     metavar="VAL.npz",
-    help="Fit the weights greedily: the same models on labelled images, once for each file, in their order.",
+    help="Fit the weights greedily on the same models' probabilities of labelled images. Once per file, in order.",
 )
-@click.option("--out", type=FILE, metavar="FILE.npz", help="Write the fused probabilities.")
+@click.option("--out", type=FILE, metavar="FILE.npz", help="Write the averaged probabilities.")
 @click.option("--submission", "submission_path", type=FILE, metavar="FILE.csv", help="Write the challenge's CSV.")
 def ensemble(
     files: tuple[Path, ...],
@@ -36,9 +30,9 @@ def ensemble(
     out: Path | None,
     submission_path: Path | None,
 ) -> None:
-    """Mean of the probabilities that `eval` or `predict` wrote for several models.
+    """Average the probabilities that `eval` or `predict` wrote for several models.
 
-    Prints each file's own accuracy and the fused one, where labels are known, and how often the files agree.
+    Prints each file's accuracy and the ensemble's, where labels are known, and how often two files agree.
     """
     from fasttrain.evaluation import predictions, submission
     from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_alike
@@ -50,35 +44,34 @@ def ensemble(
         predictions.check_overwritable(out)
     if submission_path:
         submission.check_overwritable(submission_path)
-    shares: list[float] | None = None
-    if weights:
-        shares = _weights(weights, len(files))
+    shares = _parse_weights(weights, len(files)) if weights else None
+    fitted_classes = None
     if fit_files:
         if len(fit_files) != len(files):
             raise UserError(f"--fit is given {len(fit_files)} times for {len(files)} files; name one for each of them")
         val = load_alike(fit_files)
         if val[0].labels is None:
             raise UserError(f"--fit {printable(fit_files[0])} has no labels; use files that `eval` wrote")
-        shares = greedy_weights([each.probs for each in val], val[0].labels)
+        shares = greedy_weights([member.probs for member in val], val[0].labels)
         fitted_classes = val[0].classes.tolist()
         del val
     members = load_alike(files)
-    if fit_files and fitted_classes != members[0].classes.tolist():
-        raise UserError("--fit: its files are of other classes than the files to be fused")
-    fused = fuse([each.probs for each in members], shares)
     first = members[0]
+    if fitted_classes is not None and fitted_classes != first.classes.tolist():
+        raise UserError("--fit: its files have other classes than the files to average")
+    fused = fuse([member.probs for member in members], shares)
     if out:
         predictions.save(replace(first, probs=fused, per_size={}), out)
     if submission_path:
-        submission.write(submission_path, [str(each) for each in first.ids], fused.argmax(1).tolist())
-    for at, (path, member) in enumerate(zip(files, members, strict=True)):
-        share = f"weight {shares[at]:.3f}  " if shares else ""
-        own = f"top-1 {predictions.scores(member.probs, first.labels).top1:.2%}  " if first.labels is not None else ""
-        click.echo(f"{at:>3}  {own}{share}{printable(path)}")
+        submission.write(submission_path, [str(id_) for id_ in first.ids], fused.argmax(1).tolist())
+    for number, (path, member) in enumerate(zip(files, members, strict=True)):
+        weight = f"weight {shares[number]:.3f}  " if shares else ""
+        top1 = f"top-1 {predictions.scores(member.probs, first.labels).top1:.2%}  " if first.labels is not None else ""
+        click.echo(f"{number:>3}  {top1}{weight}{printable(path)}")
     if len(members) > 1:
         click.echo("agreement of pairs (share of images given the same class):")
-        for at, row in enumerate(agreement([each.probs for each in members])):
-            click.echo(f"{at:>3}  " + " ".join(f"{each:6.1%}" for each in row))
+        for number, row in enumerate(agreement([member.probs for member in members])):
+            click.echo(f"{number:>3}  " + " ".join(f"{share:6.1%}" for share in row))
     if first.labels is not None:
         scores = predictions.scores(fused, first.labels)
         click.echo(f"fused: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
@@ -86,21 +79,22 @@ def ensemble(
         click.echo(f"wrote {printable(path)}: {len(fused)} predictions")
 
 
-def _weights(text: str, count: int) -> list[float]:
+def _parse_weights(text: str, count: int) -> list[float]:
+    """`count` numbers that sum to 1, from text such as 2,1."""
     try:
-        found = [float(each) for each in text.split(",")]
+        weights = [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if len(found) != count or not all(0 <= each < float("inf") for each in found) or not sum(found):
-        raise UserError(f"--weights {text}: {count} numbers with commas, 0 or more and not all 0")
-    whole = math.fsum(found)
-    return [each / whole for each in found]
+        weights = []
+    if len(weights) != count or not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+        raise UserError(f"--weights {text}: give {count} numbers with commas, 0 or more and not all 0")
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
 
 
 @click.command()
 @click.argument("submission_path", metavar="SUBMISSION.csv", type=FILE)
 @click.option("--labels", required=True, type=FILE, metavar="FILE.csv",
-              help="Right classes: the line Image IDs,Labels, then id,class.")  # fmt: skip
+              help="The right classes: the line Image IDs,Labels, then id,class.")  # fmt: skip
 def score(submission_path: Path, labels: Path) -> None:
     """Top-1 of a submission, which must name each image of the labels once, and no other."""
     from fasttrain.evaluation import submission

@@ -1,20 +1,24 @@
 """`fasttrain eval` and `fasttrain predict`: a checkpoint's network on images."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fasttrain.cli.options import (
-    DECODERS,
     FILE,
     FOLDER,
     PNG_SOFTWARE,
+    GroupedCommand,
+    data_option,
+    evaluation_option,
+    machine_option,
+    output_option,
     require_png,
-    writes,
+    writes_files,
 )
+from fasttrain.config.choices import DECODERS, DEVICES
 from fasttrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,139 +26,115 @@ if TYPE_CHECKING:
     from fasttrain.data.index import Index
     from fasttrain.evaluation.predictions import Predictions
 
-
-def _sizes(text: str) -> tuple[int, ...]:
-    parts = [each.strip() for each in text.split(",")]
-    if not all(each.isascii() and each.isdigit() for each in parts):
-        raise UserError(f"--sizes {text}: numbers of pixels with commas, as in 224,320")
-    return tuple(map(int, parts))
-
-
-_network_options = (
-    click.option("--views", type=click.Choice(["center", "report", "tencrop"]), default="center", show_default=True,
-                 help="Of each image: a central crop; the report's 16 (4 sizes, 2 crops, mirrored or not); ten crops."),
-    click.option("--sizes", metavar="N,N,…", help="Sides of the crops in pixels, instead of the views' own."),
-    click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True),
-    click.option("--raw", is_flag=True, help="The raw weights, where the checkpoint has averaged ones as well."),
-    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once."),
-    click.option("--workers", type=click.IntRange(0), default=0,
-                 help="DALI threads. 0: this rank's share of the cores."),
-    click.option("--decoder", type=click.Choice(DECODERS), default="auto", show_default=True,
-                 help="On a GPU: what decodes the images (machine.decoder of `fasttrain recipes NAME`)."),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+_NETWORK_OPTIONS = (
+    evaluation_option("--views", type=click.Choice(["center", "report", "tencrop"]), default="center",
+                      show_default=True, help="Views of each image, whose probabilities are averaged: a central crop; "
+                      "the report's 16 (4 sizes, 2 crops, mirrored or not); ten crops."),
+    evaluation_option("--sizes", metavar="N,N,…", help="Sizes of the crops, in pixels. Default: by the training size."),
+    evaluation_option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear",
+                      show_default=True, help="Of the resize."),
+    evaluation_option("--raw", is_flag=True, help="Use the raw weights where the checkpoint also has averaged ones."),
+    machine_option("--device", type=click.Choice(DEVICES), default="auto", show_default=True,
+                   help="auto: a GPU where there is one."),
+    machine_option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once."),
+    machine_option("--workers", type=click.IntRange(0), default=0, show_default=True,
+                   help="DALI threads; 0: this rank's share of the cores."),
+    machine_option("--decoder", type=click.Choice(DECODERS), default="auto", show_default=True,
+                   help="What decodes the images on a GPU; see machine.decoder in `fasttrain recipes NAME`."),
 )  # fmt: skip
 
 
-def _of_a_network(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of a command that puts images through a checkpoint's network."""
-    for option in reversed(_network_options):
+def _network_command(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the argument and the options of a command that puts images through a checkpoint's network."""
+    for option in reversed(_NETWORK_OPTIONS):
         command = option(command)
     return click.argument("checkpoint_path", metavar="CKPT", type=click.Path(path_type=Path))(command)
 
 
 def _predict(
-    checkpoint_path: Path, open_index: "Callable[[Recipe, list[str]], Index]", **options: Any
+    checkpoint_path: Path,
+    open_index: "Callable[[Recipe, list[str]], Index]",
+    *,
+    device: str,
+    sizes: str | None,
+    **options: Any,
 ) -> "Predictions | None":
-    """What a checkpoint's network says of an index's images, on rank 0; None on the others."""
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    from fasttrain.checkpoints import checkpoint
     from fasttrain.distributed.ranks import ranks
-    from fasttrain.evaluation.evaluate import probabilities
-    from fasttrain.evaluation.predictions import Predictions
-    from fasttrain.models import build_on_meta, check_input_shape
-    from fasttrain.pipelines.eval_loader import EvalLoader
-    from fasttrain.pipelines.views import views_by_name
-    from fasttrain.prepare import decoder_of, resolve_auto
-    from fasttrain.training.step import DTYPES
+    from fasttrain.predict import predict
 
-    sizes = () if options["sizes"] is None else _sizes(options["sizes"])
-    with ranks(options["device"]) as here:
-        model, recipe, classes = checkpoint.network(checkpoint_path, averaged=False if options["raw"] else None)
-        views = views_by_name(options["views"], recipe.image_size, sizes)
-        outline = build_on_meta(recipe, len(classes))
-        for size in views.sizes:
-            check_input_shape(outline, recipe.arch, 2, size, "name other --sizes or --views")
-        index = here.in_turn(lambda: open_index(recipe, classes))
-        model.to(here.device).to(memory_format=torch.channels_last)
-        machine = replace(recipe.machine, decoder=options["decoder"])
-        recipe = resolve_auto(replace(recipe, precision="auto", machine=machine), here.device)
-        precision, threads = DTYPES[recipe.precision], here.threads(options["workers"])
-        share = options["batch_size"], here.device, threads, here.world, here.rank
-        batches = EvalLoader(index, views, *share, options["interpolation"], decoder_of(recipe, here.device))
-        total = len(batches.source.numbers)
-        with tqdm(total=total, unit="img", desc="images", disable=None if here.first else True) as bar:
-            per_size = probabilities(model, len(classes), batches, here, precision, bar.update)
-        if not here.first:
-            return None
-    probs = np.mean(np.stack(list(per_size.values())), axis=0) if len(per_size) > 1 else next(iter(per_size.values()))
-    labels = index.labels if index.classes else None
-    return Predictions(np.array(index.ids), np.array(classes), probs, labels, per_size if len(per_size) > 1 else {})
+    pixels = () if sizes is None else _parse_sizes(sizes)
+    with ranks(device) as here:
+        return predict(checkpoint_path, open_index, here, sizes=pixels, **options)
 
 
-@click.command("eval")
-@_of_a_network
-@click.option("--data", required=True, type=FOLDER, metavar="DIR",
-              help="Labelled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
-@click.option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
-@click.option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f"--sizes {text}: give numbers of pixels with commas, as in 224,320")
+    return tuple(map(int, parts))
+
+
+@click.command("eval", cls=GroupedCommand)
+@_network_command
+@data_option("--data", required=True, type=FOLDER, metavar="DIR",
+             help="Labelled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
+@output_option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
+@output_option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
 def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path: Path | None, **options: Any) -> None:
-    """Top-1 and top-5 of a checkpoint over a folder of class folders; worst classes, most confused pairs.
+    """Top-1 and top-5 of a checkpoint on labelled images, the worst classes and the most confused pairs.
 
-    CKPT is a checkpoint's folder, `last` or `best`, or a run's folder (its best).
+    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
-    from fasttrain.data import index as dataset
+    from fasttrain.data.index import open_labelled, require_classes
     from fasttrain.evaluation import confusion, predictions
     from fasttrain.utils.text import printable
 
-    def labelled(recipe: "Recipe", classes: list[str]) -> "Index":
-        index = dataset.open_labelled(data)
-        dataset.require_classes(classes, checkpoint_path, index.classes, data)
+    def open_index(recipe: "Recipe", classes: list[str]) -> "Index":
+        index = open_labelled(data)
+        require_classes(classes, checkpoint_path, index.classes, data)
         return index
 
-    if out and writes():
+    if out and writes_files():
         predictions.check_overwritable(out)
-    if confusion_path and writes():
+    if confusion_path and writes_files():
         require_png(confusion_path, "--confusion")
         confusion.require_matplotlib()
-    found = _predict(checkpoint_path, labelled, **options)
+    found = _predict(checkpoint_path, open_index, **options)
     if found is None or found.labels is None:
         return
     counts = confusion.matrix(found.labels, found.probs.argmax(1), len(found.classes))
-    names = [str(each) for each in found.classes]
+    classes = [str(name) for name in found.classes]
     if out:
         predictions.save(found, out)
     if confusion_path:
-        confusion.draw(counts, names, confusion_path, PNG_SOFTWARE)
+        confusion.draw(counts, classes, confusion_path, PNG_SOFTWARE)
     for size, probs in found.per_size.items():
         of_size = predictions.scores(probs, found.labels)
         click.echo(f"{size:>5} px: top-1 {of_size.top1:.2%}, top-5 {of_size.top5:.2%}")
     scores = predictions.scores(found.probs, found.labels)
     fused = "   fused: " if found.per_size else ""
     click.echo(f"{fused}top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
-    click.echo(confusion.told(counts, names))
+    click.echo(confusion.summary(counts, classes))
     for path in filter(None, (out, confusion_path)):
         click.echo(f"wrote {printable(path)}")
 
 
-@click.command()
-@_of_a_network
-@click.option("--images", required=True, type=FOLDER, metavar="DIR", help="Images, in DIR and folders inside it.")
-@click.option("--out", required=True, type=FILE, metavar="FILE.npz", help="Where to write the probabilities.")
+@click.command(cls=GroupedCommand)
+@_network_command
+@data_option("--images", required=True, type=FOLDER, metavar="DIR", help="Images, in DIR and its folders.")
+@output_option("--out", required=True, type=FILE, metavar="FILE.npz", help="Write the probabilities here.")
 def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> None:
     """Probabilities of images without labels.
 
-    CKPT is a checkpoint's folder, `last` or `best`, or a run's folder (its best).
+    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
-    from fasttrain.data import index as dataset
+    from fasttrain.data.index import scan_unlabelled
     from fasttrain.evaluation import predictions
     from fasttrain.utils.text import printable
 
-    if writes():
+    if writes_files():
         predictions.check_overwritable(out)
-    found = _predict(checkpoint_path, lambda recipe, classes: dataset.scan_unlabelled(images), **options)
+    found = _predict(checkpoint_path, lambda recipe, classes: scan_unlabelled(images), **options)
     if found is not None:
         predictions.save(found, out)
         click.echo(f"wrote {printable(out)}: {len(found)} images, {len(found.classes)} classes")

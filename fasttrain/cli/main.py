@@ -1,4 +1,4 @@
-"""The command line. torch, timm and DALI are imported inside the commands, so that help comes at once."""
+"""The command line. Commands import torch, timm and DALI inside their functions, so that `--help` is quick."""
 
 import sys
 from typing import Any
@@ -17,33 +17,33 @@ from fasttrain.utils.errors import CommandError
 
 
 class _Group(click.Group):
-    """Ends every command that fails for a known reason with one line and the status that belongs to it."""
+    """Ends a command that fails for a known reason with one line and its exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except CommandError as error:
             if str(error):
-                _complain(str(error))
+                _print_error(str(error))
             sys.exit(error.exit_status)
         except ImportError as error:
-            _complain(f"{error} (Python {sys.executable}); `fasttrain doctor` says what is missing")
+            _print_error(f"{error} (Python {sys.executable}); `fasttrain doctor` lists what is missing")
             sys.exit(1)
         except RuntimeError as error:
-            # Not imported here: whoever raised torch's error has done so.
+            # torch is not imported here: if the error is torch's, it has been.
             if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
                 raise
             training = ctx.invoked_subcommand == "run"
             smaller = "--set micro_batch=N or --image-size" if training else "--batch-size"
-            _complain(f"CUDA is out of memory; end what else uses the GPU, or try a smaller {smaller}")
+            _print_error(f"CUDA is out of memory; stop other programs on the GPU, or try a smaller {smaller}")
             sys.exit(1)
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on from the last checkpoint" if ctx.invoked_subcommand == "run" else ""
-            _complain(f"interrupted{goes_on}")
+            resumes = "; the same command resumes from the last checkpoint" if ctx.invoked_subcommand == "run" else ""
+            _print_error(f"interrupted{resumes}")
             sys.exit(130)
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     click.echo(f"fasttrain: {line}", err=True)
 
 

@@ -1,47 +1,78 @@
-"""What several commands of the command line take and check alike."""
+"""What several commands share: option groups, types and checks."""
 
 import os
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from fasttrain.utils.errors import UserError
 
-COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # those of recipes/deepblueai.py, which would import torch
-DECODERS = ("auto", "cpu", "gpu", "gpu-region", "gpu-hardware")  # those of config/schema.py, likewise
-PNG_SOFTWARE = "fasttrain"  # in pictures, by which a later command knows that it may write over them
-SET_HELP = "A setting of the recipe: key=value or part.key=value. Repeatable."
+PNG_SOFTWARE = "fasttrain"  # marks our pictures, so that a later command may overwrite them
+SET_HELP = "Change a setting: key=value or part.key=value. Repeatable. `fasttrain recipes NAME` lists all settings."
 FOLDER = click.Path(file_okay=False)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+class GroupedOption(click.Option):
+    """An option that `--help` lists under the heading `group`."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(param, "group", "Other"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def _grouped(name: str) -> Any:
+    return partial(click.option, cls=GroupedOption, group=name)
+
+
+model_option, data_option, training_option = _grouped("Model"), _grouped("Data"), _grouped("Training")
+evaluation_option, benchmark_option = _grouped("Evaluation"), _grouped("Benchmark")
+machine_option, output_option = _grouped("Machine"), _grouped("Output")
+
+
 def require_png(path: Path, option: str) -> None:
-    """UserError where an option's path is no place for a picture, or there is one there that is not ours."""
+    """UserError where an option's path cannot be a picture, or holds a file that is not our picture."""
     from fasttrain.utils.text import printable
 
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise UserError(f"{option} {printable(path)}: a PNG in a folder that is there; end the name in .png")
+        raise UserError(f"{option} {printable(path)}: name a file that ends in .png, in a folder that exists")
     if path.exists() and PNG_SOFTWARE.encode() not in path.read_bytes()[:4096]:
-        raise UserError(f"{option} {printable(path)} is there and is no picture of fasttrain's; name another file")
+        raise UserError(f"{option} {printable(path)} exists and is not a picture made by fasttrain; name another file")
 
 
-def writes() -> bool:
-    """Whether this process is the one that writes files; on other machines their folders need not be there."""
+def writes_files() -> bool:
+    """Whether this process writes files: rank 0 does. On other machines the folders need not exist."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def shell_word(path: str | Path) -> str:
-    """A path as a word of a line that the user can repeat in a shell."""
+    """A path, quoted for a command line that the user can paste."""
     from fasttrain.utils.text import printable
 
     return shlex.quote(printable(path))
 
 
 def program() -> str:
-    """How this command was called, for lines that the user can repeat."""
+    """How this program was called, for command lines that the user can paste."""
     called = sys.argv[0]
     if called.endswith("__main__.py"):
         return "python -m fasttrain"

@@ -1,4 +1,4 @@
-"""`fasttrain recipes` and `fasttrain show`: what a recipe says, and what its network sees."""
+"""`fasttrain recipes` and `fasttrain show`: the recipes, and what their networks see."""
 
 import os
 from dataclasses import replace
@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from fasttrain.cli.options import (
+    FILE,
     FOLDER,
     PNG_SOFTWARE,
     SET_HELP,
+    GroupedCommand,
+    data_option,
+    model_option,
+    output_option,
     require_png,
+    training_option,
+    writes_files,
 )
 from fasttrain.utils.errors import UserError
 
@@ -20,28 +27,31 @@ if TYPE_CHECKING:
 
 
 @click.command("recipes")
-@click.argument("name", required=False)
+@click.argument("name", metavar="[NAME|FILE.toml]", required=False)
 def recipes_(name: str | None) -> None:
-    """List the recipes, or print one as TOML that `run --recipe FILE.toml` takes."""
+    """List the recipes, or print one as TOML, with a comment for each setting.
+
+    `fasttrain run --recipe FILE.toml` reads such a file.
+    """
     from fasttrain import recipes
     from fasttrain.config import toml
 
     if name:
-        click.echo(toml.to_toml(recipes.by_name(name)), nl=False)
+        click.echo(toml.to_toml(recipes.by_name(name), comments=True), nl=False)
         return
     click.echo(recipes.table())
 
 
-@click.command()
-@click.option("--arch", metavar="A", help="Network whose recipe to show.")
-@click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe to show.")
-@click.option("--data", type=FOLDER, metavar="DIR", help="Training images. None: the recipe's, or the demo set.")
-@click.option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Epoch, from 0.")
-@click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="Step of the epoch, from 0.")
-@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="At most so many of the batch.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("batch.png"), show_default=True,
-              help="PNG to write.")  # fmt: skip
+@click.command(cls=GroupedCommand)
+@model_option("--arch", metavar="A", help="Network whose recipe to show.")
+@model_option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe to show.")
+@data_option("--data", type=FOLDER, metavar="DIR", help="Training images. Default: the recipe's, or the demo set.")
+@training_option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
+@output_option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Epoch of the batch, from 0.")
+@output_option("--step", type=click.IntRange(0), default=0, show_default=True, help="Step in the epoch, from 0.")
+@output_option("--images", type=click.IntRange(1), default=32, show_default=True, help="Images of the batch, at most.")
+@output_option("--out", type=FILE, metavar="FILE.png", default=Path("batch.png"), show_default=True,
+               help="Write the picture here.")  # fmt: skip
 def show(
     arch: str | None,
     recipe_name: str | None,
@@ -56,7 +66,7 @@ def show(
     from PIL.PngImagePlugin import PngInfo
 
     from fasttrain.config import toml
-    from fasttrain.data import index as dataset
+    from fasttrain.data.index import open_data
     from fasttrain.pipelines.plan import Plan
     from fasttrain.show_batch import draw_batch
     from fasttrain.utils.text import printable
@@ -68,18 +78,20 @@ def show(
         recipe = on_demo_set(recipe)
     recipe = toml.override(recipe, *settings)
     require_png(out, "--out")
-    index, _ = dataset.open_data(replace(recipe.data, val=""))
+    index, _ = open_data(replace(recipe.data, val=""))
     plan = Plan.of(recipe, index)
     if epoch >= plan.epochs or step >= plan.steps_per_epoch:
-        span = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps"
-        raise UserError(f"--epoch {epoch} --step {step}: there are {span}")
-    told = PngInfo()
-    told.add_text("Software", PNG_SOFTWARE)
-    draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out, pnginfo=told)
+        raise UserError(
+            f"--epoch {epoch} --step {step}: there are {plan.epochs} epochs of {plan.steps_per_epoch} steps"
+        )
+    info = PngInfo()
+    info.add_text("Software", PNG_SOFTWARE)
+    draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out, pnginfo=info)
     click.echo(f"wrote {printable(out)}")
 
 
 def chosen_recipe(arch: str | None, recipe_name: str | None, loss: str | None = None) -> "Recipe":
+    """The recipe that --recipe names, or that belongs to --arch and --loss."""
     from fasttrain import recipes
 
     if recipe_name and (arch or loss):
@@ -91,23 +103,24 @@ def chosen_recipe(arch: str | None, recipe_name: str | None, loss: str | None = 
     from fasttrain.models import ARCHS
 
     recipe = recipes.for_arch(arch, loss or "ce")
-    if arch not in ARCHS and int(os.environ.get("RANK", 0)) == 0:
-        rule = f"batch {recipe.batch_size}, {recipe.epochs} epochs by default"
-        click.echo(f"{arch} has no report recipe: {rule}", err=True)
+    if arch not in ARCHS and writes_files():
+        defaults = f"batch {recipe.batch_size}, {recipe.epochs} epochs by default"
+        click.echo(f"{arch} has no report recipe: {defaults}", err=True)
     return recipe
 
 
 def on_demo_set(recipe: "Recipe") -> "Recipe":
-    """`recipe` on the demo set, which is made in the user's cache on first use."""
+    """`recipe` on the demo set, which is drawn into the user's cache on first use."""
     import torch
 
     from fasttrain import recipes
     from fasttrain.data import demo_set
-    from fasttrain.data import index as dataset
+    from fasttrain.data.index import cache_dir
     from fasttrain.models import Classifier
 
     with torch.device("meta"):
-        parameters = sum(each.numel() for each in Classifier(recipe.arch, len(demo_set.CLASSES)).parameters())
-    folder = dataset.cache_dir() / "demo-1"
+        model = Classifier(recipe.arch, len(demo_set.CLASSES))
+    parameters = sum(p.numel() for p in model.parameters())
+    folder = cache_dir() / "demo-1"
     demo_set.make(folder)
     return recipes.demo(recipe, folder, parameters, int(os.environ.get("WORLD_SIZE", 1)))

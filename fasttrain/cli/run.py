@@ -4,125 +4,81 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fasttrain.cli.options import (
-    COMBINATIONS,
     FOLDER,
     SET_HELP,
+    GroupedCommand,
+    data_option,
+    machine_option,
+    model_option,
+    output_option,
     program,
     shell_word,
-    writes,
+    training_option,
+    writes_files,
 )
 from fasttrain.cli.recipes import chosen_recipe, on_demo_set
+from fasttrain.config.choices import DEVICES, LOSS_COMBINATIONS, ON_BAD
 from fasttrain.distributed import signals
 from fasttrain.utils.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    pass
+    from fasttrain.config.schema import Recipe
+    from fasttrain.data.index import Index
+    from fasttrain.train import Result
 
 
-@click.command()
-@click.option("--arch", metavar="A", help="Network: tresnet_xl, resnest101e, seresnext101_32x4d or any other of timm.")
-@click.option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe instead of a network's own.")
-@click.option("--loss", type=click.Choice(COMBINATIONS), default=None,
-              help="With --arch: which of the report's losses. Default: ce; the others go on from --init.")  # fmt: skip
-@click.option("--init", metavar="CKPT|FILE", help="Start from these weights: a run's (its best) or timm's in a .pth.")
-@click.option("--data", multiple=True, type=FOLDER, metavar="DIR", help="Training images; repeatable. None: demo set.")
-@click.option("--val", type=FOLDER, metavar="DIR", help="Validation images. Default: DIR/val beside DIR/train.")
-@click.option("--out", type=FOLDER, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all ranks. Default: the recipe's.")
-@click.option("--image-size", type=click.IntRange(8),
-              help="Side of the square training images, in pixels. Default: the recipe's.")  # fmt: skip
-@click.option("--lr", type=float, help="Peak learning rate. Default: by the recipe's rule.")
-@click.option("--seed", type=click.IntRange(0), help="Seed of weights and of every random draw. Default: the recipe's.")
-@click.option("--workers", type=click.IntRange(0), help="DALI threads a rank. 0: this rank's share of the cores.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: auto, a GPU where there is one.")
-@click.option(
-    "--resume",
-    default="auto",
-    metavar="auto|never|PATH",
-    show_default=True,
-    help="Go on from the run's last checkpoint, start over (the old run is moved aside), or from PATH.",
+@click.command(cls=GroupedCommand)
+@model_option("--arch", metavar="A", help="Network: tresnet_xl, resnest101e, seresnext101_32x4d or any other of timm.")
+@model_option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe, instead of the network's own.")
+@model_option("--loss", type=click.Choice(LOSS_COMBINATIONS),
+              help="With --arch: the losses. Default: ce; the others fine-tune the weights of --init.")  # fmt: skip
+@model_option("--init", metavar="RUN|FILE", help="Weights to start from: a run's best, or a file of timm's weights.")
+@data_option("--data", multiple=True, type=FOLDER, metavar="DIR",
+             help="Training images, DIR/<class>/<image> or DIR/train. Repeatable. Default: the demo set.")  # fmt: skip
+@data_option("--val", type=FOLDER, metavar="DIR", help="Validation images. Default: DIR/val next to DIR/train.")
+@data_option("--on-bad", type=click.Choice(ON_BAD),
+             help="A training image that cannot be decoded ends the run or is replaced. Default: stop.")  # fmt: skip
+@training_option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
+@training_option("--batch-size", type=click.IntRange(1), help="Images per step, over all ranks. Default: the recipe's.")
+@training_option("--image-size", type=click.IntRange(8), help="Side of the images, in pixels. Default: the recipe's.")
+@training_option("--lr", type=float, help="Peak learning rate. Default: the recipe's, scaled by the batch size.")
+@training_option("--seed", type=click.IntRange(0), help="Random seed. Default: the recipe's.")
+@training_option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
+@machine_option("--device", type=click.Choice(DEVICES), help="Default: auto, a GPU where there is one.")
+@machine_option(
+    "--workers", type=click.IntRange(0), help="DALI threads per rank. Default: 0, this rank's share of the cores."
 )
-@click.option("--on-bad", type=click.Choice(["stop", "skip"]), default=None,
-              help="A training image that cannot be decoded ends the run (stop, default) or is replaced.")  # fmt: skip
-@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile. Default: on for CUDA.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
-@click.option("--dry-run", is_flag=True, help="Print what would be done and stop.")  # fmt: skip
-def run(
-    arch: str | None,
-    recipe_name: str | None,
-    loss: str | None,
-    init: str | None,
-    data: tuple[str, ...],
-    val: str | None,
-    out: str | None,
-    epochs: int | None,
-    batch_size: int | None,
-    image_size: int | None,
-    lr: float | None,
-    seed: int | None,
-    workers: int | None,
-    device: str | None,
-    resume: str,
-    on_bad: str | None,
-    compiled: bool | None,
-    settings: tuple[str, ...],
-    dry_run: bool,
-) -> None:
+@machine_option("--compile/--no-compile", "compiled", default=None, help="Use torch.compile. Default: on a GPU.")
+@output_option("--out", type=FOLDER, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
+@output_option("--resume", default="auto", metavar="auto|never|PATH", show_default=True,
+               help="Resume from the run's last checkpoint, start over (the old run's folder is renamed), or resume "
+               "from PATH.")  # fmt: skip
+@output_option("--dry-run", is_flag=True, help="Check everything, print what would be done, and stop.")
+def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     """Train a network.
 
-    Without --data it trains on a drawn demo set, on small images for a few epochs. The same command again goes on
-    where a run was stopped. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
+    Without --data it trains on a small drawn set for a few epochs. A run that was stopped resumes with the same
+    command. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
     """
     if not dry_run:
         signals.install()
     from fasttrain.checkpoints.run_dir import lock, open_run
     from fasttrain.config import toml
-    from fasttrain.data import index as dataset
+    from fasttrain.data.index import open_data
     from fasttrain.distributed.ranks import ranks
-    from fasttrain.prepare import resolve_auto
-    from fasttrain.train import summary, train
-    from fasttrain.utils.text import printable
+    from fasttrain.prepare import resolve_auto, summary
+    from fasttrain.train import train
 
     if signals.received():
-        again = "before a step was done; the same command starts again"
-        raise Stopped(f"stopped by {signals.received()} {again}" if writes() else "")
-    recipe = chosen_recipe(arch, recipe_name, loss)
-    on_demo = not data and not recipe.data.train
-    if on_demo:
-        if val:
-            raise UserError("--val without --data: name the training images too")
-        recipe = on_demo_set(recipe)
-    elif data:
-        folders = tuple(os.path.abspath(each) for each in data)
-        recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
-    if val:
-        recipe = replace(recipe, data=replace(recipe.data, val=os.path.abspath(val)))
-    changes: list[tuple[str, object]] = [
-        ("epochs", epochs),
-        ("batch_size", batch_size),
-        ("image_size", image_size),
-        ("seed", seed),
-        ("machine.workers", workers),
-        ("machine.device", device),
-        ("data.on_bad", on_bad),
-        ("init.weights", init and os.path.abspath(init)),
-    ]
-    if compiled is not None:
-        changes.append(("machine.compile", "on" if compiled else "off"))
-    if lr is not None:
-        changes += [("optim.lr", lr), ("optim.lr_batch", 0)]
-    for key, value in changes:
-        if value is not None:
-            by = "--init" if init and key == "init.weights" else "--" + key.split(".")[-1].replace("_", "-")
-            recipe = toml.override(recipe, (key, value), by=by)
-    recipe = toml.override(recipe, *settings)
-    toml.to_toml(recipe)  # refuses what the run's folder could not keep, before anything is read
+        line = f"stopped by {signals.received()} before a step was done; the same command starts again"
+        raise Stopped(line if writes_files() else "")
+    recipe, on_demo = recipe_of(**options)
+    toml.to_toml(recipe)  # raises now for what recipe.toml could not hold
     folder = Path(out or Path("runs", recipe.name))
 
     with ranks(recipe.machine.device, recipe.machine.hang_timeout) as here:
@@ -133,7 +89,7 @@ def run(
                 err=True,
             )
         recipe = resolve_auto(recipe, here.device)
-        train_index, val_index = here.in_turn(lambda: dataset.open_data(recipe.data))
+        train_index, val_index = here.in_turn(lambda: open_data(recipe.data))
         if dry_run:
             if here.first:
                 click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, here, folder)}")
@@ -142,11 +98,69 @@ def run(
             start = here.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
             result = train(recipe, folder, train_index, val_index, here, start)
         if here.first:
-            place = printable(folder)
-            if result.best is not None:
-                last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
-                click.echo(f"{last}best top-1 {result.best:.2%}")
-            whole = f"best checkpoint: {place}/best, last: {place}/last"
-            click.echo(f"run folder: {place}  ({result.steps} steps; {whole})")
-            held_out = recipe.data.val or (os.path.commonpath(val_index.paths) if val_index else "DIR")
-            click.echo(f"next: {program()} eval {shell_word(folder)} --data {shell_word(held_out)}")
+            print_result(result, recipe, folder, val_index)
+
+
+def recipe_of(
+    *,
+    arch: str | None,
+    recipe_name: str | None,
+    loss: str | None,
+    init: str | None,
+    data: tuple[str, ...],
+    val: str | None,
+    on_bad: str | None,
+    epochs: int | None,
+    batch_size: int | None,
+    image_size: int | None,
+    lr: float | None,
+    seed: int | None,
+    settings: tuple[str, ...],
+    device: str | None,
+    workers: int | None,
+    compiled: bool | None,
+) -> "tuple[Recipe, bool]":
+    """The recipe that the options describe, and whether it trains on the demo set."""
+    from fasttrain.config import toml
+
+    recipe = chosen_recipe(arch, recipe_name, loss)
+    on_demo = not data and not recipe.data.train
+    if on_demo:
+        if val:
+            raise UserError("--val without --data: name the training images too")
+        recipe = on_demo_set(recipe)
+    elif data:
+        folders = tuple(os.path.abspath(folder) for folder in data)
+        recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
+    if val:
+        recipe = replace(recipe, data=replace(recipe.data, val=os.path.abspath(val)))
+    changes: list[tuple[str, str, object]] = [
+        ("--epochs", "epochs", epochs),
+        ("--batch-size", "batch_size", batch_size),
+        ("--image-size", "image_size", image_size),
+        ("--seed", "seed", seed),
+        ("--workers", "machine.workers", workers),
+        ("--device", "machine.device", device),
+        ("--on-bad", "data.on_bad", on_bad),
+        ("--init", "init.weights", init and os.path.abspath(init)),
+        ("--compile", "machine.compile", None if compiled is None else "on" if compiled else "off"),
+        ("--lr", "optim.lr", lr),
+        ("--lr", "optim.lr_batch", None if lr is None else 0),
+    ]
+    for option, key, value in changes:
+        if value is not None:
+            recipe = toml.override(recipe, (key, value), by=option)
+    return toml.override(recipe, *settings), on_demo
+
+
+def print_result(result: "Result", recipe: "Recipe", folder: Path, val_index: "Index | None") -> None:
+    """Print the scores, where the checkpoints are, and the command to evaluate them."""
+    from fasttrain.utils.text import printable
+
+    place = printable(folder)
+    if result.best is not None:
+        last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
+        click.echo(f"{last}best top-1 {result.best:.2%}")
+    click.echo(f"run folder: {place}  ({result.steps} steps; best checkpoint: {place}/best, last: {place}/last)")
+    val_folder = recipe.data.val or (os.path.commonpath(val_index.paths) if val_index else "DIR")
+    click.echo(f"next: {program()} eval {shell_word(folder)} --data {shell_word(val_folder)}")

@@ -1,17 +1,24 @@
-"""Every setting there is, as frozen dataclasses. `Recipe` is the whole of a run; the others are its parts."""
+"""Every setting, as frozen dataclasses. `Recipe` is the whole run; the others are its parts.
+
+The line under each field documents it; `fasttrain recipes NAME` prints these lines.
+"""
 
 import math
 from dataclasses import dataclass, field
 
+from fasttrain.config.choices import COMPILE_MODES, DECODERS, DEVICES, ON_BAD, PRECISIONS
 from fasttrain.losses.base import Loss
 
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
-RANDAUGMENT_OPERATIONS = 8  # at most
+SCHEDULES = ("cosine", "step")
+RANDAUGMENT_OPERATIONS = 8  # most operations per image
 IMAGE_SIZES = (8, 4096)  # least and most pixels of a square image's side
-DECODERS = ("auto", "cpu", "gpu", "gpu-region", "gpu-hardware")  # pipelines/decoders.py says what they do
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-# Of pixels scaled to 0 … 1; every network is trained and evaluated on pixels normalised by these.
+# Of pixels scaled to 0 … 1. Every network is trained and evaluated on pixels normalized by these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    return f"one of {', '.join(choices)}"
 
 
 def _require(holds: bool, key: str, rule: str, value: object) -> None:
@@ -21,50 +28,54 @@ def _require(holds: bool, key: str, rule: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images are. No `train` folder means the demo set; no `val` means DIR/val where DIR/train is used.
-
-    on_bad: what a training image that cannot be decoded does: `stop` ends the run, `skip` trains on the next image of
-    its class (by name, that can be decoded) in its place. Validation always stops.
-    """
+    """Where the images are."""
 
     train: tuple[str, ...] = ()
+    """Folders of training images; none: the demo set."""
     val: str = ""
+    """Folder of validation images; empty: DIR/val next to a DIR/train."""
     on_bad: str = "stop"
+    """A training image that cannot be decoded: stop ends the run, skip trains on the next image of its class."""
 
     def __post_init__(self) -> None:
-        _require(self.on_bad in ("stop", "skip"), "on_bad", "stop or skip", self.on_bad)
+        _require(self.on_bad in ON_BAD, "on_bad", "stop or skip", self.on_bad)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum; a warm-up from 0, then a cosine to 0, both per step, or steps.
-
-    The peak learning rate is lr_scale · lr · global batch / lr_batch (linear scaling), or lr_scale · lr where lr_batch
-    is 0. schedule `step` multiplies the rate by step_factor at the start of each epoch of step_epochs, which count
-    from the start of the run. decay_norm_bias=false takes weight decay off every parameter with at most one dimension
-    (biases, norm weights). impl: whose kernels take the step, `torch` or, where it is installed, `apex`; the step is
-    the same.
-    """
+    """SGD with momentum, a warm-up from 0, then a schedule; both change the learning rate at every step."""
 
     lr: float = 0.1
+    """Peak learning rate for a batch of lr_batch images; it scales linearly with the batch."""
     lr_batch: int = 256
+    """Batch size for which lr holds; 0: lr is used as it is."""
     lr_scale: float = 1.0
+    """Factor of the learning rate."""
     momentum: float = 0.9
+    """Momentum, in [0, 1)."""
     nesterov: bool = False
+    """Nesterov momentum."""
     weight_decay: float = 1e-4
+    """Weight decay (L2, added to the gradient)."""
     decay_norm_bias: bool = True
+    """Whether biases and the weights of norms decay too."""
     warmup_epochs: float = 1.0
+    """Epochs of linear warm-up from 0."""
     schedule: str = "cosine"
+    """After the warm-up: cosine (down to 0) or step (times step_factor at each of step_epochs)."""
     step_epochs: tuple[int, ...] = (30, 60, 90)
+    """Epochs, counted from the start of the run, at whose start schedule=step lowers the rate."""
     step_factor: float = 0.1
+    """Factor of schedule=step."""
     impl: str = "torch"
+    """Whose fused SGD kernel: torch, or apex where NVIDIA's apex is installed. Both compute the same."""
 
     def __post_init__(self) -> None:
         _require(self.impl in ("torch", "apex"), "impl", "torch or apex", self.impl)
         _require(self.lr > 0, "lr", "above 0", self.lr)
         _require(self.lr_scale > 0, "lr_scale", "above 0", self.lr_scale)
-        _require(self.schedule in ("cosine", "step"), "schedule", "cosine or step", self.schedule)
-        _require(all(each >= 1 for each in self.step_epochs), "step_epochs", "epochs from 1 on", self.step_epochs)
+        _require(self.schedule in SCHEDULES, "schedule", _one_of(SCHEDULES), self.schedule)
+        _require(all(epoch >= 1 for epoch in self.step_epochs), "step_epochs", "epochs from 1 on", self.step_epochs)
         _require(0 < self.step_factor < 1, "step_factor", "in (0, 1)", self.step_factor)
         _require(self.lr_batch >= 0, "lr_batch", "0 or more", self.lr_batch)
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
@@ -74,26 +85,28 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Per image: a random resized crop (area as a share of the image, aspect ratio log-uniform), a horizontal flip
-    with probability `flip`, then a policy, then random erasing.
-
-    autoaugment: one sub-policy of AutoAugment; `imagenet` has all 25 of the paper, `imagenet-24` leaves out the last,
-    as the DeepBlueAI report does. randaugment: so many operations of RandAugment instead (0: none), each at
-    randaugment_magnitude (0 … 30). warps: interpolation of rotations, shears and translations, `nearest` as in the
-    implementations of the papers' time, or `linear`. erase: probability with which a rectangle (area as a share of the
-    crop, aspect ratio log-uniform) gets ImageNet's mean colour.
-    """
+    """Per image: a random resized crop, a horizontal flip, a policy (AutoAugment or RandAugment), random erasing."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
+    """Area of the crop, as a share of the image's: least and most."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width to height of the crop, log-uniform: least and most."""
     flip: float = 0.5
+    """Probability of a horizontal flip."""
     autoaugment: str = "imagenet"
+    """AutoAugment policy: imagenet (the paper's 25 sub-policies), imagenet-24 (without the last) or none."""
     randaugment: int = 0
+    """Operations of RandAugment per image, instead of AutoAugment; 0: none."""
     randaugment_magnitude: int = 9
+    """Magnitude of RandAugment, 0 … 30."""
     warps: str = "nearest"
+    """Interpolation of rotations, shears and translations: nearest (as in the papers' code) or linear."""
     erase: float = 0.0
+    """Probability of random erasing: a rectangle is filled with ImageNet's mean color."""
     erase_area: tuple[float, float] = (0.02, 0.33)
+    """Area of the rectangle, as a share of the crop's: least and most."""
     erase_ratio: tuple[float, float] = (0.3, 3.3)
+    """Height to width of the rectangle, log-uniform: least and most."""
 
     def __post_init__(self) -> None:
         for part in ("crop", "erase"):
@@ -103,26 +116,29 @@ class AugmentConfig:
             _require(0 < low <= high, f"{part}_ratio", "two rising numbers above 0", (low, high))
         for key in ("flip", "erase"):
             _require(0 <= getattr(self, key) <= 1, key, "in [0, 1]", getattr(self, key))
-        rule = f"one of {', '.join(AUTOAUGMENT_POLICIES)}"
+        rule = _one_of(AUTOAUGMENT_POLICIES)
         _require(self.autoaugment in AUTOAUGMENT_POLICIES, "autoaugment", rule, self.autoaugment)
         _require(self.warps in ("nearest", "linear"), "warps", "nearest or linear", self.warps)
         most = RANDAUGMENT_OPERATIONS
         _require(0 <= self.randaugment <= most, "randaugment", f"0 to {most} operations", self.randaugment)
-        in_bins = 0 <= self.randaugment_magnitude <= 30
-        _require(in_bins, "randaugment_magnitude", "0 to 30", self.randaugment_magnitude)
-        alone = self.autoaugment == "none" or not self.randaugment
-        _require(alone, "autoaugment", "none where randaugment takes its place", self.autoaugment)
+        is_magnitude = 0 <= self.randaugment_magnitude <= 30
+        _require(is_magnitude, "randaugment_magnitude", "0 to 30", self.randaugment_magnitude)
+        one_policy = self.autoaugment == "none" or not self.randaugment
+        _require(one_policy, "autoaugment", "none where randaugment is used instead", self.autoaugment)
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Per batch: CutMix with probability `cutmix`, its λ drawn from Beta(cutmix_alpha, cutmix_alpha), or mixup with
-    probability `mixup` and λ from Beta(mixup_alpha, mixup_alpha), or neither."""
+    """Per batch: CutMix, or mixup, or neither."""
 
     cutmix: float = 0.5
+    """Probability that a batch is CutMixed."""
     cutmix_alpha: float = 1.0
+    """λ of CutMix is drawn from Beta(cutmix_alpha, cutmix_alpha)."""
     mixup: float = 0.0
+    """Probability that a batch gets mixup."""
     mixup_alpha: float = 0.2
+    """λ of mixup is drawn from Beta(mixup_alpha, mixup_alpha)."""
 
     def __post_init__(self) -> None:
         for key in ("cutmix", "mixup"):
@@ -135,30 +151,29 @@ class MixConfig:
 
     @property
     def kinds(self) -> set[bool]:
-        """The kinds of batches that there are: mixed ones (True), others (False)."""
+        """The kinds of batches that occur: True for mixed ones, False for others."""
         share = self.cutmix + self.mixup
         return {True} if math.isclose(share, 1) else {True, False} if share else {False}
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where weights come from: random, or those of a checkpoint (its folder, `last` or `best`, or a run's folder),
-    the averaged ones where it has such, unless averaged=false.
-
-    A recipe whose losses do not converge from random weights refuses to start without such, unless force_scratch.
-    """
+    """Weights to start from."""
 
     weights: str = ""
+    """A run's folder, a checkpoint, or a file of a timm network's weights; empty: random weights."""
     averaged: bool = True
+    """Take a checkpoint's averaged weights where it has them."""
     force_scratch: bool = False
+    """Allow random weights for losses that do not converge from them."""
 
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """An exponential moving average of the weights, evaluated and saved beside them, with the given decay a step (0:
-    none). In the first steps it is the plain mean of the weights so far: decay min(1 − 1/(step + 1), decay)."""
+    """An exponential moving average of the weights, which is evaluated and saved too."""
 
     decay: float = 0.0
+    """Decay per step; 0: no average. Step t uses min(1 − 1/t, decay), so it starts as the plain mean."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
@@ -166,18 +181,18 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every_epochs` epochs and at the end, and every `every_steps` steps (0: none between). The
-    newest `keep`, the best, and that of every `archive_epochs`-th epoch (0: none) are kept.
-
-    on_error: what a full or vanished disk does: `stop` ends the run, `go_on` says so and trains on to the next save.
-    The last checkpoint of a run has to be written in either case.
-    """
+    """When to save, and which checkpoints to keep. The last step of a run is always saved."""
 
     every_epochs: int = 1
+    """Save after so many epochs."""
     every_steps: int = 0
+    """Also save after so many steps; 0: only at the ends of epochs."""
     keep: int = 2
+    """Keep so many of the newest, besides the best."""
     archive_epochs: int = 0
+    """Also keep the checkpoint of every so many epochs for good; 0: none."""
     on_error: str = "stop"
+    """A checkpoint that cannot be written: stop ends the run, go_on trains on (the last one must be written)."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
@@ -189,10 +204,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Scores over the validation images every `every_epochs` epochs and at the end. `best` is the best of the
-    checkpoints whose weights were evaluated: one of another epoch, or from within one, has no scores."""
+    """Evaluation on the validation images. `best` is the best of the checkpoints whose weights were evaluated."""
 
     every_epochs: int = 1
+    """Evaluate after so many epochs, and after the last."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
@@ -200,12 +215,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """A step whose loss or gradient is not finite changes nothing. After `patience` such steps in a row the run goes
-    back to its last checkpoint from before them and on with the images that come after, at most `rewinds` times; then
-    it ends with a report."""
+    """A step whose loss or gradient is not finite changes nothing. After too many of them the run goes back."""
 
     patience: int = 10
+    """Failed steps in a row after which the run goes back to the checkpoint before them, and skips their images."""
     rewinds: int = 2
+    """How often a run may go back before it ends with a report."""
 
     def __post_init__(self) -> None:
         _require(self.patience >= 1, "patience", "1 or more steps", self.patience)
@@ -214,77 +229,72 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """allow: names of what may differ from the checkpoint that a run resumes from: `data`, `classes`, keys of the
-    recipe such as `optim.lr`, or parts of it such as `optim`."""
+    """What may differ from the checkpoint that a run resumes from."""
 
     allow: tuple[str, ...] = ()
+    """Names such as data, classes, optim or optim.lr."""
 
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """How to run, not what to train: none of this changes the order of samples, and only `decoder` their pixels.
-
-    workers: DALI's threads a rank (0: this rank's share of the cores, on a GPU less two, which the loop and the
-    decoder's own threads need).
-    decoder: what turns files into pixels on a GPU: `cpu`, `gpu` (nvJPEG, whole images), `gpu-region` (nvJPEG, the crop
-    alone) or `gpu-hardware` (the GPU's JPEG engine as well; hardware_load is DALI's hw_decoder_load, a share of a
-    batch); `auto` is the fastest that is known to be correct with the installed versions, and `fasttrain doctor --gpu`
-    tries them all. The pixels of two decoders differ by less than one level of 255 on average.
-    compile: torch.compile, `auto` is on for CUDA; `graphs` also replays whole steps as CUDA graphs, on one GPU, where
-    the host cannot keep up with it; the memory that a step takes is then its own, and evaluation's comes on top.
-    align: fill up TResNet's widths to multiples of 8 by channels that stay 0, for tensor cores; the network's function
-    and its checkpoints stay the same; `auto` is on for a TResNet on a GPU in bf16 or fp16.
-    log_steps: steps between two log points; the host waits for the device there and, besides, only where a step is
-    recorded to be replayed. hash_batches: log a hash of every step's images, in
-    their order over all ranks, and wait for them. hang_timeout: seconds without progress after which a run on several
-    ranks ends and names the rank that is behind (0: never). tensorboard: write its files, where it is installed.
-    """
+    """How to run. None of this changes the order of the images, and only `decoder` changes their pixels slightly."""
 
     device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
     workers: int = 0
+    """DALI threads per rank; 0: this rank's share of the cores, on a GPU less two."""
     decoder: str = "auto"
+    """On a GPU: cpu, gpu (nvJPEG), gpu-region, gpu-hardware (JPEG engine), or auto, the fastest known to be safe."""
     hardware_load: float = 0.65
+    """Share of a batch that decoder=gpu-hardware gives to the JPEG engine."""
     compile: str = "auto"
+    """torch.compile: auto (on for CUDA), on, off, or graphs, which also replays steps as CUDA graphs on one GPU."""
     align: str = "auto"
+    """Pad TResNet's widths to multiples of 8: auto (on a GPU in bf16 or fp16), on, off. Checkpoints do not change."""
     log_steps: int = 20
+    """Steps between two log points, where the host waits for the device."""
     hash_batches: bool = False
+    """Log a hash of every step's images; slow."""
     hang_timeout: float = 1800.0
+    """Seconds without progress after which a run on several ranks ends and names the rank that is behind; 0: never."""
     tensorboard: bool = True
+    """Write TensorBoard files where TensorBoard is installed."""
 
     def __post_init__(self) -> None:
-        _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
+        _require(self.device in DEVICES, "device", _one_of(DEVICES), self.device)
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
-        _require(self.decoder in DECODERS, "decoder", f"one of {', '.join(DECODERS)}", self.decoder)
+        _require(self.decoder in DECODERS, "decoder", _one_of(DECODERS), self.decoder)
         _require(0 <= self.hardware_load <= 1, "hardware_load", "a share in [0, 1]", self.hardware_load)
         _require(self.align in ("auto", "on", "off"), "align", "auto, on or off", self.align)
-        modes = ("auto", "on", "off", "graphs")
-        _require(self.compile in modes, "compile", "auto, on, off or graphs", self.compile)
+        _require(self.compile in COMPILE_MODES, "compile", _one_of(COMPILE_MODES), self.compile)
         _require(self.log_steps >= 1, "log_steps", "1 or more", self.log_steps)
         _require(self.hang_timeout >= 0, "hang_timeout", "0 or more seconds", self.hang_timeout)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run.
-
-    batch_size is global: images a step over all ranks. Where a loss wants several views of each image, the network sees
-    that many rows an image; batch, learning rate and images a second go by images. images_per_class makes batches of
-    that many images of each of batch_size / images_per_class classes (0: images at random). micro_batch is images
-    whose rows a rank puts through the network at once (0: its whole share of the batch); a smaller one accumulates
-    gradients. precision `auto` is bf16 on a GPU that has it (fp16 on an older one) and fp32 on a CPU. zero_gamma starts
-    the last norm of each residual block at 0, in networks where timm does that; false starts all norms at 1.
-    """
+    """A whole run."""
 
     name: str
+    """Name of the recipe; the run's folder is runs/NAME."""
     arch: str
+    """Network, by timm's name."""
     image_size: int = 224
+    """Side of the square training images, in pixels."""
     batch_size: int = 128
+    """Images per step, over all ranks. With several views per image the network sees more rows."""
     images_per_class: int = 0
+    """Batches of so many images of each of batch_size / images_per_class classes; 0: images at random."""
     micro_batch: int = 0
+    """Images that a rank puts through the network at once; fewer than its share accumulate gradients; 0: its share."""
     epochs: int = 90
+    """Passes over the training images."""
     seed: int = 0
+    """Seed of the weights and of every random draw."""
     precision: str = "auto"
+    """auto (bf16 or fp16 on a GPU, fp32 on a CPU), bf16, fp16 or fp32."""
     zero_gamma: bool = True
+    """Start the last norm of each residual block at 0 where timm does so; false: start all norms at 1."""
     losses: tuple[Loss, ...] = ()
     init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -309,7 +319,7 @@ class Recipe:
         _require(self.micro_batch >= 0, "micro_batch", "0 or more", self.micro_batch)
         _require(self.epochs >= 1, "epochs", "1 or more", self.epochs)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
-        _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
+        _require(self.precision in PRECISIONS, "precision", _one_of(PRECISIONS), self.precision)
         names = [loss.name for loss in self.losses]
         classifies = any(loss.classifies for loss in self.losses)
         _require(classifies, "losses", "cross_entropy or another that trains the classifier, alone or not", names)
@@ -322,7 +332,7 @@ class Recipe:
                 share = self.mix.cutmix + self.mix.mixup
                 rule = f"below 1 together with mix.mixup: the loss {loss.name} takes images that are not mixed"
                 _require(share < 1, "mix.cutmix", rule, share)
-            if loss.averaged:
+            if loss.reads_ema:
                 _require(self.ema.decay > 0, "ema.decay", f"above 0 with the loss {loss.name}", self.ema.decay)
 
     @property
@@ -331,9 +341,9 @@ class Recipe:
         return max([1, *(loss.views for loss in self.losses)])
 
     @property
-    def aside(self) -> int:
-        """Further views, which are never mixed: the averaged network's, where a loss asks for it."""
-        return int(any(loss.averaged for loss in self.losses))
+    def ema_views(self) -> int:
+        """Further views, which are never mixed: the averaged network's, where a loss reads its logits."""
+        return int(any(loss.reads_ema for loss in self.losses))
 
     @property
     def peak_lr(self) -> float:

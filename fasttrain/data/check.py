@@ -24,8 +24,8 @@ from typing import NamedTuple
 from fasttrain.data.decode_check import CHUNK, CHUNK_BYTES, KINDS, SECONDS, Task, read, sniff
 from fasttrain.data.index import EXTENSIONS, is_split
 from fasttrain.data.process_pool import groups, in_processes
-from fasttrain.data.quarantine import read_json, write_aside
 from fasttrain.utils.errors import UserError
+from fasttrain.utils.files import atomic, read_json_object
 from fasttrain.utils.text import printable
 
 BAD = {"empty", "truncated", "corrupt", "crash", "dali-refuses", "not-an-image", "unsupported", "absurd-size"}
@@ -232,17 +232,18 @@ def _duplicates(group: Sequence[_File]) -> Iterator[Finding]:
 def require_writable(path: str | Path) -> None:
     """UserError unless a report can be written to `path` without losing anything but another report."""
     path = Path(path)
-    if os.path.lexists(path) and "fasttrain_check" not in read_json(path):
+    if os.path.lexists(path) and "fasttrain_check" not in read_json_object(path):
         raise UserError(f"{printable(path)} is there and is no report of a check; name another file")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {printable(path)}: No such file or directory")
 
 
 def write_report(report: Report, path: str | Path) -> None:
-    """Write the report as JSON, aside first. UserError where `path` holds anything but such a report, or on failure."""
+    """Write the report as JSON. UserError where `path` holds anything but such a report, or cannot be written."""
     path = Path(path)
     require_writable(path)
     try:
-        write_aside(path, report.to_json())
+        with atomic(path) as temporary:
+            temporary.write_text(report.to_json(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None

@@ -6,8 +6,6 @@ A class is a shape, a texture and a colour, such as `disc-stripes-red`. No two o
 import colorsys
 import itertools
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fasttrain.utils.errors import UserError
-from fasttrain.utils.files import read_json
+from fasttrain.utils.files import atomic_folder, read_json_object
 from fasttrain.utils.text import printable
 
 SHAPES, TEXTURES, COLOURS = ("cross", "disc", "triangle"), ("checks", "stripes"), ("blue", "red")
@@ -39,39 +37,26 @@ def make(folder: Path, seed: int = 0) -> bool:
     """
     stamp = {"fasttrain_demo": 1, "seed": seed}
     if folder.is_dir() and any(folder.iterdir()):
-        if _read_mark(folder / _MARK) == stamp:
+        if read_json_object(folder / _MARK) == stamp:
             return False
         raise UserError(f"{printable(folder)} is not empty and holds no demo set of seed {seed}; name another folder")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        aside.mkdir(parents=True)
-        for label, name in enumerate(CLASSES):
-            for split, first, count in (("train", 0, TRAIN_PER_CLASS), ("val", TRAIN_PER_CLASS, VAL_PER_CLASS)):
-                inside = aside / split / name
-                inside.mkdir(parents=True)
-                for number in range(first, first + count):
-                    rng = np.random.Generator(np.random.Philox(key=[seed, label], counter=[0, 0, 0, number]))
-                    picture = Image.fromarray(draw(name, rng))
-                    picture.save(inside / f"{number:03}.jpg", quality=int(rng.integers(75, 96)))
-        (aside / _MARK).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()  # it is empty
-        aside.rename(folder)
+        with atomic_folder(folder) as temporary:
+            for label, name in enumerate(CLASSES):
+                for split, first, count in (("train", 0, TRAIN_PER_CLASS), ("val", TRAIN_PER_CLASS, VAL_PER_CLASS)):
+                    class_folder = temporary / split / name
+                    class_folder.mkdir(parents=True)
+                    for number in range(first, first + count):
+                        rng = np.random.Generator(np.random.Philox(key=[seed, label], counter=[0, 0, 0, number]))
+                        picture = Image.fromarray(draw(name, rng))
+                        picture.save(class_folder / f"{number:03}.jpg", quality=int(rng.integers(75, 96)))
+            (temporary / _MARK).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
     except OSError as error:
         # Another process may have made the same set in the meantime.
-        if _read_mark(folder / _MARK) == stamp:
+        if read_json_object(folder / _MARK) == stamp:
             return False
         raise UserError(f"cannot make the demo set in {printable(folder)}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return True
-
-
-def _read_mark(path: Path) -> object:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
 
 
 def draw(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.utils.errors import UserError
+from fasttrain.utils.files import atomic
 from fasttrain.utils.text import printable
 
 if TYPE_CHECKING:  # config imports torch, and commands that only read files need not wait for that
@@ -314,8 +315,7 @@ def _store_sizes(cache: Path, sizes: NDArray[np.int32]) -> None:
     """Best effort: without a cache the next run reads the headers again."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        aside = cache.with_name(f"{cache.stem}.{os.getpid()}.npy")
-        np.save(aside, sizes)
-        os.replace(aside, cache)
+        with atomic(cache) as temporary:
+            np.save(temporary, sizes)
     except OSError:
         pass

@@ -6,6 +6,7 @@ nothing is ever written into a folder that holds anything else.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fasttrain.utils.errors import RunError, UserError
-from fasttrain.utils.files import opened, read_json
+from fasttrain.utils.files import atomic, opened, read_json_object
 from fasttrain.utils.text import printable
 
 _BLOCK = 4096  # bytes; what file systems commonly round a file's size up to
@@ -38,14 +39,14 @@ def finished(out: Path, mark: str, stamp: Mapping[str, object]) -> bool:
     """
     out = Path(os.path.realpath(out))
     partial = _beside(out, "partial")
-    if _read(out / mark) == stamp:
+    if read_json_object(out / mark) == stamp:
         return True
     what = "is there already and is not the set that was asked for"
     try:
         if _holds_more(out, set()):
             raise UserError(f"{printable(out)} {what}; name another --out")
         # A first run may have been stopped while it wrote the marker.
-        if _holds_more(partial, {mark, f"{mark}.part"}) and _read(partial / mark) != stamp:
+        if _holds_more(partial, {mark}) and read_json_object(partial / mark) != stamp:
             raise UserError(f"{printable(partial)} {what}; remove it or name another --out")
     except OSError as error:
         raise UserError(f"cannot read the folder {printable(error.filename)}: {error.strerror}") from None
@@ -95,7 +96,7 @@ def place(
     folders = sorted({(partial / each).parent for each in (*sources, *texts)})
     if any(os.path.realpath(folder) != str(folder) for folder in (partial, *folders)):
         raise UserError(f"{printable(partial)} is or holds a link to a folder; remove it or name another --out")
-    aside = partial / f".part-{os.getpid()}"
+    temporary = partial / f".part-{os.getpid()}"
     at = ""
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -107,24 +108,21 @@ def place(
             folder.mkdir(parents=True, exist_ok=True)
         for at, text in texts.items():
             _write(partial / at, text)
-        aside.unlink(missing_ok=True)  # of a killed process that had the same number
         bar = tqdm(todo, desc="linking" if link else "copying", unit="file", disable=None if progress else True)
         for at in bar:
-            try:
+            with atomic(partial / at, temporary=temporary) as copy:
                 if link:
-                    _hard_link(sources[at], aside)
+                    _hard_link(sources[at], copy)
                 else:
-                    shutil.copyfile(sources[at], aside)
-                os.replace(aside, partial / at)
-            finally:
-                aside.unlink(missing_ok=True)
-        for stale in partial.glob(".part-*"):
-            stale.unlink()
+                    shutil.copyfile(sources[at], copy)
+        stale = [path for path in partial.iterdir() if _is_temporary(path.name) or path.name.startswith(".part-")]
+        for path in stale:
+            path.unlink()
         os.rename(partial, out)  # fails, and changes nothing, where `out` has been filled in the meantime
         if _is_our_list(missing):
             missing.unlink()
     except OSError as error:
-        if _read(out / mark) == stamp:  # another process has made the same set in the meantime
+        if read_json_object(out / mark) == stamp:  # another process has made the same set in the meantime
             return 0
         raise RunError(
             f"cannot write {printable(partial / at)}: {error.strerror}; the same command goes on from there"
@@ -136,22 +134,21 @@ def _beside(out: Path, suffix: str) -> Path:
     return out.parent / f"{out.name}.{suffix}"
 
 
+def _is_temporary(name: str) -> bool:
+    """Whether it is the name of a file of `atomic`, left by a process that was killed."""
+    return re.fullmatch(r"\.\w+\.\d+\.json", name) is not None
+
+
 def _holds_more(folder: Path, than: set[str]) -> bool:
-    return os.path.lexists(folder) and (not folder.is_dir() or bool(set(os.listdir(folder)) - than))
-
-
-def _read(path: Path) -> object:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
+    """Whether there is something at `folder` that is not a folder with these names at most."""
+    if not folder.is_dir():
+        return os.path.lexists(folder)
+    return any(name not in than and not _is_temporary(name) for name in os.listdir(folder))
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.unlink(missing_ok=True)  # a link would be written through
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _stat_all(paths: list[str], progress: bool) -> dict[str, os.stat_result | None]:

@@ -8,33 +8,12 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from fasttrain.utils.errors import UserError
-from fasttrain.utils.files import read_json as read_any_json
+from fasttrain.utils.files import atomic, read_json_object
 from fasttrain.utils.text import printable
 
 _MANIFEST = "restore.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = read_any_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def quarantine(folder: str | Path, paths: Iterable[str], aside: str | Path) -> int:
@@ -132,7 +111,7 @@ def _moves(place: Path) -> dict[str, str] | None:
     """The moves of a quarantine: {path relative to it: absolute path before}, or None where there are none to read."""
     try:
         rows = [(os.fsdecode(bytes.fromhex(row["to_bytes"])), row["from_bytes"])
-                for row in read_json(place / _MANIFEST)["moves"]]  # fmt: skip
+                for row in read_json_object(place / _MANIFEST)["moves"]]  # fmt: skip
         moves = {to: os.fsdecode(bytes.fromhex(source)) for to, source in rows}
     except (KeyError, TypeError, ValueError):
         return None
@@ -163,7 +142,8 @@ def _write_moves(place: Path, moves: dict[str, str]) -> None:
          "to_bytes": os.fsencode(to).hex()}
         for to, source in moves.items()
     ]  # fmt: skip
-    write_aside(place / _MANIFEST, json.dumps({"moves": rows}, indent=1) + "\n")
+    with atomic(place / _MANIFEST, sync=True) as temporary:
+        temporary.write_text(json.dumps({"moves": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def _move(source: str, to: str) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, by which a scheduler takes a machine away: recorded, for a run to ask about."""
+"""SIGTERM and SIGUSR1, with which schedulers stop a process: recorded, for a run to ask about."""
 
 import signal
 import threading
@@ -6,31 +6,31 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-_noted = [""]
-_before: dict[int, Any] = {}
+_received = [""]
+_handlers_before: dict[int, Any] = {}
 
 
 def install() -> None:
-    """From now on these signals no longer end the process. Imports take seconds, and an exception out of a signal's
-    handler can be lost in one; so nothing is raised."""
-    if threading.current_thread() is threading.main_thread():  # signals reach no other
+    """From now on these signals are recorded and do not end the process. The handler raises nothing, because an
+    exception out of a handler can be lost, for example in an import."""
+    if threading.current_thread() is threading.main_thread():  # only this thread can set handlers
         for number in STOPPING:
-            before = signal.signal(number, _note)
-            _before.setdefault(number, before)
+            before = signal.signal(number, _record)
+            _handlers_before.setdefault(number, before)
 
 
-def _note(number: int, _: FrameType | None) -> None:
-    _noted[0] = signal.Signals(number).name
+def _record(number: int, _: FrameType | None) -> None:
+    _received[0] = signal.Signals(number).name
 
 
 def received() -> str:
-    """The name of the last one that came, or nothing."""
-    return _noted[0]
+    """The name of the last signal that was received, or an empty string."""
+    return _received[0]
 
 
 def restore() -> None:
-    """They do again what they did before, and none has come."""
-    _noted[0] = ""
+    """Restore the handlers from before `install`, and forget what was received."""
+    _received[0] = ""
     if threading.current_thread() is threading.main_thread():
-        for number in list(_before):
-            signal.signal(number, _before.pop(number))
+        for number in list(_handlers_before):
+            signal.signal(number, _handlers_before.pop(number))

@@ -1,4 +1,4 @@
-"""Noticing that a rank hangs, and saying which: the others wait for it in an exchange, where nothing else tells."""
+"""Notices that a rank hangs, and says which: the others wait for it in a collective, which does not say."""
 
 import json
 import os
@@ -13,47 +13,49 @@ import torch.distributed as dist
 from fasttrain.distributed.ranks import Ranks
 
 T = TypeVar("T")
-DOING = ("waiting for images", "training", "evaluating", "saving")  # in the order in which a step does them
-WAITING, TRAINING, EVALUATING, SAVING = range(len(DOING))
+ACTIVITIES = ("waiting for images", "training", "evaluating", "saving")  # in the order in which a step does them
+WAITING, TRAINING, EVALUATING, SAVING = range(len(ACTIVITIES))
 _KEY = "fasttrain/watch"
 
 
 class Beat(NamedTuple):
-    """What a rank tells the others: where it is, a number that grows while its process lives, and one that grows as it
-    makes progress."""
+    """What a rank reports: its step and activity, a number that grows while its process lives, and the number of times
+    that it made progress."""
 
     step: int
-    doing: int
+    activity: int
     number: int
     calls: int
 
 
 class Watch:
-    """While it is open, a thread tells the other ranks where this one is. When `at` has not been called for `timeout`
-    seconds, and no other rank makes progress either, one of the ranks says who is behind; then every rank's process
-    ends, with status 1. With one rank, or a timeout of 0, it does nothing."""
+    """While this context is open, a thread reports to the other ranks where this one is.
+
+    If no rank makes progress for `timeout` seconds, one of them prints which rank is behind, and every rank's process
+    ends with status 1. With one rank, or a timeout of 0, it does nothing.
+    """
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
         self.ranks, self.timeout = ranks, timeout
-        self.place = (0, WAITING)
+        self.position = (0, WAITING)
         self.calls = 0
         self.ended = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def at(self, step: int, doing: int) -> None:
-        """Progress: this rank begins `doing` (one of `DOING`) in a step, which counts from 0."""
-        self.place = (step, doing)
+    def at(self, step: int, activity: int) -> None:
+        """Report progress: this rank begins an activity (an index of `ACTIVITIES`) of a step, counted from 0."""
+        self.position = (step, activity)
         self.calls += 1
 
-    def each(self, step: int, doing: int, items: Iterable[T]) -> Iterator[T]:
-        """The items, with progress at each."""
+    def each(self, step: int, activity: int, items: Iterable[T]) -> Iterator[T]:
+        """The items; reports progress at each."""
         for item in items:
-            self.at(step, doing)
+            self.at(step, activity)
             yield item
 
     def __enter__(self) -> "Watch":
         if self.ranks.world > 1 and self.timeout:
-            # A connection of its own: on the group's one the main thread may be waiting.
+            # A connection of its own: the main thread may be waiting on the group's.
             self.store = dist.distributed_c10d._get_default_store().clone()
             self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self.thread.start()
@@ -70,26 +72,26 @@ class Watch:
         try:
             while not self.ended.wait(interval):
                 number += 1
-                self._tell(number)
+                self._report(number)
                 if self.calls != seen:
                     seen, since = self.calls, time.monotonic()
                 elif time.monotonic() - since > self.timeout:
                     number = self._end(interval, number)
                     since = time.monotonic()
-        except RuntimeError:  # the store is gone, and with it the ranks' launcher, which ends them
+        except RuntimeError:  # the store is gone, and the launcher ends the ranks
             return
 
-    def _tell(self, number: int) -> None:
-        self.store.set(f"{_KEY}/{self.ranks.rank}", json.dumps([*self.place, number, self.calls]))
+    def _report(self, number: int) -> None:
+        self.store.set(f"{_KEY}/{self.ranks.rank}", json.dumps([*self.position, number, self.calls]))
 
     def _end(self, interval: float, number: int) -> int:
-        """Ends the process, unless a rank makes progress meanwhile; gives the number told last."""
+        """End the process, unless a rank makes progress meanwhile. Returns the last number reported."""
         before = self._beats()
-        for _ in range(3):  # long enough for another rank that lives to tell so
+        for _ in range(3):  # long enough for other ranks to report that they live
             if self.ended.wait(interval):
                 return number
             number += 1
-            self._tell(number)
+            self._report(number)
         after = self._beats()
         if any(rank in before and beat.calls != before[rank].calls for rank, beat in after.items()):
             return number
@@ -97,32 +99,35 @@ class Watch:
             silent = [rank for rank, beat in after.items() if beat == before.get(rank)]
             line = verdict(after, silent, self.ranks.world, self.timeout)
             print(f"fasttrain: {line}", file=sys.stderr, flush=True)
-        # The main thread may never come back from where it is.
+        # The main thread may never return from where it is.
         os._exit(1)
 
     def _beats(self) -> dict[int, Beat]:
-        """What each rank that has told anything told last."""
-        found: dict[int, Any] = {}
+        """The last report of each rank that has made one."""
+        beats: dict[int, Any] = {}
         for rank in range(self.ranks.world):
             if self.store.check([f"{_KEY}/{rank}"]):
-                found[rank] = Beat(*json.loads(self.store.get(f"{_KEY}/{rank}")))
-        return found
+                beats[rank] = Beat(*json.loads(self.store.get(f"{_KEY}/{rank}")))
+        return beats
 
 
 def verdict(beats: dict[int, Beat], silent: list[int], world: int, timeout: float) -> str:
-    """Which ranks hold a run up, as a line. silent: ranks whose process gives no sign any more."""
+    """Which ranks hold up a run, as one line. silent: ranks whose process no longer reports."""
     missing = sorted({*range(world)} - beats.keys() | {*silent})
-    places = {rank: beat[:2] for rank, beat in beats.items()}
-    first, last = min(places.values(), default=(0, 0)), max(places.values(), default=(0, 0))
-    behind = missing or ([rank for rank, place in places.items() if place == first] if first != last else [])
-    goes_on = "the same command goes on from the last checkpoint"
+    positions = {rank: beat[:2] for rank, beat in beats.items()}
+    first, last = min(positions.values(), default=(0, 0)), max(positions.values(), default=(0, 0))
+    lagging = [rank for rank, position in positions.items() if position == first] if first != last else []
+    behind = missing or lagging
+    resumes = "the same command resumes from the last checkpoint"
     if not behind:
-        where = f"{DOING[first[1]]} at step {first[0] + 1}"
-        return f"no progress for {timeout:g} s: all {world} ranks are {where}, and none is behind; {goes_on}"
-    told = ", ".join(f"rank {rank}" for rank in behind[:8]) + (", …" if behind[8:] else "")
+        where = f"{ACTIVITIES[first[1]]} at step {first[0] + 1}"
+        return f"no progress for {timeout:g} s: all {world} ranks are {where}, and none is behind; {resumes}"
+    names = ", ".join(f"rank {rank}" for rank in behind[:8]) + (", …" if behind[8:] else "")
     if missing:
-        how = "gives no sign of life" if len(behind) == 1 else "give no sign of life"
+        status = "does not respond" if len(behind) == 1 else "do not respond"
     else:
-        how = f"{'is' if len(behind) == 1 else 'are'} still {DOING[first[1]]} at step {first[0] + 1}"
-    others = f"the others are {DOING[last[1]]} at step {last[0] + 1}"
-    return f"no progress for {timeout:g} s: {told} {how}, while {others}; look at that process and machine; {goes_on}"
+        status = f"{'is' if len(behind) == 1 else 'are'} still {ACTIVITIES[first[1]]} at step {first[0] + 1}"
+    others = f"the others are {ACTIVITIES[last[1]]} at step {last[0] + 1}"
+    return (
+        f"no progress for {timeout:g} s: {names} {status}, while {others}; look at that process and machine; {resumes}"
+    )

@@ -16,7 +16,7 @@ def matrix(labels: NDArray[np.int64], named: NDArray[np.int64], classes: int) ->
     return np.bincount(labels * classes + named, minlength=classes**2).reshape(classes, classes)
 
 
-def told(counts: NDArray[np.int64], classes: Sequence[str], most: int = 5) -> str:
+def summary(counts: NDArray[np.int64], classes: Sequence[str], most: int = 5) -> str:
     """The classes with the lowest share of right answers and the pairs most often confused, as text."""
     images = counts.sum(1)
     right = np.where(images > 0, counts.diagonal() / np.maximum(images, 1), 2.0)

@@ -52,8 +52,8 @@ class Scores(NamedTuple):
     images: int
     not_finite: int = 0
 
-    def told(self) -> dict[str, Any]:
-        """As the log and checkpoints have it: not_finite only where there is something to say."""
+    def to_dict(self) -> dict[str, Any]:
+        """As the log and checkpoints store them; not_finite only where it is above 0."""
         return {name: each for name, each in self._asdict().items() if each or name != "not_finite"}
 
 

@@ -14,17 +14,21 @@ from fasttrain.losses.base import Batch, Loss, Output, Term, over_both_labels
 
 @dataclass(frozen=True)
 class ArcFace(Loss):
-    """Mean over the batch of λ·L(a) + (1−λ)·L(b), where L is cross entropy (without smoothing) of scale·cosine, the
-    right class's cos θ replaced by cos(θ + margin_rad).
+    """Cross entropy over scaled cosines, with an angular margin on the right class.
 
-    Where θ + margin exceeds π, which would make the cosine rise again, it is cos θ − margin·sin(margin) instead. The
-    cosines come from the network's own bias-free head, which is used in training only. Gradients stay finite at
-    cos θ = ±1. Computed in float32. Deng et al. 2019 (arXiv 1801.07698), section 2; DeepBlueAI report, section II-B.
+    Mean over the batch of λ·L(a) + (1−λ)·L(b), where L is cross entropy (without smoothing) of scale·cosine, and the
+    right class's cos θ is replaced by cos(θ + margin_rad). Where θ + margin exceeds π, the cosine would rise again and
+    cos θ − margin·sin(margin) is used. The cosines come from a head without bias that exists in training only.
+    Gradients are finite at cos θ = ±1. Computed in float32. Deng et al. 2019 (arXiv 1801.07698), section 2; DeepBlueAI
+    report, section II-B.
     """
 
     scale: float = 30.0
+    """Factor of the cosines; above 0."""
     margin_rad: float = 0.5
+    """Angular margin in radians, in [0, π)."""
     weight: float = 1.0
+    """Factor of this loss."""
 
     name: ClassVar[str] = "arcface"
     classifies: ClassVar[bool] = False

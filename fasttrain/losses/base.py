@@ -1,4 +1,4 @@
-"""What flows between the parts: a Batch into the losses, an Output out of the network, and what a loss is."""
+"""What flows into and out of the losses: Batch, Output and Term; and the Loss protocol itself."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,33 +11,39 @@ from torch import Tensor
 class Batch(NamedTuple):
     """One rank's micro-batch as the network sees it: B rows, after the mix.
 
-    labels: int64 [B], each row's own class; labels_mixed: int64 [B], the class of what was mixed in.
-    lam: float32 [B], the share of `labels` in the row (1 where nothing was mixed in).
-    mixed: whether this step mixes at all. It is known on the host before the step, so a loss can leave itself out
-    without asking the device.
-    teacher_logits: [B, K], what the teacher says of the same rows, where a loss asks for a teacher.
-    views: the rows are so many augmented views of B / views images: first view 0 of each, then view 1 of each …
-    averaged_probs: float32 [B, K], what the averaged network says of another view of each row's image, mixed as the
-    rows are, where a loss asks for it.
-    epoch: epochs done before this step, with fractions. progress: the share of the run's steps done before it, in
-    [0, 1). Both are numbers of the host, or float32 scalars on the device.
+    labels: int64 [B], each row's own class.
+    labels_mixed: int64 [B], the class of the image that was mixed in.
+    lam: float32 [B], the share of `labels` in each row (1 where nothing was mixed in).
+    mixed: whether this step mixes at all. The host knows it before the step, so a loss can skip a step without waiting
+    for the device.
+    partner: int64 or int32 [B], the row that was mixed into each row.
+    views: rows are `views` augmented views of B / views images: view 0 of each image, then view 1 of each, and so on.
+    teacher_logits: [B, K], a teacher's logits for the same rows, where a loss names a teacher (`Loss.teacher_run`).
+    ema_logits: [B / views, K], the averaged network's logits for another view of each image, which is never mixed,
+    where a loss reads them (`Loss.reads_ema`).
+    epoch: epochs done before this step, as a fraction. progress: the share of the run done before this step, in [0, 1).
+    Both are Python numbers, or float32 scalars on the device.
     """
 
     labels: Tensor
     labels_mixed: Tensor
     lam: Tensor
     mixed: bool
-    teacher_logits: Tensor | None = None
+    partner: Tensor | None = None
     views: int = 1
-    averaged_probs: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    ema_logits: Tensor | None = None
     epoch: float | Tensor = 0.0
     progress: float | Tensor = 0.0
 
 
 class Output(NamedTuple):
-    """What a network gives, in the autocast dtype: logits [B, K] and pooled, pre-classifier features [B, D]; and in
-    training only, in float32, from a cosine head cosine [B, K], of the angle to each class's weight, and from a
-    projection head embedding [B, E], of length 1."""
+    """What a network returns.
+
+    logits: [B, K]. features: [B, D], the pooled features that enter the classifier. Both are in the autocast dtype.
+    cosine: float32 [B, K], the cosines of a cosine head. embedding: float32 [B, E], unit vectors of a projection head.
+    Both heads exist in training only.
+    """
 
     logits: Tensor
     features: Tensor
@@ -46,60 +52,73 @@ class Output(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What a loss gives for a batch. loss: scalar float32, already weighted. stats: scalars by name, detached and on
-    the device, to be logged beside it."""
+    """The value of a loss for a batch. loss: float32 scalar, already weighted. stats: scalars to log, by name, detached
+    and on the device."""
 
     loss: Tensor
     stats: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Loss(Protocol):
-    """A frozen dataclass: its fields are its settings, and calling it gives its Term, or None for a batch for which
-    it has none.
+    """A loss is a frozen dataclass: its fields are its settings, and calling it returns its Term.
 
-    name: in recipes and logs. classifies: it trains the classifier. fine_tunes: it does not converge from random
-    weights. cosine_head: it reads `Output.cosine`; projection_head: `Output.embedding`. views: how many of each image
-    it needs; averaged: it reads `Batch.averaged_probs`. unmixed: it has no term where a step mixes. groups: it needs
-    several images of each class in a batch. stats: names of the Term's.
+    The class attributes say what a loss needs; the rest of the code reads nothing else, so a new loss is one new file.
     """
 
     name: ClassVar[str]
+    """In recipes and logs."""
     classifies: ClassVar[bool] = True
+    """It trains the classifier. A recipe needs one such loss."""
     fine_tunes: ClassVar[bool] = False
+    """It does not converge from random weights."""
     cosine_head: ClassVar[bool] = False
+    """It reads `Output.cosine`."""
     projection_head: ClassVar[bool] = False
+    """It reads `Output.embedding`."""
     views: ClassVar[int] = 1
-    averaged: ClassVar[bool] = False
+    """Augmented views of each image that it needs."""
+    reads_ema: ClassVar[bool] = False
+    """It reads `Batch.ema_logits`, so weights must be averaged (ema.decay)."""
     unmixed: ClassVar[bool] = False
+    """It returns no term for a step that mixes images."""
     groups: ClassVar[bool] = False
+    """It needs several images of each class in a batch (images_per_class)."""
     stats: ClassVar[tuple[str, ...]] = ()
+    """Names of `Term.stats`."""
 
     @property
     def weight(self) -> float:
-        """What it is multiplied by in the sum of a recipe's losses."""
+        """Its factor in the sum of a recipe's losses."""
         ...
 
-    def __call__(self, output: Output, batch: Batch) -> Term | None: ...
+    def __call__(self, output: Output, batch: Batch) -> Term | None:
+        """The loss of a batch; None if it does not apply to this batch."""
+        ...
+
+    def teacher_run(self) -> str | None:
+        """The run or checkpoint whose frozen network gives `Batch.teacher_logits`; None for a loss without a teacher.
+        Raises UserError if it must be set and is not."""
+        return None
 
     def collapsed(self, losses: list[float]) -> bool:
-        """Whether an epoch's logged means of this loss say that the network has stopped telling images apart."""
+        """Whether an epoch's logged means of this loss show that all images have become alike to the network."""
         return False
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision as float32, anything else as it is: what losses compute in."""
+    """Half precision as float32; other dtypes as they are. Losses compute in float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def over_both_labels(against: "LabelFn", batch: Batch) -> Tensor:
-    """λ·L(own label) + (1−λ)·L(label mixed in) for each row, [B]; without the second where the step does not mix."""
-    loss = against(batch.labels)
+def over_both_labels(label_fn: "LabelFn", batch: Batch) -> Tensor:
+    """λ·L(own label) + (1−λ)·L(label mixed in) for each row, [B]. A step that does not mix skips the second term."""
+    loss = label_fn(batch.labels)
     if not batch.mixed:
         return loss
-    return torch.lerp(against(batch.labels_mixed), loss, batch.lam.to(loss.dtype))
+    return torch.lerp(label_fn(batch.labels_mixed), loss, batch.lam.to(loss.dtype))
 
 
 class LabelFn(Protocol):
-    """Something of each row and its label, int64 [B], as [B]: a loss, or what it takes of the label."""
+    """Maps each row's label, int64 [B], to a value per row, [B]."""
 
     def __call__(self, labels: Tensor, /) -> Tensor: ...

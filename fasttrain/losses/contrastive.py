@@ -1,4 +1,4 @@
-"""Contrastive regularisation: two views of an image shall be nearer to each other than to other images."""
+"""Contrastive regularization: two views of an image should be nearer to each other than to other images."""
 
 import math
 from dataclasses import dataclass
@@ -8,36 +8,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.distributed.ranks import gather_rows, rank_of_world
+from fasttrain.distributed.collectives import gather_rows, rank_of_world
 from fasttrain.losses.base import Batch, Loss, Output, Term, at_least_float32
 
 
 @dataclass(frozen=True)
 class Contrastive(Loss):
-    """Mean over all rows as anchors of −ln(exp(s⁺/τ) / Σ exp(s/τ)): s are the cosines of the anchor's embedding with
-    those of all other rows, s⁺ that with the other view of the same image, τ the temperature.
+    """InfoNCE (NT-Xent) between two views of each image, over the global batch; steps that mix images have none.
 
-    Of N images in two views each, an anchor has one positive and 2N − 2 negatives; mask_same_class leaves other images
-    of its class out of them. Each rank's rows are anchors and those of all ranks are candidates; loss and gradients,
-    once averaged over the ranks as DDP does, are those of one process with the global batch. On a step that mixes
-    images there is no term: a mixed image has no one identity. decay="cosine": the weight falls from its value to 0
-    over the run, along half a cosine. Computed in float32, whatever autocast says.
+    Mean of −ln(exp(s⁺/τ) / Σ exp(s/τ)) over all rows as anchors: s are the cosines of the anchor's embedding with those
+    of all other rows, s⁺ is the cosine with the other view of the same image, τ is the temperature. With N images in
+    two views an anchor has one positive and 2N − 2 negatives. Each rank's rows are anchors; the candidates are those of
+    all ranks. Averaged over the ranks, as DDP does, loss and gradients are those of one process with the global batch.
+    A mixed image is not one image, so a step that mixes has no term. Computed in float32, also under autocast.
 
-    The symmetric InfoNCE (NT-Xent) of Chen et al. 2020 (arXiv 2002.05709), section 2.1. Attract-and-Repulse (arXiv
-    2206.06168) has such a term; its constants are not known to us, and these are our own.
+    Chen et al. 2020 (arXiv 2002.05709), section 2.1. Attract-and-Repulse (arXiv 2206.06168) has such a term; its
+    constants are not public, and these are our own.
     """
 
     temperature: float = 0.2
+    """Temperature τ; above 0."""
     weight: float = 0.5
+    """Factor of this loss."""
     decay: str = "none"
+    """The weight over the run: none (constant) or cosine (falls to 0 along half a cosine)."""
     mask_same_class: bool = False
+    """Leave other images of the anchor's class out of its negatives."""
 
     name: ClassVar[str] = "contrastive"
     classifies: ClassVar[bool] = False
     unmixed: ClassVar[bool] = True
     projection_head: ClassVar[bool] = True
     views: ClassVar[int] = 2
-    # The mean cosine with the positive, and the share of anchors that are nearer to it than to any negative.
+    # Mean cosine with the positive; share of anchors that are nearer to it than to any negative.
     stats: ClassVar[tuple[str, ...]] = ("positive", "accuracy")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Mean teacher: the network shall say what its own averaged weights say of another view of the same image."""
+"""Mean teacher: the network should agree with its own averaged weights about another view of the same image."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,38 +7,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain.losses.base import Batch, Loss, Output, Term
+from fasttrain.losses.base import Batch, Loss, Output, Term, at_least_float32
 from fasttrain.losses.cross_entropy import log_probs
 
 
 @dataclass(frozen=True)
 class MeanTeacher(Loss):
-    """Mean over the batch of KL(target ‖ softmax(logits)), where the target is `Batch.averaged_probs`: without
-    gradient, and mixed as the rows are. A probability of 0 in it adds nothing.
+    """KL divergence from the averaged network's answers to another view of each image.
 
-    The weight is ramped up over the first ramp_epochs, as weight·exp(−5(1−x)²) with x the share of them that is done;
-    with ramp_epochs=0 it is there at once. Computed in float32 (in float64 for float64 logits). Tarvainen & Valpola
-    2017 (arXiv 1703.01780), whose consistency is the squared difference, with KL as their alternative; weight and ramp
-    are our own for "attract_repulse".
+    Mean over the batch of KL(target ‖ softmax(logits)). The target is the softmax of `Batch.ema_logits`, without
+    gradient, mixed as the rows are (see `mixed_targets`). A probability of 0 in it adds nothing.
+
+    Over the first ramp_epochs the weight rises as weight·exp(−5(1−x)²), x being the share of them that is done.
+    Computed in float32 (in float64 for float64 logits). Tarvainen & Valpola 2017 (arXiv 1703.01780) use the squared
+    difference, with KL as their alternative. The weight and the ramp are our own, for "attract_repulse".
     """
 
     weight: float = 1.0
+    """Factor of this loss."""
     ramp_epochs: float = 5.0
+    """Epochs over which the weight rises; 0: no ramp."""
 
     name: ClassVar[str] = "mean_teacher"
     classifies: ClassVar[bool] = False
-    averaged: ClassVar[bool] = True
+    reads_ema: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.ramp_epochs >= 0:
             raise ValueError(f"ramp_epochs must be 0 or more, not {self.ramp_epochs}")
 
     def __call__(self, output: Output, batch: Batch) -> Term:
-        if batch.averaged_probs is None:
-            raise ValueError("MeanTeacher needs the averaged network's probabilities")
-        known = log_probs(output.logits)
-        target = batch.averaged_probs.detach().to(known.dtype)
-        return Term(self._weight_at(batch.epoch) * F.kl_div(known, target, reduction="batchmean"))
+        if batch.ema_logits is None or batch.partner is None:
+            raise ValueError("MeanTeacher needs the averaged network's logits and the rows' partners")
+        with torch.no_grad():
+            probs = at_least_float32(batch.ema_logits).softmax(1)
+            target = mixed_targets(probs, batch.partner, batch.lam, batch.views)
+        student = log_probs(output.logits)
+        divergence = F.kl_div(student, target.to(student.dtype), reduction="batchmean")
+        return Term(self._weight_at(batch.epoch) * divergence)
 
     def _weight_at(self, epoch: float | Tensor) -> float | Tensor:
         if not self.ramp_epochs:
@@ -48,10 +54,10 @@ class MeanTeacher(Loss):
 
 
 def mixed_targets(probs: Tensor, partner: Tensor, lam: Tensor, views: int) -> Tensor:
-    """`Batch.averaged_probs` [V·N, K] of N images in V views: λ·p(own image) + (1−λ)·p(image mixed in).
+    """Targets [V·N, K] for the rows of N images in V views: λ·p(own image) + (1−λ)·p(image mixed in).
 
-    probs: [N, K], of the images. partner: int32 or int64 [V·N], the row that each row has mixed in; rows are view 0 of
-    each image, then view 1 of each … lam: [V·N], the own image's share.
+    probs: [N, K], of the images. partner: int32 or int64 [V·N], the row that was mixed into each row; rows are view 0
+    of each image, then view 1 of each, and so on. lam: [V·N], the share of the row's own image.
     """
     own, other = probs.repeat(views, 1), probs[partner % len(probs)]
     return lam[:, None] * own + (1 - lam[:, None]) * other

@@ -1,4 +1,4 @@
-"""Symmetric cross entropy: cross entropy, and the same with labels and predictions in each other's place."""
+"""Symmetric cross entropy: cross entropy plus its reverse, with labels and predictions swapped."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,19 +9,24 @@ from fasttrain.losses.cross_entropy import against_soft
 
 @dataclass(frozen=True)
 class SymmetricCrossEntropy(Loss):
-    """Mean over the batch of λ·L(a) + (1−λ)·L(b), where L = alpha·CE + beta·RCE.
+    """Cross entropy plus its reverse, which is bounded, so that wrong labels weigh less.
 
-    CE is that of `CrossEntropy`, with its smoothing. The reverse, RCE = −Σ_k p_k·max(ln q_k, floor), has the network's
-    probabilities p as the target of the label q, which is one-hot: ln 0 becomes the floor, and RCE = −floor·(1 − p_y).
-    It is bounded, so a label that is hard to learn asks for less. Computed in float32 (in float64 for float64 logits).
-    Wang et al. 2019 (arXiv 1908.06112), whose A is the floor; alpha, beta and floor are our own for "attract_repulse".
+    Mean over the batch of λ·L(a) + (1−λ)·L(b), where L = alpha·CE + beta·RCE. CE is `CrossEntropy`. RCE =
+    −Σ_k p_k·max(ln q_k, floor) swaps the network's probabilities p and the one-hot label q: ln 0 becomes the floor, so
+    RCE = −floor·(1 − p_y). Computed in float32 (in float64 for float64 logits). Wang et al. 2019 (arXiv 1908.06112)
+    call the floor A; alpha, beta and floor are our own, for "attract_repulse".
     """
 
     alpha: float = 1.0
+    """Factor of the cross entropy."""
     beta: float = 0.1
+    """Factor of the reverse cross entropy."""
     floor: float = -4.0
+    """Value for ln 0 in the reverse; below 0."""
     smoothing: float = 0.0
+    """Label smoothing of the cross entropy, in [0, 1)."""
     weight: float = 1.0
+    """Factor of this loss."""
 
     name: ClassVar[str] = "symmetric_cross_entropy"
 
@@ -30,7 +35,7 @@ class SymmetricCrossEntropy(Loss):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key} must be 0 or more, not {getattr(self, key)}")
         if not self.alpha + self.beta > 0:
-            raise ValueError("alpha must be above 0 where beta is 0")
+            raise ValueError("alpha must be above 0 if beta is 0")
         if not self.floor < 0:
             raise ValueError(f"floor must be below 0, not {self.floor}")
         if not 0 <= self.smoothing < 1:

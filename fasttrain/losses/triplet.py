@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fasttrain.distributed.ranks import gather_rows, rank_of_world, total
+from fasttrain.distributed.collectives import gather_rows, rank_of_world, total
 from fasttrain.kernels.triplet import batch_hard_triplet
 from fasttrain.losses.base import Batch, Loss, Output, Term
 
@@ -13,18 +13,22 @@ _STUCK = 0.02  # share of the margin within which a loss counts as stuck at it
 
 @dataclass(frozen=True)
 class Triplet(Loss):
-    """Mean over the anchors that have a positive and a negative of max(0, margin + d⁺ − d⁻), d⁺ the distance to the
-    farthest image of the same class and d⁻ that to the nearest of another; with soft_margin of ln(1 + exp(d⁺ − d⁻)).
+    """Batch-hard triplet loss over the whole global batch; steps that mix images have none.
 
-    Distances are Euclidean, between features as they enter the classifier, not normalised. Each rank's images are
-    anchors and those of all ranks are candidates; loss and gradients, once averaged over the ranks as DDP does, are
-    those of one process with the global batch. On a step that mixes images there is no term: a mixed image has no one
-    identity. Hermans et al. 2017 (arXiv 1703.07737); mining is `fasttrain.kernels.triplet`.
+    Mean of max(0, margin + d⁺ − d⁻) over the anchors that have a positive and a negative: d⁺ is the distance to the
+    farthest image of the same class, d⁻ the distance to the nearest image of another class. Distances are Euclidean,
+    between the features that enter the classifier, not normalized. Each rank's images are anchors; the candidates are
+    those of all ranks. Averaged over the ranks, as DDP does, loss and gradients are those of one process with the
+    global batch. A mixed image has no single class, so a step that mixes has no term. Hermans et al. 2017 (arXiv
+    1703.07737); `fasttrain.kernels.triplet` does the mining.
     """
 
     margin: float = 0.3
+    """Margin between d⁻ and d⁺; 0 or more."""
     soft_margin: bool = False
+    """Use ln(1 + exp(d⁺ − d⁻)) instead of the margin."""
     weight: float = 1.0
+    """Factor of this loss."""
 
     name: ClassVar[str] = "triplet"
     classifies: ClassVar[bool] = False
@@ -50,7 +54,7 @@ class Triplet(Loss):
             self_offset=rank * len(features),
             margin=None if self.soft_margin else self.margin,
         )
-        # DDP takes the mean over ranks; anchors without a pair may be unequally many on them.
+        # DDP averages over the ranks, which may have different numbers of valid anchors.
         valid = mined.valid.to(mined.loss.dtype)
         share = world * valid / total(valid).clamp(min=1)
         stats = {
@@ -61,6 +65,6 @@ class Triplet(Loss):
         return Term(self.weight * share * mined.loss, stats)
 
     def collapsed(self, losses: list[float]) -> bool:
-        """All features in one point: every distance is 0, and the loss stays where that puts it."""
+        """All features have become one point: every distance is 0, so the loss stays at the margin."""
         stuck = self.weight * (math.log(2) if self.soft_margin else self.margin)
-        return bool(losses) and stuck > 0 and all(abs(each - stuck) <= _STUCK * stuck for each in losses)
+        return bool(losses) and stuck > 0 and all(abs(loss - stuck) <= _STUCK * stuck for loss in losses)

@@ -1,20 +1,18 @@
-"""Networks: timm's, from random weights only, with the features in front of the classifier made visible."""
+"""Networks: timm's, from random weights only, as classifiers that also return their features."""
 
 import difflib
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import timm
 import torch
 from timm.models.tresnet import TResNet
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fasttrain.config.schema import Recipe
-from fasttrain.losses.base import Output, at_least_float32
+from fasttrain.losses.base import Output
 from fasttrain.models.aligned import align
 from fasttrain.models.channels_last import use_channels_last_forms
+from fasttrain.models.heads import CosineHead, ProjectionHead, tie
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -35,14 +33,14 @@ ARCHS = {
 
 
 class Classifier(nn.Module):
-    """A timm network of K classes. Takes images [B, 3, H, W]; gives Output(logits [B, K], features [B, D]), where
-    the features are the pooled ones that enter the classifier (after its dropout, where the network has one).
+    """A timm network with K classes. Takes images [B, 3, H, W] and returns Output(logits [B, K], features [B, D]): the
+    pooled features that enter the classifier (after its dropout, where the network has one).
 
-    cosine_head: also gives, in training mode, `Output.cosine` [B, K] from a second head without a bias.
-    projection_head: also gives, in training mode, `Output.embedding` [B, E]; its weights have a gradient, of zeros, in
-    a step where no loss reads that.
-    zero_gamma=False: norms that timm starts at 0 start at 1. aligned: a TResNet's widths are filled up to multiples
-    of 8 (see `models.aligned`), which changes nothing else. Raises UserError for a network that timm cannot make.
+    cosine_head: in training mode, also return `Output.cosine` [B, K] from a second head without bias. projection_head:
+    in training mode, also return `Output.embedding` [B, E]; in a step where no loss reads it, its weights get a
+    gradient of zeros. zero_gamma=False: norms that timm starts at 0 start at 1. aligned: pad a TResNet's widths to
+    multiples of 8 (see `models.aligned`), which changes nothing else. Raises UserError for a network that timm cannot
+    make.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class Classifier(nn.Module):
         if aligned and isinstance(self.backbone, TResNet):
             align(self.backbone)
         use_channels_last_forms(self.backbone)
-        # Heads come last, so that the other weights of a seed are the same with and without them.
+        # Heads come last, so that a seed gives the same other weights with and without them.
         self.cosine = CosineHead(classifier.in_features, classes) if cosine_head else None
         self.projection = ProjectionHead(classifier.in_features) if projection_head else None
 
@@ -102,7 +100,7 @@ class Classifier(nn.Module):
         cosine = self.cosine(features) if self.cosine else None
         embedding = None
         if self.projection:
-            logits, embedding = _Tied.apply(logits, self.projection(features))
+            logits, embedding = tie(logits, self.projection(features))
         return Output(logits, features, cosine, embedding)
 
 
@@ -110,74 +108,20 @@ _SMALLER = "choose another --image-size, --batch-size or micro_batch"
 
 
 def build_on_meta(recipe: Recipe, classes: int) -> Classifier:
-    """The network that a recipe trains, without values: it costs no memory."""
+    """The network that a recipe trains, on the meta device: without values, it takes no memory."""
     with torch.device("meta"):
         return Classifier.of(recipe, classes)
 
 
 def check_input_shape(model: Classifier, arch: str, rows: int, size: int, advice: str = _SMALLER) -> Output:
-    """What a network of `build_on_meta` gives in training for `rows` images of size x size. UserError, with that
-    advice, where it does not take them."""
+    """The output of a network of `build_on_meta` in training for `rows` images of size x size. Raises UserError, with
+    this advice, where the network does not take them."""
     try:
         return model.train()(torch.empty(rows, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         gist = printable(" ".join(str(error).split())[:200])
         images = "one image" if rows == 1 else f"{rows} images"
         raise UserError(f"{arch} does not take {images} of {size} x {size} pixels at once ({gist}); {advice}") from None
-
-
-# How the names of the tensors of heads begin that only training needs.
-TRAINING_HEADS = ("cosine.", "projection.")
-
-
-class CosineHead(nn.Module):
-    """Cosines [B, K], in float32 whatever autocast says, of the angles between features [B, D] and K weights."""
-
-    def __init__(self, features: int, classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, features))
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, features: Tensor) -> Tensor:
-        with _no_autocast(features):
-            directions = F.normalize(at_least_float32(features), eps=1e-6)
-            return F.linear(directions, F.normalize(self.weight, eps=1e-6)).clamp(-1, 1)
-
-
-class ProjectionHead(nn.Module):
-    """Embeddings [B, dimensions] of length 1 (0 where the projection is), in float32 whatever autocast says, of
-    features [B, D]: two linear layers, D wide in between, with a ReLU (Chen et al. 2020, arXiv 2002.05709)."""
-
-    def __init__(self, features: int, dimensions: int = 128) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(features, features)
-        self.out = nn.Linear(features, dimensions)
-
-    def forward(self, features: Tensor) -> Tensor:
-        projected = self.out(F.relu(self.hidden(features)))
-        with _no_autocast(features):
-            return F.normalize(at_least_float32(projected), eps=1e-6)
-
-
-def _no_autocast(values: Tensor) -> AbstractContextManager[object]:
-    """The meta device has no autocast to switch off."""
-    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
-
-
-class _Tied(torch.autograd.Function):
-    """Two tensors as they are; where one of them has no gradient, the other's comes with zeros for it.
-
-    A loss that reads the embedding is not there at every step. DDP waits for a gradient of each parameter, or expects
-    the same ones at every step, and SGD leaves out parameters without one, their momentum and decay too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        return one.view_as(one), other.view_as(other)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients
 
 
 def _start_norms_at_one(network: nn.Module) -> None:

@@ -9,29 +9,33 @@ The report reached 0.7015 top-1 with the ensemble of all seven. It has not been 
 
 from dataclasses import replace
 
+from fasttrain.config.choices import LOSS_COMBINATIONS
 from fasttrain.config.schema import AugmentConfig, Recipe
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.base import Loss
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.triplet import Triplet
 
-# What `--loss` names: the losses of the report's three combinations.
-COMBINATIONS: dict[str, tuple[Loss, ...]] = {
-    "ce": (CrossEntropy(smoothing=0.1),),
-    "ce+triplet": (CrossEntropy(smoothing=0.1), Triplet(margin=0.3)),
-    "ce+arcface": (CrossEntropy(smoothing=0.1), ArcFace(scale=30.0, margin_rad=0.5)),
-}
+CE = CrossEntropy(smoothing=0.1)
+# The losses of `--loss`: the report's three combinations.
+COMBINATIONS: dict[str, tuple[Loss, ...]] = dict(
+    zip(
+        LOSS_COMBINATIONS,
+        [(CE,), (CE, Triplet(margin=0.3)), (CE, ArcFace(scale=30.0, margin_rad=0.5))],
+        strict=True,
+    )
+)
 
 
 def second_stage(recipe: Recipe, combination: str) -> Recipe:
-    """The recipe that continues from `recipe`'s weights with another loss added, for four fifths of its epochs (200 of
-    the report's 250): warm-up, cosine and learning rate start again. Triplet has 4 images of each class in a batch."""
+    """Stage 2: fine-tunes `recipe`'s weights with another loss added, for four fifths of its epochs (200 of the
+    report's 250). Warm-up, cosine and learning rate start again. Triplet takes 4 images of each class per batch."""
     return replace(
         recipe,
         name=recipe.name.removesuffix("-ce") + f"-{combination}",
         epochs=recipe.epochs * 4 // 5,
         losses=COMBINATIONS[combination],
-        images_per_class=4 if combination == "ce+triplet" else 0,
+        images_per_class=4 if any(loss.groups for loss in COMBINATIONS[combination]) else 0,
     )
 
 

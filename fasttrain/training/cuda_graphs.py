@@ -1,5 +1,5 @@
-"""Training steps that are recorded once and then replayed, as CUDA graphs: the host hands over what is new in a step,
-and says go."""
+"""CUDA graphs of whole training steps: recorded once and then replayed, so that the host only hands over what is new
+in a step and launches it."""
 
 import gc
 import time
@@ -14,115 +14,119 @@ from torch import Tensor
 from fasttrain.training.inputs import HostBatch, StepScalars
 from fasttrain.utils.errors import RunError
 
-WARM_UP = 3  # steps of a kind that are done as they are before one is recorded: they compile and tune
-PATIENCE = 100  # steps after which nothing waits any more for a kind that is rare
+WARM_UP = 3  # eager steps of each kind before one is recorded: they compile and tune
+PATIENCE = 100  # eager steps after which recording no longer waits for a rare kind
 
 T = TypeVar("T")
 Work = Callable[[StepScalars, Iterable[HostBatch]], T]
 
 
 class Recorder(Protocol):
-    """What does a device's work by its own means, and what records it: `record` gives what the work will have given
-    each time, and what does the work; the work is not done before that is called."""
+    """Runs and records the device's work."""
 
-    def run(self, work: Callable[[], T]) -> T: ...
+    def run(self, work: Callable[[], T]) -> T:
+        """Do the work eagerly."""
+        ...
 
-    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], object]]: ...
+    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], object]]:
+        """Record the work without doing it. Returns its result, whose values each replay renews, and `replay`."""
+        ...
 
 
 class Graphs(Generic[T]):
-    """Does the work of a step again and again, by replaying it on a GPU; a CPU has no graphs and does it as it is.
+    """Does a step's work by replaying CUDA graphs. A CPU has no graphs and does the work eagerly.
 
-    kinds: `Mix.kinds`; whether a step mixes is the host's, so there is a graph for each. As a rule none is recorded
-    before all kinds have been done as they are: the memory for that would be needed beside a graph's.
+    kinds: `MixConfig.kinds`. The host knows whether a step mixes, so there is one graph for steps that mix and one for
+    steps that do not. Normally nothing is recorded before all kinds have run eagerly: eager steps need memory of their
+    own next to a graph's.
     """
 
     def __init__(self, device: torch.device, kinds: set[bool], recorder: Recorder | None = None) -> None:
         self.device, self.kinds = device, kinds
         self.recorder = recorder or (CudaGraphs(device) if device.type == "cuda" else None)
-        self.done: Counter[bool] = Counter()  # steps of each kind, as they are
+        self.eager_steps: Counter[bool] = Counter()  # of each kind
         self.recorded: dict[bool, tuple[T, Callable[[], object]]] = {}
         self.inputs: list[HostBatch] = []
-        self.scalars = torch.zeros(3, device=device)
-        self.now = StepScalars(*self.scalars.unbind())
+        self.scalar_values = torch.zeros(3, device=device)
+        self.scalars = StepScalars(*self.scalar_values.unbind())
 
     @property
     def complete(self) -> bool:
-        """Whether all is recorded that ever will be."""
+        """Whether everything that will be recorded has been."""
         return self.recorder is None or self.recorded.keys() == self.kinds
 
-    def __call__(self, work: Work[T], now: StepScalars, lr: float, staged: Iterable[HostBatch]) -> T:
-        """A step; what it gives holds until the next one.
+    def __call__(self, work: Work[T], scalars: StepScalars, lr: float, batches: Iterable[HostBatch]) -> T:
+        """Do one step. The result holds until the next step.
 
-        work: what a device does in a step, the same in every call, without asking the host for anything that changes;
-        what it reads and writes besides its arguments stays where it is. staged: the step's micro-batches, all of
-        which mix or none.
+        work: the device's part of a step, the same in every call. It must ask the host for nothing that changes, and
+        everything that it reads and writes besides its arguments must stay at its address. batches: the step's
+        micro-batches; all of them mix images, or none does.
         """
-        self._hand_over(torch.tensor([now.epoch, now.progress, lr]), self.scalars)
-        for at, each in enumerate(staged):
-            if at == len(self.inputs):
-                self.inputs.append(each.on(self.device)._replace(pixels=torch.empty_like(each.pixels)))
-            own = self.inputs[at] = self.inputs[at]._replace(mixed=each.mixed)
-            own.pixels.copy_(each.pixels)
-            self._hand_over(each.labels, own.labels)
-            self._hand_over(each.params, own.params)
+        self._copy(torch.tensor([scalars.epoch, scalars.progress, lr]), self.scalar_values)
+        for micro, batch in enumerate(batches):
+            if micro == len(self.inputs):
+                self.inputs.append(batch.to(self.device)._replace(pixels=torch.empty_like(batch.pixels)))
+            own = self.inputs[micro] = self.inputs[micro]._replace(mixed=batch.mixed)
+            own.pixels.copy_(batch.pixels)
+            self._copy(batch.labels, own.labels)
+            self._copy(batch.mix_params, own.mix_params)
         mixed = self.inputs[0].mixed
         if mixed not in self.recorded:
-            this_step = partial(work, self.now, list(self.inputs))
+            this_step = partial(work, self.scalars, list(self.inputs))
             if self.recorder is None:
                 return this_step()
-            if self._is_warming(mixed):
-                self.done[mixed] += 1
+            if self._is_warming_up(mixed):
+                self.eager_steps[mixed] += 1
                 return self.recorder.run(this_step)
             self.recorded[mixed] = self.recorder.record(this_step)
-        told, replay = self.recorded[mixed]
+        result, replay = self.recorded[mixed]
         replay()
-        return told
+        return result
 
-    def _is_warming(self, mixed: bool) -> bool:
-        waiting = any(self.done[each] < WARM_UP for each in self.kinds) and self.done.total() < PATIENCE
-        return waiting or self.done[mixed] < WARM_UP
+    def _is_warming_up(self, mixed: bool) -> bool:
+        waiting = any(self.eager_steps[kind] < WARM_UP for kind in self.kinds) and self.eager_steps.total() < PATIENCE
+        return waiting or self.eager_steps[mixed] < WARM_UP
 
-    def _hand_over(self, values: Tensor, own: Tensor) -> None:
-        """What is new on the CPU goes to where the work reads it, without waiting for the device."""
-        own.copy_(values.pin_memory() if self.device.type == "cuda" else values, non_blocking=True)
+    def _copy(self, values: Tensor, to: Tensor) -> None:
+        """Copy CPU values to where the graphs read them, without waiting for the device."""
+        to.copy_(values.pin_memory() if self.device.type == "cuda" else values, non_blocking=True)
 
 
 class CudaGraphs:
-    """Records on a stream of its own, on which the work has run before, into one pool of memory: graphs that are
-    replayed one at a time can share it."""
+    """Records on a stream of its own, on which the eager steps ran too, into one memory pool: graphs that are replayed
+    one at a time can share it."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, work: Callable[[], T]) -> T:
-        """The work, in its turn with what the current stream does."""
+        """Do the work, ordered with the current stream's."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            told = work()
+            result = work()
         current.wait_stream(self.stream)
-        return told
+        return result
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], object]]:
         """Raises RunError where CUDA cannot record something in the work."""
-        # A thread of DALI's frees batches that are no longer held once the device has done all its work. It must not
-        # wait for a device that records: let it be through before.
+        # A thread of DALI's frees batches that are no longer used once the device has done all its work. It must not
+        # wait for a device that is recording, so let it finish first.
         gc.collect()
         torch.cuda.synchronize(self.stream.device)
         time.sleep(0.1)
         graph = torch.cuda.CUDAGraph()
         try:
-            # The pipeline's threads go on meanwhile, with calls that a stricter mode would count as the recording's.
+            # The pipeline's threads make CUDA calls meanwhile. A stricter mode would take them for the recording's.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                told = work()
+                result = work()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            first: BaseException = error  # the end of a recording fails too where something in it has
+            first: BaseException = error  # ending a failed recording fails too
             while first.__context__ is not None:
                 first = first.__context__
             reason = str(first).partition("\n")[0]
             raise RunError(f"machine.compile=graphs: a step cannot be recorded ({reason}); leave it at auto") from error
-        return told, graph.replay
+        return result, graph.replay

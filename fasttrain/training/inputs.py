@@ -1,4 +1,4 @@
-"""What a micro-batch out of the pipeline becomes: the images that the network sees, and the Batch for the losses."""
+"""From a micro-batch of the pipeline to the images that the network sees, and the Batch for the losses."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.kernels.mix import mix
-from fasttrain.losses.base import Batch, Output, at_least_float32
-from fasttrain.losses.mean_teacher import mixed_targets
+from fasttrain.losses.base import Batch, Output
+from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
 from fasttrain.utils.tensors import to_device
 
@@ -20,22 +20,30 @@ Network = Callable[[Tensor], Output]
 
 
 class HostBatch(NamedTuple):
-    """A micro-batch before its work begins: pixels uint8 [rows, H, W, 3], labels int64 [B] of the rows that are
-    trained on and mix's params float32 [rows, 7]; and whether the step mixes at all."""
+    """A micro-batch with everything that the host adds to it.
+
+    pixels: uint8 [rows, H, W, 3], on the pipeline's device. labels: int64 [B], of the rows to train on. mix_params:
+    float32 [rows, 7], the mix kernel's parameters. Labels and mix_params are on the CPU until `to`. mixed: whether the
+    step mixes images.
+    """
 
     pixels: Tensor
     labels: Tensor
-    params: Tensor
+    mix_params: Tensor
     mixed: bool
 
-    def on(self, device: torch.device) -> "HostBatch":
-        """All of it on the device; the pixels are there already."""
-        return self._replace(labels=to_device(self.labels, device), params=to_device(self.params, device))
+    def to(self, device: torch.device) -> "HostBatch":
+        """The same, with everything on the device; does not wait for it."""
+        labels, mix_params = to_device(self.labels, device), to_device(self.mix_params, device)
+        return self._replace(labels=labels, mix_params=mix_params)
 
 
 class StepScalars(NamedTuple):
-    """What changes from step to step besides the images: `Batch.epoch` and `Batch.progress`, and the learning rate.
-    They are the host's numbers; or where the step is replayed, scalars on the device, the rate among them."""
+    """What changes from step to step besides the images: `Batch.epoch`, `Batch.progress` and the learning rate.
+
+    Python numbers, with the learning rate in the optimizer's groups (lr is None). With CUDA graphs all three are
+    float32 scalars on the device.
+    """
 
     epoch: float | Tensor
     progress: float | Tensor
@@ -44,10 +52,10 @@ class StepScalars(NamedTuple):
 
 @dataclass(frozen=True)
 class InputBuilder:
-    """labels: int64 [N] on the CPU, of all training images. dtype: of the images, and what autocast computes in.
+    """Builds the network's input and the Batch.
 
-    teacher: what answers for the very rows that the network sees (knowledge distillation). averaged: what answers for
-    the plan's views aside (a mean teacher).
+    labels: int64 [N] on the CPU, of all training images. dtype: of the images, and of autocast. teacher: answers for
+    the rows that the network sees (knowledge distillation). ema: answers for the plan's ema_views (mean teacher).
     """
 
     plan: Plan
@@ -55,37 +63,48 @@ class InputBuilder:
     device: torch.device
     dtype: torch.dtype
     teacher: Network | None = None
-    averaged: Network | None = None
+    ema: Network | None = None
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
-        """What networks compute under: nothing in float32."""
+        """The context in which networks compute; does nothing for float32."""
         return nullcontext if self.dtype == torch.float32 else partial(torch.autocast, self.device.type, self.dtype)
 
-    def now(self, step: int) -> StepScalars:
-        """What `step` begins with, in the host's numbers."""
+    def scalars(self, step: int) -> StepScalars:
+        """StepScalars of a step, as Python numbers."""
         return StepScalars(step / self.plan.steps_per_epoch, step / self.plan.steps)
 
-    def stage(self, step: int, micro: int, pixels: Tensor, numbers: Tensor) -> HostBatch:
-        """What the host has to say of `Images` of micro-batch `micro` of `step`: labels and params are on the CPU."""
-        plan, labels = self.plan, self.labels[numbers]
-        params, mixed = plan.mix_params(step, micro)
-        rows = labels.repeat(plan.views) if plan.views > 1 else labels
-        return HostBatch(pixels, rows, torch.from_numpy(params), mixed)
+    def on_host(self, step: int, micro: int, images: Images) -> HostBatch:
+        """Add labels and mix parameters to micro-batch `micro` of `step`."""
+        labels = self.labels[images.numbers]
+        params, mixed = self.plan.mix_params(step, micro)
+        rows = labels.repeat(self.plan.views) if self.plan.views > 1 else labels
+        return HostBatch(images.pixels, rows, torch.from_numpy(params), mixed)
 
-    def __call__(self, staged: HostBatch, now: StepScalars) -> tuple[Tensor, Batch]:
-        """Images [rows, 3, H, W] in channels_last and their Batch, of what is on the device."""
-        plan, own = self.plan, staged.labels
-        mixed = mix(staged.pixels, staged.params, IMAGENET_MEAN, IMAGENET_STD, self.dtype)
-        rows = len(own)
-        images, partner, lam = [each[:rows] for each in mixed] if plan.aside else mixed
-        told = probs = None
-        if self.teacher is not None:
-            with torch.no_grad(), self.autocast():
-                told = self.teacher(images).logits
-        if self.averaged is not None:
-            with torch.no_grad():
-                with self.autocast():
-                    aside = self.averaged(mixed.images[rows:]).logits
-                probs = mixed_targets(at_least_float32(aside).softmax(1), partner, lam, plan.views)
-        return images, Batch(own, own[partner], lam, staged.mixed, told, plan.views, probs, now.epoch, now.progress)
+    def __call__(self, batch: HostBatch, scalars: StepScalars) -> tuple[Tensor, Batch]:
+        """Images [B, 3, H, W] in channels_last and their Batch, from a HostBatch on the device."""
+        plan, labels = self.plan, batch.labels
+        all_rows = mix(batch.pixels, batch.mix_params, IMAGENET_MEAN, IMAGENET_STD, self.dtype)
+        rows = len(labels)
+        images, partner, lam = [each[:rows] for each in all_rows] if plan.ema_views else all_rows
+        teacher_logits = self._logits(self.teacher, images)
+        ema_logits = self._logits(self.ema, all_rows.images[rows:])
+        return images, Batch(
+            labels=labels,
+            labels_mixed=labels[partner],
+            lam=lam,
+            mixed=batch.mixed,
+            partner=partner,
+            views=plan.views,
+            teacher_logits=teacher_logits,
+            ema_logits=ema_logits,
+            epoch=scalars.epoch,
+            progress=scalars.progress,
+        )
+
+    @torch.no_grad()
+    def _logits(self, network: Network | None, images: Tensor) -> Tensor | None:
+        if network is None:
+            return None
+        with self.autocast():
+            return network(images).logits

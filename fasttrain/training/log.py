@@ -1,4 +1,4 @@
-"""What a run shows and keeps: log.jsonl, a progress bar, TensorBoard."""
+"""A run's log: log.jsonl, a progress bar, TensorBoard."""
 
 import errno
 import json
@@ -20,10 +20,10 @@ from fasttrain.utils.text import printable
 
 
 class Log:
-    """log.jsonl (one JSON object a line), the progress bar on stderr and, where installed, TensorBoard.
+    """log.jsonl (one JSON object per line), the progress bar on stderr and, where it is installed, TensorBoard.
 
-    Only rank 0 has an open log; on the others every call but `skip` does nothing. A line that the disk does not take
-    raises RunError, or, where `tolerant`, is lost, which is said once.
+    Only rank 0 has an open log; on other ranks every call except `skip` does nothing. A line that cannot be written
+    raises RunError; with `tolerant` it is lost, which is reported once.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Log:
     ) -> None:
         self.open, self.rank, self.tolerant = ranks.first, ranks.rank, tolerant
         self.path = out / "log.jsonl"
-        self.losing = self.torn = False
+        self.losing_lines = self.ends_in_part = False
         self.steps, self.batch_size = steps, batch_size
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.device = ranks.device
@@ -50,101 +50,107 @@ class Log:
         self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
     def event(self, event: str, **values: Any) -> None:
+        """Write a line to log.jsonl."""
         if self.open:
             self._append({"event": event, **values})
 
+    def say(self, line: str) -> None:
+        """Print a line to stderr, above the progress bar."""
+        if self.open:
+            tqdm.write(line, file=sys.stderr)
+
     def skip(self, skip: tuple[str, str, str]) -> None:
-        """An image that is not trained on (see `decode_errors.Skip`). Every rank tells its own."""
+        """Report an image that is replaced (see `decode_errors.Skip`). Every rank reports its own."""
         path, reason, substitute = map(printable, skip)
         self._append({"event": "skip", "rank": self.rank, "path": path, "reason": reason, "instead": substitute})
         tqdm.write(f"skipping {path}: {reason}; instead: {substitute}", file=sys.stderr)
 
-    def _append(self, line: dict[str, Any]) -> None:
-        """A whole line at the file's end, in one write; after a part of one, on a line of its own."""
-        content = b"\n" * self.torn + (json.dumps(line, allow_nan=False) + "\n").encode()
+    def _append(self, values: dict[str, Any]) -> None:
+        """Append a whole line in one write; if the file ends in a part of a line, start a new one first."""
+        content = b"\n" * self.ends_in_part + (json.dumps(values, allow_nan=False) + "\n").encode()
         try:
             with self.path.open("ab", buffering=0) as file:
                 written = file.write(content)
-                self.torn = (self.torn and not written) or 0 < written < len(content)
+                self.ends_in_part = (self.ends_in_part and not written) or 0 < written < len(content)
                 if written < len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.losing = False
+            self.losing_lines = False
         except OSError as error:
             if not self.tolerant:
                 raise RunError(f"cannot write {printable(self.path)}: {error.strerror}") from None
-            if not self.losing:
+            if not self.losing_lines:
                 tqdm.write(f"cannot write {printable(self.path)}: {error.strerror}; lines are lost", file=sys.stderr)
-            self.losing = True
+            self.losing_lines = True
 
     def advance(self) -> None:
+        """Move the progress bar by one step."""
         if self.open:
             self.bar.update()
 
     def train(self, epoch: int, step: int, lr: float, means: dict[str, float]) -> None:
-        """A log point of training, `step` steps done; means: `loss`, its terms by name, and what they tell of
-        themselves as `term/stat`. The rate is that since the point before."""
+        """A log point after `step` steps. means: `loss`, `grad_norm`, each loss by name and its stats as `loss/stat`.
+        Images per second are those since the last point."""
         if not self.open:
             return
         now = time.perf_counter()
         rate = (step - self.last_step) * self.batch_size / (now - self.last_time)
-        memory = {"memory_gib": round(_peak_gib(self.device), 2)} if self.device.type == "cuda" else {}
         self.last_step, self.last_time = step, now
-        loss = means.get("loss", math.nan)  # nothing is there when no step since the point before was good
-        apart = ("loss", "grad_norm")
-        terms = {name: each for name, each in means.items() if name not in apart and "/" not in name}
-        stats = {name: each for name, each in means.items() if "/" in name}
-        told = {"terms": terms, "stats": stats} if stats else {"terms": terms}
-        whole = {name: means.get(name) for name in apart}
-        self.event("train", epoch=epoch, step=step, lr=lr, **whole, **told, images_per_s=round(rate, 1), **memory)
+        memory = {"memory_gib": round(_peak_gib(self.device), 2)} if self.device.type == "cuda" else {}
+        totals = {name: means.get(name) for name in ("loss", "grad_norm")}
+        terms = {name: mean for name, mean in means.items() if name not in totals and "/" not in name}
+        stats = {name: mean for name, mean in means.items() if "/" in name}
+        parts = {"terms": terms, "stats": stats} if stats else {"terms": terms}
+        self.event("train", epoch=epoch, step=step, lr=lr, **totals, **parts, images_per_s=round(rate, 1), **memory)
+        loss = means.get("loss", math.nan)  # missing if no step since the last point was finite
         line = f"loss {loss:.3f} lr {lr:.4f} {rate:.0f} img/s"
         self.bar.set_description(f"epoch {epoch}", refresh=False)
         self.bar.set_postfix_str(line)
         if not self.on_terminal:
             print(f"step {step} of {self.steps}: epoch {epoch} {line}", file=sys.stderr)
-        self._scalars(step, {"lr": lr, "images_per_s": rate, **{n: means[n] for n in apart if n in means}})
-        self._scalars(step, {f"loss/{name}": each for name, each in (terms | stats).items()})
+        self._scalars(
+            step, {"lr": lr, "images_per_s": rate, **{n: mean for n, mean in totals.items() if mean is not None}}
+        )
+        self._scalars(step, {f"loss/{name}": mean for name, mean in (terms | stats).items()})
 
-    def failed(self, step: int, failed: dict[int, dict[str, Any]]) -> None:
-        """Steps (from 0) up to `step` whose loss or gradient was not finite, with their values."""
+    def failed(self, step: int, failures: dict[int, dict[str, Any]]) -> None:
+        """Steps up to `step` whose loss or gradient was not finite, with their values, by step from 0."""
         if not self.open:
             return
-        self.event("not_finite", step=step, steps=[{"step": each + 1, **told} for each, told in failed.items()])
-        few = ", ".join(str(each + 1) for each in list(failed)[:5]) + (", …" if len(failed) > 5 else "")
-        self.say(f"loss or gradient not finite in step {few}: it changed nothing")
+        self.event("not_finite", step=step, steps=[{"step": n + 1, **values} for n, values in failures.items()])
+        numbers = ", ".join(str(n + 1) for n in list(failures)[:5]) + (", …" if len(failures) > 5 else "")
+        self.say(f"loss or gradient not finite in step {numbers}, which changed nothing")
 
     def evaluation(self, epoch: int, step: int, scores: Scores, averaged: Scores | None) -> None:
         """Scores of the weights and, where the run averages them, of the averaged ones."""
         if not self.open:
             return
-        ema = {"ema": averaged.told()} if averaged else {}
-        self.event("eval", epoch=epoch, step=step, **scores.told(), **ema)
+        ema = {"ema": averaged.to_dict()} if averaged else {}
+        self.event("eval", epoch=epoch, step=step, **scores.to_dict(), **ema)
         of_ema = f"; averaged weights: {averaged.top1:.2%}, {averaged.top5:.2%}" if averaged else ""
         self.say(f"epoch {epoch}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images{of_ema}")
-        bad = [scores.not_finite, averaged.not_finite if averaged else 0]
-        if any(bad):
-            of_ema = f" (averaged weights: {bad[1]})" if averaged else ""
-            line = f"the answers to {bad[0]} of {scores.images} images{of_ema} are not finite and count as wrong"
-            self.say(f"epoch {epoch}: {line}; the network has diverged or overflows in its precision")
+        bad, bad_of_ema = scores.not_finite, averaged.not_finite if averaged else 0
+        if bad or bad_of_ema:
+            of_ema = f" (averaged weights: {bad_of_ema})" if averaged else ""
+            self.say(
+                f"epoch {epoch}: the outputs for {bad} of {scores.images} images{of_ema} are not finite and count as "
+                "wrong; the network has diverged or overflows in its precision"
+            )
         self._scalars(step, {"top1": scores.top1, "top5": scores.top5})
         if averaged:
             self._scalars(step, {"ema/top1": averaged.top1, "ema/top5": averaged.top5})
 
     def resume_clock(self) -> None:
-        """Leave the time since the last log point (evaluation, a checkpoint) out of the rate."""
+        """Leave the time since the last log point (evaluation, a checkpoint) out of the next rate."""
         self.last_time = time.perf_counter()
-
-    def say(self, line: str) -> None:
-        if self.open:
-            tqdm.write(line, file=sys.stderr)
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self.board:
             try:
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
-            except OSError as error:  # log.jsonl has it all
+            except OSError as error:  # log.jsonl has everything
                 self.board = None
-                self.say(f"TensorBoard's file cannot be written: {error.strerror}; nothing more goes there")
+                self.say(f"the TensorBoard file cannot be written: {error.strerror}; it is left as it is")
 
     def close(self) -> None:
         if self.open:
@@ -155,7 +161,7 @@ class Log:
 
 
 def _peak_gib(device: torch.device) -> float:
-    """The most memory that torch has held on a GPU since the process began, in GiB; DALI's is its own."""
+    """The most memory that torch has reserved on a GPU so far, in GiB. DALI's memory is not included."""
     return torch.cuda.max_memory_reserved(device) / 2**30
 
 
@@ -167,4 +173,4 @@ def _tensorboard(out: Path) -> Any:
     try:
         return SummaryWriter(str(out / "tensorboard"))
     except OSError:
-        return None  # log.jsonl says whether the disk takes anything
+        return None  # if the disk is full, log.jsonl reports it

@@ -1,4 +1,4 @@
-"""A run's values, which wait on the device until a log point reads them."""
+"""The values of each step, kept on the device until a log point reads them."""
 
 import math
 from collections import deque
@@ -12,74 +12,79 @@ from fasttrain.distributed.ranks import Ranks
 
 
 class Reading(NamedTuple):
-    """What a meter says at a log point. means: by name, over all ranks and over the good steps since the last reading
-    that had it. failed: values by name of the steps since then that failed, by their number from 0. streak: how many
-    steps in a row have failed up to now; unbroken: values of those of them that this process has taken."""
+    """What a log point reads.
+
+    means: by name, over all ranks and all good steps since the last reading. failures: values by name of the failed
+    steps since then, by step from 0. streak: how many steps in a row have failed up to now. streak_values: the values
+    of those of them that this process has trained.
+    """
 
     means: dict[str, float]
-    failed: dict[int, dict[str, Any]]
+    failures: dict[int, dict[str, Any]]
     streak: int
-    unbroken: dict[int, dict[str, Any]]
+    streak_values: dict[int, dict[str, Any]]
 
 
 class Row(NamedTuple):
-    """What a step tells, before it is in the table: float32 scalars on the device, one a column, and how much of the
-    step each value is of."""
+    """One step's values. values: float32 scalars on the device, one per column. shares: for each value, the share of
+    the step's micro-batches that had it."""
 
     values: list[Tensor]
     shares: list[float]
 
 
 class Meter:
-    """What steps tell: their loss, its terms and what those tell, and the gradient's norm. A step writes a row of a
-    table on the device and waits for nothing; reading brings the rows over. kept: how many rows there are, at least as
-    many as steps between two readings."""
+    """Collects each step's loss, its terms, their stats and the gradient norm.
 
-    def __init__(self, names: list[str], device: torch.device, kept: int) -> None:
+    A step writes a row of a table on the device and does not wait; a reading copies the rows to the host. rows: the
+    table's size, at least the number of steps between two readings.
+    """
+
+    def __init__(self, names: list[str], device: torch.device, rows: int) -> None:
         self.names = [*names, "grad_norm"]
         self.device = device
         self._zero = torch.zeros((), device=device)
-        self._table = torch.zeros(kept, len(self.names) + 1, device=device)  # the last column: whether the step failed
+        self._table = torch.zeros(rows, len(self.names) + 1, device=device)  # last column: whether the step failed
         self._rows = self._table.unbind()
         self._written = 0
-        self._unread: deque[tuple[int, list[float]]] = deque(maxlen=kept)  # a step of each row, and the values' shares
-        self._begin()
-        self.streak = 0  # as of the last row that was brought over
+        self._unread: deque[tuple[int, list[float]]] = deque(maxlen=rows)  # (step, shares) of each row
+        self._begin_step()
+        self.streak = 0  # as of the last row that was copied to the host
         self._new_failures: dict[int, dict[str, Any]] = {}
         self._failure_streak: dict[int, dict[str, Any]] = {}
-        self._clear()
+        self._clear_sums()
 
-    def _begin(self) -> None:
-        self.values: list[Tensor] = []  # of the step under way
-        self._shares = [0.0] * (len(self.names) - 1)  # how much of that step each value is of
+    def _begin_step(self) -> None:
+        self.values: list[Tensor] = []
+        self._shares = [0.0] * (len(self.names) - 1)
 
-    def _clear(self) -> None:
+    def _clear_sums(self) -> None:
         self.sums, self.shares = [0.0] * len(self.names), [0.0] * len(self.names)
 
-    def add(self, terms: dict[str, Tensor], share: float) -> None:
-        """Add one micro-batch's terms (float32 scalars on the device), the micro-batch being `share` of its step."""
+    def add(self, metrics: dict[str, Tensor], share: float) -> None:
+        """Add one micro-batch's values (float32 scalars on the device), which is `share` of its step."""
         names = self.names[:-1]
-        values = [terms[name].detach() if name in terms else self._zero for name in names]
+        values = [metrics[name].detach() if name in metrics else self._zero for name in names]
         if share != 1:
             values = list(torch._foreach_mul(values, share))
         self.values = list(torch._foreach_add(self.values, values)) if self.values else values
-        self._shares = [had + share * (name in terms) for had, name in zip(self._shares, names, strict=True)]
+        self._shares = [total + share * (name in metrics) for total, name in zip(self._shares, names, strict=True)]
 
     def row(self, norm: Tensor, failed: Tensor) -> Row:
-        """What was added since the last one, and what the guard gave. Its values do not count in any mean unless the
-        norm is finite."""
-        made = Row([*self.values, norm, failed], [*self._shares, 1.0])
-        self._begin()
-        return made
+        """The step's row: everything added since the last row, and the guard's verdict. A step whose norm is not finite
+        counts in no mean."""
+        row = Row([*self.values, norm, failed], [*self._shares, 1.0])
+        self._begin_step()
+        return row
 
     def commit(self, step: int, row: Row) -> None:
-        """The step (from 0) is done: one launch."""
+        """Write the row of step `step`, counted from 0, to the table: one kernel launch."""
         torch.stack(row.values, out=self._rows[self._written % len(self._rows)])
         self._unread.append((step, row.shares))
         self._written += 1
 
-    def _bring(self) -> None:
-        """Take up all rows that were not brought over yet; waits for the device."""
+    def _copy_to_host(self) -> None:
+        """Add all unread rows to the sums; waits for the device."""
         table = self._table.tolist()
         first = self._written - len(self._unread)
         for row, (step, shares) in enumerate(self._unread, first):
@@ -89,38 +94,40 @@ class Meter:
                 self.shares = [total + share for total, share in zip(self.shares, shares, strict=True)]
             if failed:
                 self.streak += 1
-                told = dict(zip(self.names, map(plain, values), strict=True))
-                self._new_failures[step] = self._failure_streak[step] = told
+                by_name = dict(zip(self.names, map(json_number, values), strict=True))
+                self._new_failures[step] = self._failure_streak[step] = by_name
             else:
                 self.streak, self._failure_streak = 0, {}
         self._unread.clear()
 
     def state(self) -> dict[str, list[float]]:
-        """{name: [sum, share]} since the last reading, as plain numbers; waits for the device."""
-        self._bring()
-        return {name: list(each) for name, *each in zip(self.names, self.sums, self.shares, strict=True)}
+        """{name: [sum, share]} since the last reading, as Python numbers; waits for the device."""
+        self._copy_to_host()
+        return {name: [total, share] for name, total, share in zip(self.names, self.sums, self.shares, strict=True)}
 
     def restore(self, states: list[dict[str, list[float]]], streak: int, ranks: Ranks) -> None:
-        """Go on from the states of a run's ranks: its own, or their mean where there were more or fewer of them."""
+        """Continue from the ranks' saved states. With another number of ranks, each takes the mean of all states."""
         self.streak = streak
-        own = [states[ranks.rank]] if len(states) == ranks.world else states
-        if own:
-            sums = [[state.get(name, [0.0, 0.0]) for name in self.names] for state in own]
+        chosen = [states[ranks.rank]] if len(states) == ranks.world else states
+        if chosen:
+            sums = [[state.get(name, [0.0, 0.0]) for name in self.names] for state in chosen]
             self.sums, self.shares = np.array(sums).mean(0).T.tolist()
 
     def read(self, ranks: Ranks) -> Reading:
-        """What there is to say since the last reading; starts afresh. Waits for the device and the other ranks."""
-        self._bring()
+        """Read everything since the last reading, and start again. Waits for the device and the other ranks."""
+        self._copy_to_host()
         own = torch.tensor([self.sums, self.shares], dtype=torch.float64, device=self.device)
         means = {
-            n: total / share for n, total, share in zip(self.names, *ranks.sum(own).tolist(), strict=True) if share
+            name: total / share
+            for name, total, share in zip(self.names, *ranks.sum(own).tolist(), strict=True)
+            if share
         }
-        fresh, self._new_failures = self._new_failures, {}
-        self._clear()
-        finite = {name: each for name, each in means.items() if math.isfinite(each)}
-        return Reading(finite, fresh, self.streak, dict(self._failure_streak))
+        failures, self._new_failures = self._new_failures, {}
+        self._clear_sums()
+        finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        return Reading(finite, failures, self.streak, dict(self._failure_streak))
 
 
-def plain(value: float) -> float | str:
-    """A number as JSON has it, which knows neither nan nor infinities: those as text."""
+def json_number(value: float) -> float | str:
+    """A number as JSON can hold it: nan and infinities as text."""
     return value if math.isfinite(value) else str(value)

@@ -1,7 +1,8 @@
-"""The optimizer, SGD with momentum, and the learning rate that a recipe asks for at each step."""
+"""The optimizer, SGD with momentum, and the learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,30 +13,30 @@ from fasttrain.utils.errors import UserError
 
 
 def sgd(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
-    """Fused SGD over all parameters; the learning rate is set before each step (see `lr_schedule`).
+    """Fused SGD over all parameters. The learning rate is set before each step (see `lr_schedule`).
 
-    Weight decay is on every parameter. With decay_norm_bias=false it is off where a parameter has at most one
+    Weight decay applies to every parameter. With decay_norm_bias=false it does not apply to parameters with at most one
     dimension: biases and the weights of norms (Bag of Tricks, section 3.1). Raises UserError where settings.impl is
-    apex and that is not installed, or the network is not on a GPU.
+    apex and apex is not installed, or the network is not on a GPU.
     """
-    parameters = [each for each in model.parameters() if each.requires_grad]
-    spared = [] if settings.decay_norm_bias else [each for each in parameters if each.ndim <= 1]
-    spared_ids = {id(each) for each in spared}
-    decayed = [each for each in parameters if id(each) not in spared_ids]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    undecayed = [] if settings.decay_norm_bias else [p for p in parameters if p.ndim <= 1]
+    undecayed_ids = {id(p) for p in undecayed}
+    decayed = [p for p in parameters if id(p) not in undecayed_ids]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
-    if spared:
-        groups.append({"params": spared, "weight_decay": 0.0})
-    how: dict[str, Any] = {"lr": 0.0, "momentum": settings.momentum, "nesterov": settings.nesterov}
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
+    options: dict[str, Any] = {"lr": 0.0, "momentum": settings.momentum, "nesterov": settings.nesterov}
     if settings.impl == "apex":
-        made = _apex_sgd(parameters)(groups, **how)
+        optimizer = _apex_sgd(parameters)(groups, **options)
     else:
-        made = torch.optim.SGD(groups, **how, fused=True)
+        optimizer = torch.optim.SGD(groups, **options, fused=True)
     if settings.momentum:
-        # torch would leave it to the first step, and that step may be skipped (by float16's scaler, or a guard): the
-        # buffers would then hold whatever was in memory. From zeros the first step gives the same momentum.
-        for each in parameters:
-            made.state[each]["momentum_buffer"] = torch.zeros_like(each)
-    return made
+        # torch would create the buffers in the first step. If that step is skipped (by float16's scaler or the guard),
+        # they would hold whatever was in memory. From zeros the first step gives the same momentum.
+        for p in parameters:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def _apex_sgd(parameters: Sequence[nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
@@ -46,74 +47,83 @@ def _apex_sgd(parameters: Sequence[nn.Parameter]) -> Callable[..., torch.optim.O
             "optim.impl=apex: NVIDIA's apex is not installed. Build it from its source with --cpp_ext and --cuda_ext "
             "(the package of that name on PyPI is something else), or leave optim.impl at torch"
         ) from None
-    if not all(each.is_cuda for each in parameters):
+    if not all(p.is_cuda for p in parameters):
         raise UserError("optim.impl=apex works on GPUs only; leave optim.impl at torch")
     return FusedSGD
 
 
 @torch.no_grad()
 def step(optimizer: torch.optim.Optimizer, found_inf: Tensor, lr: Tensor | None = None) -> None:
-    """Take the step of an optimizer of `sgd`; or leave weights and momentum as they are where `found_inf`, a float32
-    scalar on the device, is 1 and not 0: decided there. lr: the learning rate, such a scalar too, instead of the
-    groups' (not for apex's).
+    """Take a step of an optimizer of `sgd`, unless `found_inf` is 1: then weights and momentum stay.
 
-    Of torch's SGD this calls the kernel alone: `SGD.step` looks at each parameter in turn before it comes to that.
+    found_inf: float32 scalar on the device, 0 or 1. lr: the learning rate as such a scalar, instead of the groups' (not
+    for apex). For torch's SGD this calls the fused kernel directly, because `SGD.step` visits each parameter first.
     """
     if hasattr(optimizer, "_dummy_overflow_buf"):  # apex's kernels return at once where this is not 0
         optimizer._dummy_overflow_buf.copy_(found_inf)
         optimizer.step()
         return
     for group in optimizer.param_groups:
-        parameters = [each for each in group["params"] if each.grad is not None]
+        parameters = [p for p in group["params"] if p.grad is not None]
         if parameters:
             torch._fused_sgd_(
                 parameters,
-                [each.grad for each in parameters],
-                [optimizer.state[each]["momentum_buffer"] for each in parameters] if group["momentum"] else [],
+                [p.grad for p in parameters],
+                [optimizer.state[p]["momentum_buffer"] for p in parameters] if group["momentum"] else [],
                 weight_decay=group["weight_decay"],
                 momentum=group["momentum"],
                 lr=group["lr"] if lr is None else lr,
                 dampening=0.0,
                 nesterov=group["nesterov"],
                 maximize=False,
-                is_first_step=False,  # there is a momentum from the beginning
+                is_first_step=False,  # the momentum exists from the start
                 found_inf=found_inf,
             )
 
 
 def drop_grads(optimizer: torch.optim.Optimizer) -> None:
-    """Drop all gradients, as `optimizer.zero_grad()` does, which takes longer over its bookkeeping."""
+    """Drop all gradients, like `optimizer.zero_grad()` but faster."""
     for group in optimizer.param_groups:
-        for each in group["params"]:
-            each.grad = None
+        for p in group["params"]:
+            p.grad = None
 
 
 def lr_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """The recipe's learning rate as a function of the step, for a run of so many steps an epoch."""
+    """The recipe's learning rate as a function of the step."""
     settings = recipe.optim
-    steps, warmup = recipe.epochs * steps_per_epoch, round(settings.warmup_epochs * steps_per_epoch)
-    drops = [each * steps_per_epoch for each in settings.step_epochs] if settings.schedule == "step" else None
-
-    def of_step(step: int) -> float:
-        return lr_at(
-            step, steps=steps, warmup_steps=warmup, peak=recipe.peak_lr, drops=drops, factor=settings.step_factor
-        )
-
-    return of_step
+    return partial(
+        lr_at,
+        schedule=settings.schedule,
+        peak=recipe.peak_lr,
+        steps=recipe.epochs * steps_per_epoch,
+        warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
+        drop_steps=[epoch * steps_per_epoch for epoch in settings.step_epochs],
+        drop_factor=settings.step_factor,
+    )
 
 
 def lr_at(
-    step: int, *, steps: int, warmup_steps: int, peak: float, drops: Sequence[int] | None = None, factor: float = 0.1
+    step: int,
+    *,
+    peak: float,
+    steps: int,
+    warmup_steps: int,
+    schedule: str = "cosine",
+    drop_steps: Sequence[int] = (),
+    drop_factor: float = 0.1,
 ) -> float:
-    """Learning rate of step `step` (0-based) of `steps`: linear warm-up from 0, then a cosine to 0, both per step.
+    """The learning rate of step `step` of `steps`, counted from 0.
 
-    Warm-up covers steps 0 … warmup_steps−1 and step `warmup_steps` runs at `peak`, as in the DeepBlueAI report
-    (section III-B) and Goyal et al. 2017. A run no longer than its warm-up never reaches the peak. With `drops`, the
-    rate after the warm-up is instead `peak`, times `factor` for each of those steps that has been reached.
+    It rises linearly from 0 over steps 0 … warmup_steps−1; step `warmup_steps` runs at `peak`, as in the DeepBlueAI
+    report (section III-B) and Goyal et al. 2017. A run no longer than its warm-up never reaches the peak. Then it
+    follows the schedule, one of `config.schema.SCHEDULES`.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
-    if drops is not None:
-        return peak * factor ** sum(step >= each for each in drops)
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    match schedule:
+        case "cosine":  # down to 0
+            progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        case "step":  # times drop_factor at each of drop_steps
+            return peak * drop_factor ** sum(step >= drop for drop in drop_steps)
+    raise ValueError(f"no learning-rate schedule {schedule!r}")

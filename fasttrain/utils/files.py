@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,11 +13,11 @@ from typing import Any, BinaryIO
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.text import printable
 
-_JSON_BYTES = 16 << 20  # at most; parsed, it takes some twenty times as much memory
+_JSON_BYTES = 16 << 20  # at most; parsed JSON takes about twenty times as much memory
 
 
 def opened(path: str | Path) -> BinaryIO:
-    """A file, open for reading, links followed. OSError where it is a folder, a pipe or a device, at once."""
+    """Open a file for reading, following links. Raises OSError at once where it is a folder, a pipe or a device."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -25,7 +26,7 @@ def opened(path: str | Path) -> BinaryIO:
 
 
 def read_text(path: str | Path, most: int) -> str:
-    """A file's text. OSError like `opened`, or where it has more than `most` bytes; ValueError where it is not
+    """A file's text. Raises OSError like `opened`, or where it has more than `most` bytes; ValueError where it is not
     UTF-8."""
     with opened(path) as file:
         content = file.read(most + 1)
@@ -35,23 +36,70 @@ def read_text(path: str | Path, most: int) -> str:
 
 
 def read_json(path: str | Path, most: int = _JSON_BYTES) -> Any:
-    """What a file of JSON says. OSError like `read_text`; ValueError where it is no JSON, or nested too deeply."""
+    """A JSON file's content. Raises OSError like `read_text`; ValueError where it is not JSON, or nested too deeply."""
     try:
         return json.loads(read_text(path, most))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where the file is missing, cannot be read or holds something else."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def atomic(path: Path, *, temporary: Path | None = None, sync: bool = False) -> Iterator[Path]:
+    """A temporary path to write a file or link to, which replaces `path` at the end of the block. Where the block
+    fails, `path` stays as it is and the temporary file is removed. Raises OSError.
+
+    temporary: its path, on the same disk; by default in the same folder. sync: wait until the content is on the disk.
+    """
+    temporary = temporary or path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link that must not be followed
+        yield temporary
+        if sync:
+            fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # a read-only disk refuses this too
+            temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; what was written takes its place at the end of the block, or is removed where
-    that fails. Raises RunError in place of OSError."""
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    """`atomic`, which raises RunError instead of OSError."""
     try:
-        yield aside
-        os.replace(aside, path)
+        with atomic(path) as temporary:
+            yield temporary
     except OSError as error:
         raise RunError(f"cannot write {printable(path)}: {error.strerror or error}") from None
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `folder` at the end of the block; that must not exist, or be empty.
+    Where the block fails, the temporary folder is removed. Raises OSError."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.is_dir():
+            folder.rmdir()
+        temporary.rename(folder)
     finally:
-        with suppress(OSError):  # a disk that may only be read says so here as well
-            aside.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,6 +1,6 @@
 """The tests that need a GPU, each file in processes of its own, so that a crash takes no other file's tests along.
 
-    python3 scripts/gpu/run_tests.py --json FILE test_gpu.py test_kernels_triton.py
+    python3 scripts/gpu/run_tests.py --json FILE test_gpu.py kernels/test_triton.py
 
 FILE has a row per test file, as soon as it is done: how many tests passed, and each failure with its reason. A failed
 test is a result, and leaves the exit status 0. It is 1 where pytest itself failed, or found no test.

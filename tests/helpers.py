@@ -1,0 +1,168 @@
+"""What several tests share: small runs and their results, plans, the command line, files that do not decode."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from fasttrain import recipes
+from fasttrain import train as training
+from fasttrain.checkpoints import checkpoint
+from fasttrain.checkpoints.run_dir import open_run
+from fasttrain.cli.main import main
+from fasttrain.config import toml
+from fasttrain.config.schema import MachineConfig
+from fasttrain.data.index import Index, scan
+from fasttrain.distributed.ranks import Ranks
+from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.views import shorter_edge
+from fasttrain.prepare import resolve_auto
+
+ROOT = Path(__file__).parents[1]  # of the project
+CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
+TINY = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--device", "cpu"]
+LONG = ("--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--epochs", "400")
+RECIPE = recipes.for_arch("resnet18")
+
+
+def part_of(demo_set: Path, per_class: int) -> Index:
+    """So many of the demo set's training images of each class."""
+    whole = scan(demo_set / "train")
+    some = [number for number in range(500) if number % 50 < per_class]
+    return Index(
+        tuple(whole.paths[n] for n in some),
+        tuple(whole.ids[n] for n in some),
+        whole.labels[some],
+        whole.sizes[some],
+        whole.classes,
+    )
+
+
+def tiny(**changes):
+    """A recipe that trains in a second."""
+    recipe = replace(
+        recipes.for_arch("test_resnet"),
+        image_size=32,
+        batch_size=20,
+        epochs=2,
+        precision="fp32",
+        machine=MachineConfig(device="cpu", compile="off", log_steps=2, workers=2),
+    )
+    return replace(recipe, **changes)
+
+
+def run(recipe, out, index, val=None, resume="auto"):
+    """Train a recipe in this process, as the command would."""
+    start = open_run(out, resume, toml.to_toml(recipe))
+    return training.train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
+
+
+def events(out: Path) -> list[dict]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path):
+    """All tensors of a run's last checkpoint."""
+    saved = checkpoint.load(out / "last")
+    return saved.model | saved.train
+
+
+class Stop(Exception):
+    """What `fail_at` raises."""
+
+
+def fail_at(monkeypatch, step: int):
+    """Let a run fail in this step, counted from 0."""
+    honest = training.batches
+
+    def failing(plan, *args, **settings):
+        for count, batch in enumerate(honest(plan, *args, **settings)):
+            if count == step * plan.micro_batches:
+                raise Stop
+            yield batch
+
+    monkeypatch.setattr(training, "batches", failing)
+
+
+def call(*args, status=0):
+    """Call the command line in this process, and check its exit status."""
+    result = CliRunner().invoke(main, [str(each) for each in args])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result
+
+
+def logged(out: Path) -> dict[tuple, dict]:
+    """What was logged for each step; for a step that was done twice, the second time."""
+    kept = [each for each in events(out) if each["event"] in ("train", "eval", "collapsed")]
+    return {(e["event"], e["step"]): {key: e[key] for key in e if key != "images_per_s"} for e in kept}
+
+
+def same(out: Path, whole: Path) -> None:
+    """Check that two runs have the same tensors, bit for bit, and the same log."""
+    ours, theirs = weights(out), weights(whole)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, different
+    assert logged(out) == logged(whole)
+
+
+def start_run(*args: object) -> subprocess.Popen:
+    """`fasttrain run` in a process of its own."""
+    command = [sys.executable, "-m", "fasttrain", "run", "--device", "cpu", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def await_line(process: subprocess.Popen, part: str) -> None:
+    """Wait until a process prints a line that contains `part` to stderr."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if part in line:
+            return
+    raise AssertionError(f"ended without {part!r}")
+
+
+def index_of(*sizes: int) -> Index:
+    """An index of classes with so many images each; the files do not exist."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    names = tuple(f"{label}/{number}.jpg" for number, label in enumerate(labels))
+    shapes = np.tile(np.array([64, 64], np.int32), (len(labels), 1))
+    return Index(names, names, labels, shapes, tuple(map(str, range(len(sizes)))))
+
+
+def plan_of(**changes) -> Plan:
+    """A plan over 50 images of one class, which do not exist."""
+    settings = {"image_size": 64, "batch_size": 8, "epochs": 3}
+    return Plan.of(replace(RECIPE, **(settings | changes)), index_of(50))
+
+
+def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.ndarray:
+    """torchvision's Resize and CenterCrop over a PIL image."""
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+    image = Image.open(path).convert("RGB")
+    image = Resize(shorter_edge(size), InterpolationMode(interpolation))(image)
+    return np.asarray(CenterCrop(size)(image)).astype(int)
+
+
+def broken_files() -> dict[str, bytes]:
+    """Files by name that do not decode."""
+    rng = np.random.default_rng(0)
+    kinds = {}
+    for suffix, kind in ((".jpg", "JPEG"), (".png", "PNG"), (".webp", "WEBP"), (".bmp", "BMP")):
+        stored = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (60, 60, 3)).astype(np.uint8)).save(stored, kind)
+        kinds[f"truncated{suffix}"] = stored.getvalue()[: len(stored.getvalue()) // 2]
+    stored = io.BytesIO()
+    Image.new("RGB", (61, 60)).save(stored, "BMP")
+    kinds["padding.bmp"] = stored.getvalue()[:-1]  # of the last row; no pixel is missing
+    return kinds | {"empty.jpg": b"", "text.jpg": b"this is not a picture\n" * 40}

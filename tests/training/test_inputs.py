@@ -1,0 +1,84 @@
+"""What the networks and the losses are given, against plain loops over rows: views, mixing, teachers, labels."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import plan_of
+
+from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, MixConfig
+from fasttrain.kernels import mix as mix_kernel
+from fasttrain.losses.base import Output
+from fasttrain.pipelines.images import Images
+from fasttrain.training.inputs import InputBuilder
+
+B, SIZE, CLASSES = 8, 16, 3
+CPU = torch.device("cpu")
+
+
+class MeanColors:
+    """A network whose logits are the mean colours, and which keeps what it was shown."""
+
+    def __call__(self, shown):
+        self.shown = shown
+        assert not torch.is_grad_enabled()
+        return Output(4 * shown.mean((2, 3)), shown.mean((2, 3)))
+
+
+def normalised(pixels):
+    return (pixels / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(0, 256, (3 * B, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("mix", [MixConfig(cutmix=0), MixConfig(cutmix=1), MixConfig(cutmix=0, mixup=1)])
+def test_rows_labels_and_targets(pixels, mix):
+    plan = replace(plan_of(mix=mix, image_size=SIZE), views=2, ema_views=1)
+    labels = torch.arange(50) % CLASSES
+    numbers = torch.from_numpy(plan.images(3, 0).copy())
+    teacher, averaged = MeanColors(), MeanColors()
+    inputs = InputBuilder(plan, labels, CPU, torch.float32, teacher, averaged)
+    shown, batch = inputs(inputs.on_host(3, 0, Images(pixels, numbers)), inputs.scalars(3))
+
+    table, mixed = plan.mix_params(3, 0)
+    assert batch.mixed == mixed == bool(mix.cutmix or mix.mixup)
+    assert shown.shape == (2 * B, 3, SIZE, SIZE) and shown.is_contiguous(memory_format=torch.channels_last)
+    assert batch.teacher_logits is not None and batch.ema_logits is not None
+    assert teacher.shown is shown and torch.equal(batch.teacher_logits, 4 * shown.mean((2, 3)))
+    clean = normalised(pixels.numpy())
+    aside = averaged.shown.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(aside, clean[2 * B :], atol=1e-5)  # never mixed
+
+    np.testing.assert_allclose(batch.ema_logits, 4 * aside.mean((1, 2)), atol=1e-5)
+    assert batch.views == 2
+    for row in range(2 * B):
+        other = int(table[row, mix_kernel.PARTNER])
+        assert batch.labels[row] == labels[numbers[row % B]]
+        assert batch.labels_mixed[row] == labels[numbers[other % B]]
+        lam = float(batch.lam[row])
+        assert batch.partner[row] == other
+        expected = lam * clean[row] + (1 - lam) * clean[other]
+        if mix.cutmix:
+            top, bottom, left, right = table[row, mix_kernel.BOX].astype(int)
+            expected = clean[row].copy()
+            expected[top:bottom, left:right] = clean[other][top:bottom, left:right]
+            assert lam == pytest.approx(1 - (bottom - top) * (right - left) / SIZE**2)
+        np.testing.assert_allclose(shown[row].permute(1, 2, 0), expected, atol=1e-5)
+    assert (batch.epoch, batch.progress) == (3 / 6, 3 / 18)
+    assert not batch.ema_logits.requires_grad
+
+
+def test_without_views_or_teachers_it_is_the_labels_and_the_mix(pixels):
+    plan = plan_of(mix=MixConfig(cutmix=0), image_size=SIZE)
+    labels = torch.arange(50)
+    numbers = torch.from_numpy(plan.images(0, 0).copy())
+    inputs = InputBuilder(plan, labels, CPU, torch.float32)
+    shown, batch = inputs(inputs.on_host(0, 0, Images(pixels[:B], numbers)), inputs.scalars(0))
+    np.testing.assert_allclose(shown.permute(0, 2, 3, 1), normalised(pixels[:B].numpy()), atol=1e-5)
+    assert torch.equal(batch.labels, numbers) and torch.equal(batch.labels_mixed, numbers)
+    assert (batch.lam == 1).all() and not batch.mixed and batch.views == 1
+    assert batch.teacher_logits is None and batch.ema_logits is None
