@@ -62,7 +62,7 @@ def predict(
         interpolation,
         decoder_of(recipe, ranks.device),
     )
-    images = len(loader.source.numbers)
+    images = len(loader.source.indices)
     with tqdm(total=images, unit="img", desc="images", disable=None if ranks.first else True) as bar:
         per_size = probabilities(model, len(classes), loader, ranks, DTYPES[recipe.precision], bar.update)
     if not ranks.first:

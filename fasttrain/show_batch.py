@@ -10,42 +10,42 @@ from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
 from fasttrain.utils.text import printable
 
-_LINE = 12  # pixels; two lines of text are under each image
+_LINE = 12  # pixels per line of text; each image has two lines below it
 
 
 def draw_batch(plan: Plan, index: Index, step: int, most: int) -> Image.Image:
-    """The first `most` images, with all their views side by side, of global step `step`: from the pipeline and the mix
-    that training uses, on the CPU."""
+    """Draw the first `most` images of a step of the run, with all their views side by side. They come from the pipeline
+    and the mix that training uses, on the CPU."""
     device = torch.device("cpu")
-    pixels, numbers = next(batches(plan, index, device, threads=2, start_step=step, stop_step=step + 1))
+    pixels, indices = next(batches(plan, index, device, threads=2, start_step=step, stop_step=step + 1))
     params, _ = plan.mix_params(step, 0)
     mixed = mix(pixels, torch.from_numpy(params), IMAGENET_MEAN, IMAGENET_STD, torch.float32)
-    std, mean = (torch.tensor(each)[:, None, None] for each in (IMAGENET_STD, IMAGENET_MEAN))
+    std, mean = (torch.tensor(values)[:, None, None] for values in (IMAGENET_STD, IMAGENET_MEAN))
     pictures = ((mixed.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     views = plan.views_total
-    numbers = numbers.repeat(views)
+    indices = indices.repeat(views)
     order = torch.arange(len(pictures)).view(views, -1).T.flatten().tolist()
     count, size = min(most * views, len(pictures)), plan.image_size
-    across, down = max(size, 96) + 6, size + 2 * _LINE + 8
+    cell_width, cell_height = max(size, 140) + 6, size + 2 * _LINE + 8
     columns = min(count, max(8 // views, 1) * views)
-    sheet = Image.new("RGB", (columns * across, -(-count // columns) * down), "white")
-    pen = ImageDraw.Draw(sheet)
-    for at, row in enumerate(order[:count]):
-        left, top = at % columns * across + 3, at // columns * down + 2
+    sheet = Image.new("RGB", (columns * cell_width, -(-count // columns) * cell_height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for cell, row in enumerate(order[:count]):
+        left, top = cell % columns * cell_width + 3, cell // columns * cell_height + 2
         sheet.paste(Image.fromarray(pictures[row].numpy()), (left, top))
-        own, other = (printable(index.classes[index.labels[numbers[each]]]) for each in (row, int(mixed.partner[row])))
+        own, other = (printable(index.classes[index.labels[indices[n]]]) for n in (row, int(mixed.partner[row])))
         share = float(mixed.lam[row])
         lines = [own] if share == 1 else [f"{share:.2f} {own}", f"{1 - share:.2f} {other}"]
-        for under, line in enumerate(lines):
-            pen.text((left, top + size + 1 + under * _LINE), _fit(pen, line, across - 6), fill="black")
+        for line_number, line in enumerate(lines):
+            canvas.text((left, top + size + 1 + line_number * _LINE), _fit(canvas, line, cell_width - 6), fill="black")
     return sheet
 
 
-def _fit(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """`text`, cut to so many pixels."""
-    if pen.textlength(text) <= width:
+def _fit(canvas: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """`text`, shortened to at most `width` pixels."""
+    if canvas.textlength(text) <= width:
         return text
-    while text and pen.textlength(text + "…") > width:
+    while text and canvas.textlength(text + "…") > width:
         text = text[:-1]
     return text + "…"

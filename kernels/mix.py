@@ -1,25 +1,26 @@
-"""Normalise, mix and cast a batch: uint8 NHWC from the pipeline becomes the network's channels-last input.
+"""Normalize, mix and cast a batch: uint8 NHWC from the pipeline becomes the network's channels-last input.
 
 Contract of `mix(images, params, mean, std, dtype)`
     images   uint8 [B, H, W, C], contiguous, C at most 4, on a CPU or a GPU
-    params   float32 [B, 7], contiguous, same device, one row an image (whole numbers below 2^24 are exact):
-             PARTNER  number of the image in this batch to mix in
-             MODE     0 PLAIN: as it is; 1 CUTMIX: the partner's pixels inside the box; 2 MIXUP: λ·own + (1−λ)·partner
+    params   float32 [B, 7], contiguous, same device, one row per image (integers below 2^24 are exact):
+             PARTNER  index in this batch of the image to mix in
+             MODE     0 PLAIN: no mixing; 1 CUTMIX: the partner's pixels inside the box; 2 MIXUP: λ·own + (1−λ)·partner
              BOX      top, bottom, left, right of the box: rows top … bottom−1, columns left … right−1
-             LAM      λ of MIXUP; not read in the other modes
-             Partners and boxes must lie in the batch and in the image: values on a GPU are not checked.
+             LAM      λ of MIXUP; ignored in the other modes
+             Partners must be in the batch and boxes in the image; values on a GPU are not checked.
     mean,std C numbers each, of pixels scaled to 0 … 1
     dtype    of the result: float32, float16 or bfloat16
     returns  MixOutput(images [B, C, H, W] in channels_last layout, partner int64 [B], lam float32 [B]), where lam is
-             the share of the own image: 1 (PLAIN), the exact fraction of pixels outside the box (CUTMIX), λ (MIXUP)
-    raises   ValueError where shapes, layouts, dtypes or devices are others
+             the image's own share: 1 (PLAIN), the exact fraction of pixels outside the box (CUTMIX), λ (MIXUP)
+    raises   ValueError for other shapes, layouts, dtypes or devices
 
-Partners are read from the unmixed batch. Arithmetic is in float32, (x − 255·mean) · 1/(255·std), then one cast, and
-results are bit-equal to `reference` on a CPU and on a GPU. Autocast changes nothing. Nothing is differentiable.
-CutMix is Yun et al. 2019 (arXiv 1905.04899), mixup Zhang et al. 2018 (arXiv 1710.09412).
+Partners are read from the unmixed batch. The arithmetic is (x − 255·mean) · 1/(255·std) in float32, then one cast.
+Results are bit-equal to `reference` on CPU and GPU. Autocast has no effect. Nothing is differentiable. CutMix is from
+Yun et al. 2019 (arXiv 1905.04899), mixup from Zhang et al. 2018 (arXiv 1710.09412).
 
-On a GPU it is one launch and one pass: every output byte is written once, and with one box for the batch and partners
-that are a permutation every input byte is read once (twice in the few bytes beside a box's left and right edge).
+A GPU needs one launch and one pass: it writes every output byte once. If the batch has one box and the partners are a
+permutation, it reads every input byte once, except for a few bytes at a box's left and right edges, which it reads
+twice.
 """
 
 import functools
@@ -50,7 +51,7 @@ class MixOutput(NamedTuple):
 
 
 def plain_params(batch: int) -> NDArray[np.float32]:
-    """A table, float32 [batch, COLUMNS], that leaves every image as it is: each is its own partner."""
+    """A table, float32 [batch, COLUMNS], that mixes nothing: each image is its own partner."""
     params = np.zeros((batch, COLUMNS), np.float32)
     params[:, PARTNER] = np.arange(batch)
     params[:, LAM] = 1
@@ -58,10 +59,12 @@ def plain_params(batch: int) -> NDArray[np.float32]:
 
 
 def mix(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> MixOutput:
-    """Normalise, mix and cast a batch; see the contract at the top of this file."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # to be traced, counted or faked
+    """Normalize, mix and cast a batch; see the contract at the top of this file."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # traced, counted or faked
         return MixOutput(*_mix(images, params, list(mean), list(std), dtype))
-    return MixOutput(*_dispatch(images, params, mean, std, dtype))  # an operator's call costs as much as all the rest
+    return MixOutput(
+        *_dispatch(images, params, mean, std, dtype)
+    )  # calling the operator would double the time on the host
 
 
 def reference(
@@ -80,10 +83,10 @@ def reference(
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     inside = ((top <= y) & (y < bottom))[:, :, None] & ((left <= x) & (x < right))[:, None, :]
 
-    each = (slice(None), None, None, None)
+    per_image = (slice(None), None, None, None)
     cut = torch.where(inside[..., None], other, own)
-    blend = lam[each] * own + (1 - lam[each]) * other
-    mixed = torch.where(mode[each] == CUTMIX, cut, torch.where(mode[each] == MIXUP, blend, own))
+    blend = lam[per_image] * own + (1 - lam[per_image]) * other
+    mixed = torch.where(mode[per_image] == CUTMIX, cut, torch.where(mode[per_image] == MIXUP, blend, own))
 
     pixels = height * width
     outside = (pixels - inside.sum((1, 2))).float() / pixels
@@ -103,7 +106,7 @@ def _of_channel(channel, v0, v1, v2, v3):
 def mix_kernel(
     images,  # uint8 [B, H, W, C]
     table,  # float32 [B, 7]; `params` is a name that Triton 3.6 uses when it binds arguments
-    result,  # [B, H, W, C], the cast's dtype
+    result,  # [B, H, W, C], the result's dtype
     partners,  # int64 [B]
     shares,  # float32 [B]
     height,
@@ -117,10 +120,10 @@ def mix_kernel(
     scale3,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,  # bytes a thread moves at once; divides a row
-    GROUPS: tl.constexpr,  # groups a program
+    GROUP: tl.constexpr,  # bytes that a thread moves at once; divides a row
+    GROUPS: tl.constexpr,  # groups per program
 ):
-    """A program normalises and mixes GROUPS x GROUP consecutive bytes of one image, program_id(1)."""
+    """A program normalizes and mixes GROUPS x GROUP consecutive bytes of one image, program_id(1)."""
     row_bytes: tl.constexpr = WIDTH * CHANNELS
     row_groups: tl.constexpr = row_bytes // GROUP
     image = tl.program_id(1)
@@ -141,7 +144,7 @@ def mix_kernel(
     column = start[:, None] + lane[None, :]
     offset = group[:, None] * GROUP + lane[None, :]
 
-    # Masks are constant along a group, so that each group is one wide load; a box's edge may cut through a group.
+    # A mask has one value per group, so that each group is one wide load. A box's edge may lie inside a group.
     in_rows = (y >= top) & (y < tl.where(mode == 1, bottom, top))
     touched = in_rows & (start + GROUP > left) & (start < right)
     covered = in_rows & (start >= left) & (start + GROUP <= right)
@@ -169,7 +172,7 @@ def mix_kernel(
 
 
 def group_bytes(width: int, channels: int, dtype: torch.dtype) -> int:
-    """Bytes that a thread moves at once: as many as fill a 128-bit store, and a power of two that divides a row."""
+    """Bytes that a thread moves at once: the largest power of two that divides a row and fits a 128-bit store."""
     row, widest = width * channels, 16 // dtype.itemsize
     return min(widest, row & -row)
 
@@ -177,14 +180,14 @@ def group_bytes(width: int, channels: int, dtype: torch.dtype) -> int:
 def launch(
     images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract, by Triton, in one launch."""
+    """The contract in Triton, in one launch."""
     batch, height, width, channels = images.shape
     result = torch.empty((batch, height, width, channels), dtype=dtype, device=images.device)
     partners = torch.empty(batch, dtype=torch.int64, device=images.device)
     shares = torch.empty(batch, dtype=torch.float32, device=images.device)
     group = group_bytes(width, channels, dtype)
     groups = 1024 // group
-    spare = [0.0] * (4 - channels)
+    padding = [0.0] * (4 - channels)
     grid = (triton.cdiv(height * width * channels, group * groups), batch)
     mix_kernel[grid](
         images,
@@ -194,9 +197,9 @@ def launch(
         shares,
         height,
         *[255 * m for m in mean],
-        *spare,
+        *padding,
         *[1 / (255 * s) for s in std],
-        *spare,
+        *padding,
         WIDTH=width,
         CHANNELS=channels,
         GROUP=group,
@@ -213,54 +216,54 @@ def launch(
 def on_cpu(
     images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract, one image at a time, so that all work on it stays in the cache; or all at once where they do so
-    together and are mixed alike.
+    """The contract on a CPU, one image at a time, so that each image stays in the cache; or all images at once if they
+    fit into the cache together and are mixed in the same way.
 
-    A box is pasted before the arithmetic, on bytes. Shift and scale are spread over a whole row, since an inner loop
-    of three channels would not vectorise. Results lie in memory that is used again once nobody holds them: to get
-    fresh memory from the system takes longer than all the work on it.
+    A box is pasted as bytes, before the arithmetic. Shift and scale are repeated for every pixel of a row, because an
+    inner loop over three channels would not vectorize. Results are in pooled memory, which is reused once nothing
+    refers to it: new memory from the system takes longer than the work on it.
     """
     batch, height, width, channels = images.shape
-    shift, scale = _spread(tuple(mean), tuple(std), width)
-    result = _memory(images.numel(), dtype).view(batch, height, width * channels)
+    shift, scale = _row_constants(tuple(mean), tuple(std), width)
+    result = _pooled(images.numel(), dtype).view(batch, height, width * channels)
     partners, shares = params[:, PARTNER].long(), torch.ones(batch, dtype=torch.float32)
     table = params.tolist()
-    parts: list[tuple[Any, Any, list[float]]]  # which images, whose partners they are mixed with, and how
+    parts: list[tuple[Any, Any, list[float]]]  # (images, their partners, mode, box and λ)
     if images.numel() <= _CACHED and all(row[MODE:] == table[0][MODE:] for row in table):
         parts, lead = [(slice(batch), partners, row[MODE:]) for row in table[:1]], images.shape[:1]
     else:
-        parts, lead = [(at, int(row[PARTNER]), row[MODE:]) for at, row in enumerate(table)], torch.Size()
+        parts, lead = [(image, int(row[PARTNER]), row[MODE:]) for image, row in enumerate(table)], torch.Size()
     modes = {row[MODE] for row in table}
-    scratch = functools.partial(torch.empty, (*lead, height, width * channels))  # what all parts use, one after another
+    scratch = functools.partial(torch.empty, (*lead, height, width * channels))  # shared by all parts
     pasted = scratch(dtype=torch.uint8).view(*lead, height, width, channels) if CUTMIX in modes else None
     own = scratch(dtype=torch.float32) if dtype != torch.float32 else None
     other = scratch(dtype=torch.float32) if MIXUP in modes else None
 
     with _one_thread() if len(parts) > 1 else nullcontext():
-        for at, partner, (mode, top, bottom, left, right, lam) in parts:
-            some = images[at]
+        for part, partner, (mode, top, bottom, left, right, lam) in parts:
+            source = images[part]
             if pasted is not None and mode == CUTMIX:
                 rows, columns = slice(int(top), int(bottom)), slice(int(left), int(right))
-                pasted.copy_(some)
+                pasted.copy_(source)
                 pasted[..., rows, columns, :] = images[partner, rows, columns]
-                some = pasted
-                shares[at] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
-            target = result[at] if own is None else own
-            target.copy_(some.view(target.shape)).sub_(shift).mul_(scale)
+                source = pasted
+                shares[part] = (height * width - max(0, bottom - top) * max(0, right - left)) / (height * width)
+            target = result[part] if own is None else own
+            target.copy_(source.view(target.shape)).sub_(shift).mul_(scale)
             if other is not None and mode == MIXUP:
                 other.copy_(images[partner].view(target.shape)).sub_(shift).mul_(scale)
                 target.mul_(lam).add_(other.mul_(1 - lam))
-                shares[at] = lam
+                shares[part] = lam
             if own is not None:
-                result[at].copy_(own)
+                result[part].copy_(own)
     pixels = result.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return pixels, partners, shares
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch's work is this thread's alone meanwhile. Its threads meet after every operation on an image, and where a
-    pipeline keeps the cores busy they wait for one another longer than they work."""
+    """Limit torch to one thread. Its threads would synchronize after every operation on an image, and while a pipeline
+    keeps the cores busy, they wait for each other longer than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -273,7 +276,7 @@ _CACHED = 1 << 17  # values that stay in the cache together
 
 
 @functools.lru_cache(maxsize=8)
-def _spread(mean: tuple[float, ...], std: tuple[float, ...], width: int) -> tuple[Tensor, Tensor]:
+def _row_constants(mean: tuple[float, ...], std: tuple[float, ...], width: int) -> tuple[Tensor, Tensor]:
     """Shift and scale of a row of pixels, float32 [width · C] each."""
     shift = torch.tensor([255 * m for m in mean], dtype=torch.float32).repeat(width)
     return shift, torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32).repeat(width)
@@ -283,19 +286,22 @@ _POOL: list[NDArray[np.uint8]] = []
 _POOL_SIZE = 4
 
 
-def _references(pool: list[NDArray[np.uint8]], at: int) -> int:
-    return sys.getrefcount(pool[at])
+def _references(pool: list[NDArray[np.uint8]], slot: int) -> int:
+    return sys.getrefcount(pool[slot])
 
 
-_UNUSED = _references([np.empty(1, np.uint8)], 0)  # how many references an array has that only its pool holds
+_UNUSED = _references([np.empty(1, np.uint8)], 0)  # reference count of an array that only its pool holds
 
 
-def _memory(count: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of `count` elements, not initialised, in pooled memory that no other tensor shares. A tensor made of an
-    array holds it until the last one that shares its storage is gone, so the array's references tell."""
+def _pooled(count: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialized tensor of `count` elements in pooled memory that no other tensor shares.
+
+    A tensor refers to its array until the last tensor with the same storage is freed, so the array's reference count
+    shows whether it is in use.
+    """
     size = count * dtype.itemsize
-    unused = [at for at in range(len(_POOL)) if _references(_POOL, at) == _UNUSED]
-    fitting = [at for at in unused if _POOL[at].nbytes == size]
+    unused = [slot for slot in range(len(_POOL)) if _references(_POOL, slot) == _UNUSED]
+    fitting = [slot for slot in unused if _POOL[slot].nbytes == size]
     if fitting:
         array = _POOL[fitting[0]]
     else:

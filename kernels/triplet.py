@@ -3,26 +3,28 @@
 Contract of `batch_hard_triplet(embeddings, labels, *, candidates, candidate_labels, self_offset, margin, squared)`
     embeddings        [B, D] float32, float16 or bfloat16: the anchors
     labels            int64 [B]
-    candidates        [N, D], of the anchors' dtype: where positives and negatives come from, such as a batch gathered
-                      over ranks; default: the anchors themselves
+    candidates        [N, D], of the anchors' dtype: where positives and negatives come from, for example a batch
+                      gathered over ranks; default: the anchors themselves
     candidate_labels  int64 [N]
     self_offset       anchor i is candidate i + self_offset, which is never its own positive
     margin            of the hinge max(0, margin + d⁺ − d⁻); None: the soft margin ln(1 + exp(d⁺ − d⁻))
     squared           squared Euclidean distances instead of Euclidean ones
-    returns           TripletOutput, see there
-    raises            ValueError where shapes, dtypes or devices are others, or there is no row
+    returns           TripletOutput
+    raises            ValueError for other shapes, dtypes or devices, or for no rows
 
-The hardest positive is the farthest candidate of an anchor's label, the hardest negative the nearest of another label;
-of equals the first. An anchor that lacks either is left out. The loss is the mean over the others, 0 and still part
-of the graph when there are none. Differentiable once, by embeddings and candidates, and through `loss` alone; the root
-of a distance of 0 has gradient 0. Distances and loss are float32 and computed by direct difference, whatever the
-mining did. An embedding that is not finite makes the loss of each anchor that meets it not finite; indices stay in
-range. Autocast changes nothing. The same input gives the same bits, always.
+The hardest positive is the farthest candidate with the anchor's label, the hardest negative the nearest one with
+another label; among equals the first. An anchor that lacks either is left out. The loss is the mean over the other
+anchors; without any it is 0 and still part of the graph. It is differentiable once, with respect to embeddings and
+candidates; the other outputs are not. The root of a distance of 0 has gradient 0. Distances and loss are float32,
+computed from direct differences, not from the mining's scores. An embedding that is not finite makes the loss of each
+anchor that is compared with it not finite; indices stay in range. Autocast has no effect. The same input always gives
+the same bits.
 
-On a GPU: three launches forward, one backward, no B x N matrix in memory, and no waiting for the device. Mining scores
-‖c‖² − 2·a·c tile by tile: float32 embeddings are first shifted by the tile's first anchor, without which the
-subtraction cancels once embeddings collapse, and multiplied as three TF32 products; half-precision ones are multiplied
-as they are, exactly, with float32 sums. Never as a half-precision Gram matrix, which mines a third of anchors wrong.
+On a GPU: three launches forward, one backward, no B x N matrix in memory, and no waiting for the device. Mining
+computes the scores ‖c‖² − 2·a·c tile by tile. It shifts float32 embeddings by the tile's first anchor, because the
+subtraction would cancel once embeddings collapse, and multiplies them as three TF32 products. It multiplies
+half-precision embeddings directly, with exact products and float32 sums. A half-precision Gram matrix would mine a
+third of the anchors wrong.
 """
 
 from typing import NamedTuple
@@ -36,10 +38,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TripletOutput(NamedTuple):
-    """loss: float32 scalar. d_pos, d_neg: float32 [B], distances to the hardest positive and negative (squared ones
-    with squared=True), 0 where there is none. i_pos, i_neg: int64 [B], their numbers among the candidates, −1 where
-    there is none. valid: int64 scalar, the anchors with both. Over those: active, the share with a loss above 0, and
-    the means of d_pos and d_neg; float32 scalars, 0 when there are none."""
+    """loss: float32 scalar. d_pos, d_neg: float32 [B], distances to the hardest positive and negative (squared with
+    squared=True), 0 where there is none. i_pos, i_neg: int64 [B], their indices in the candidates, −1 where there is
+    none. valid: int64 scalar, the number of anchors with both. Over those anchors: active, the share with a loss above
+    0; mean_pos and mean_neg, the means of d_pos and d_neg; float32 scalars, 0 if there are none."""
 
     loss: Tensor
     d_pos: Tensor
@@ -64,13 +66,13 @@ def batch_hard_triplet(
 ) -> TripletOutput:
     """Batch-hard triplet loss; see the contract at the top of this file."""
     if (candidates is None) != (candidate_labels is None):
-        raise ValueError("candidates and candidate_labels go together")
+        raise ValueError("candidates and candidate_labels must be given together")
     candidates = None if candidates is None else candidates.contiguous()
     stats, valid, distances, indices, _ = _triplet(
         embeddings.contiguous(), labels, candidates, candidate_labels, self_offset, margin, squared
     )
-    told, (d_pos, d_neg), (i_pos, i_neg) = stats.detach(), distances.detach(), indices
-    return TripletOutput(stats[0], d_pos, d_neg, i_pos, i_neg, valid[0], told[1], told[2], told[3])
+    values, (d_pos, d_neg), (i_pos, i_neg) = stats.detach(), distances.detach(), indices
+    return TripletOutput(stats[0], d_pos, d_neg, i_pos, i_neg, valid[0], values[1], values[2], values[3])
 
 
 def reference(
@@ -83,8 +85,8 @@ def reference(
     margin: float | None = 0.3,
     squared: bool = False,
 ) -> TripletOutput:
-    """The contract above in plain torch, through the whole [B, N, D] array of differences, in the embeddings' dtype
-    (float64 too). Its gradients are autograd's."""
+    """The contract above in plain torch, with the full [B, N, D] array of differences, in the embeddings' dtype
+    (including float64). Autograd computes its gradients."""
     if candidates is None or candidate_labels is None:
         candidates, candidate_labels = embeddings, labels
     anchors, numbers = torch.arange(len(embeddings)), torch.arange(len(candidates))
@@ -95,24 +97,24 @@ def reference(
         i_pos = distance.masked_fill(~positive, -1).argmax(1).masked_fill(~positive.any(1), -1)
         i_neg = distance.masked_fill(same, torch.inf).argmin(1).masked_fill(same.all(1), -1)
 
-    def away(index: Tensor) -> Tensor:
+    def distance_to(index: Tensor) -> Tensor:
         square = (embeddings - candidates[index.clamp(min=0)]).square().sum(1)
         if not squared:
-            apart = square > 0
-            square = torch.where(apart, torch.where(apart, square, 1).sqrt(), square)
+            nonzero = square > 0
+            square = torch.where(nonzero, torch.where(nonzero, square, 1).sqrt(), square)
         return torch.where(index >= 0, square, 0)
 
-    d_pos, d_neg = away(i_pos), away(i_neg)
+    d_pos, d_neg = distance_to(i_pos), distance_to(i_neg)
     both = (i_pos >= 0) & (i_neg >= 0)
     gap = d_pos - d_neg
-    each = torch.nn.functional.softplus(gap) if margin is None else (gap + margin).relu()
+    losses = torch.nn.functional.softplus(gap) if margin is None else (gap + margin).relu()
     count = both.sum()
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(both, values, 0).sum() / count.clamp(min=1)
 
-    active = mean((each > 0).to(each.dtype))
-    return TripletOutput(mean(each), d_pos, d_neg, i_pos, i_neg, count, active, mean(d_pos), mean(d_neg))
+    active = mean((losses > 0).to(losses.dtype))
+    return TripletOutput(mean(losses), d_pos, d_neg, i_pos, i_neg, count, active, mean(d_pos), mean(d_neg))
 
 
 # ---------------------------------------------------------------------------------------------------------- Triton
@@ -120,8 +122,8 @@ def reference(
 
 @triton.jit
 def _hardest(score, allowed, column, FARTHEST: tl.constexpr, NONE: tl.constexpr):
-    """Greatest (or least) allowed score of each row, and the first column that has it, NONE where none is allowed.
-    A score that is not a number wins, so that it reaches the loss."""
+    """The greatest (or least) allowed score of each row, and the first column with it, or NONE if none is allowed.
+    A score of nan wins, so that it reaches the loss."""
     worst = float("-inf") if FARTHEST else float("inf")
     best = float("inf") if FARTHEST else float("-inf")
     score = tl.where(score == score, score, best)
@@ -150,7 +152,7 @@ def mine_kernel(
     CENTRED: tl.constexpr,  # shift by the tile's first anchor, then multiply as three TF32 products
     UPCAST: tl.constexpr,  # multiply in float32 (always where CENTRED)
 ):
-    """One tile of anchors by candidates: scores in registers, of which only each anchor's hardest leave."""
+    """One tile of anchors by candidates. Scores stay in registers; only each anchor's hardest are stored."""
     none: tl.constexpr = 2147483647
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -172,11 +174,11 @@ def mine_kernel(
         if UPCAST:
             a, c = a.to(tl.float32), c.to(tl.float32)
         if CENTRED:
-            centre = tl.load(first + d, mask=d_live, other=0.0).to(tl.float32)
-            centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)  # one bad row must not spoil all
-            a, c = a - centre[None, :], c - centre[None, :]
-        wide = c.to(tl.float32)
-        norms += tl.sum(wide * wide, axis=1)
+            center = tl.load(first + d, mask=d_live, other=0.0).to(tl.float32)
+            center = tl.where(tl.abs(center) < float("inf"), center, 0.0)  # one bad row must not affect the others
+            a, c = a - center[None, :], c - center[None, :]
+        c_float = c.to(tl.float32)
+        norms += tl.sum(c_float * c_float, axis=1)
         dots = tl.dot(a, tl.trans(c), dots, input_precision="tf32x3")
     score = norms[None, :] - 2 * dots
 
@@ -185,22 +187,22 @@ def mine_kernel(
     same = own[:, None] == theirs[None, :]
     other_row = column[None, :] != row[:, None] + self_offset
     live = row_live[:, None] & column_live[None, :]
-    far, far_at = _hardest(score, live & same & other_row, column[None, :], True, none)
-    near, near_at = _hardest(score, live & (own[:, None] != theirs[None, :]), column[None, :], False, none)
-    place = tl.program_id(1) * batch + row
-    tl.store(tops + place, far, mask=row_live)
-    tl.store(firsts + place, far_at, mask=row_live)
-    tl.store(tops + tiles * batch + place, near, mask=row_live)
-    tl.store(firsts + tiles * batch + place, near_at, mask=row_live)
+    far, far_index = _hardest(score, live & same & other_row, column[None, :], True, none)
+    near, near_index = _hardest(score, live & (own[:, None] != theirs[None, :]), column[None, :], False, none)
+    offset = tl.program_id(1) * batch + row
+    tl.store(tops + offset, far, mask=row_live)
+    tl.store(firsts + offset, far_index, mask=row_live)
+    tl.store(tops + tiles * batch + offset, near, mask=row_live)
+    tl.store(firsts + tiles * batch + offset, near_index, mask=row_live)
 
 
 @triton.jit
-def _chosen(top, first, FARTHEST: tl.constexpr, NONE: tl.constexpr):
-    """The winner among an anchor's tiles: the first candidate with the hardest score; NONE where there is none."""
-    real = first < NONE
-    top = tl.where(real, top, float("-inf") if FARTHEST else float("inf"))
+def _hardest_tile(top, first, FARTHEST: tl.constexpr, NONE: tl.constexpr):
+    """The first candidate with the hardest score among an anchor's tiles; NONE if there is none."""
+    valid = first < NONE
+    top = tl.where(valid, top, float("-inf") if FARTHEST else float("inf"))
     best = tl.max(top, axis=0) if FARTHEST else tl.min(top, axis=0)
-    return tl.min(tl.where(real & (top == best), first, NONE), axis=0)
+    return tl.min(tl.where(valid & (top == best), first, NONE), axis=0)
 
 
 @triton.jit
@@ -212,7 +214,7 @@ def loss_kernel(
     distances,  # float32 [2, B]
     indices,  # int64 [2, B]
     losses,  # float32 [B]
-    slopes,  # float32 [2, B]: what a unit of loss makes of the differences to the positive and to the negative
+    slopes,  # float32 [2, B]: factors of the differences (to positive, to negative) in the loss's gradient
     batch,
     tiles,
     margin,
@@ -222,17 +224,17 @@ def loss_kernel(
     SOFT: tl.constexpr,
     SQUARED: tl.constexpr,
 ):
-    """One anchor: its hardest pair out of the tiles, their distances by direct difference, its loss and slopes."""
+    """One anchor: its hardest pair among the tiles, their distances from direct differences, its loss and slopes."""
     none: tl.constexpr = 2147483647
     i = tl.program_id(0)
     t = tl.arange(0, BLOCK_T)
-    place = t * batch + i
-    far = tl.load(tops + place, mask=t < tiles, other=0.0)
-    far_at = tl.load(firsts + place, mask=t < tiles, other=none)
-    near = tl.load(tops + tiles * batch + place, mask=t < tiles, other=0.0)
-    near_at = tl.load(firsts + tiles * batch + place, mask=t < tiles, other=none)
-    p = _chosen(far, far_at, True, none)
-    n = _chosen(near, near_at, False, none)
+    offset = t * batch + i
+    far = tl.load(tops + offset, mask=t < tiles, other=0.0)
+    far_index = tl.load(firsts + offset, mask=t < tiles, other=none)
+    near = tl.load(tops + tiles * batch + offset, mask=t < tiles, other=0.0)
+    near_index = tl.load(firsts + tiles * batch + offset, mask=t < tiles, other=none)
+    p = _hardest_tile(far, far_index, True, none)
+    n = _hardest_tile(near, near_index, False, none)
     has_p, has_n = p < none, n < none
     p, n = tl.where(has_p, p, 0), tl.where(has_n, n, 0)
 
@@ -260,9 +262,9 @@ def loss_kernel(
         active = 1 / (1 + tl.exp(-gap))
     else:
         hinge = gap + margin
-        loss = tl.where(hinge <= 0, 0.0, hinge)  # not a maximum, which could lose what is not a number
+        loss = tl.where(hinge <= 0, 0.0, hinge)  # not tl.maximum, which could drop nan
         active = tl.where(hinge <= 0, 0.0, tl.where(hinge > 0, 1.0, hinge))
-    # Distances that are not finite must show, also where the hinge would hide them (a negative infinitely far away).
+    # A distance that is not finite must reach the loss, even where the hinge would hide it (an infinite negative one).
     finite = d_p + d_n < float("inf")
     loss, active = tl.where(finite, loss, d_p + d_n), tl.where(finite, active, float("nan"))
     both = has_p & has_n
@@ -285,7 +287,7 @@ def mean_kernel(
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums over all anchors, by one program, in a fixed order."""
+    """The means over all valid anchors, computed by one program in a fixed order."""
     lane = tl.arange(0, BLOCK)
     loss = tl.zeros((BLOCK,), tl.float32)
     active = tl.zeros((BLOCK,), tl.float32)
@@ -298,9 +300,9 @@ def mean_kernel(
         p = tl.load(indices + i, mask=live, other=-1)
         n = tl.load(indices + BATCH + i, mask=live, other=-1)
         both = (p >= 0) & (n >= 0)
-        each = tl.load(losses + i, mask=both, other=0.0)
-        loss += each
-        active += tl.where(both & (each > 0), 1.0, 0.0)
+        anchor_loss = tl.load(losses + i, mask=both, other=0.0)
+        loss += anchor_loss
+        active += tl.where(both & (anchor_loss > 0), 1.0, 0.0)
         d_p += tl.load(distances + i, mask=both, other=0.0)
         d_n += tl.load(distances + BATCH + i, mask=both, other=0.0)
         count += both.to(tl.int32)
@@ -322,7 +324,7 @@ def gradient_kernel(
     valid,  # int64 [1]
     upstream,  # float32 [1]
     anchor_gradient,  # [B, D]
-    candidate_gradient,  # [N, D]; the anchors' where ITSELF
+    candidate_gradient,  # [N, D]; the anchors' gradient if ITSELF
     count,
     BATCH: tl.constexpr,
     D: tl.constexpr,
@@ -330,8 +332,8 @@ def gradient_kernel(
     CHUNK: tl.constexpr,
     ITSELF: tl.constexpr,  # the candidates are the anchors
 ):
-    """One row of a gradient, gathered: what it has as an anchor, and what it has as somebody's positive or negative.
-    Rows below `count` are candidates, the others anchors."""
+    """One row of a gradient: the sum of its terms as an anchor and as the positive or negative of other anchors.
+    Programs below `count` are candidates, the others anchors."""
     program = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = d < D
@@ -340,7 +342,7 @@ def gradient_kernel(
     gradient = tl.zeros((BLOCK_D,), tl.float32)
     is_candidate = program < count
     if is_candidate:
-        mine = tl.load(candidates + program.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
+        row = tl.load(candidates + program.to(tl.int64) * D + d, mask=live, other=0.0).to(tl.float32)
         lane = tl.arange(0, CHUNK)
         for start in range(0, BATCH, CHUNK):
             i = start + lane
@@ -355,7 +357,7 @@ def gradient_kernel(
                         as_p = (tl.load(indices + j) == program).to(tl.float32)
                         as_n = (tl.load(indices + BATCH + j) == program).to(tl.float32)
                         weight = as_n * tl.load(slopes + BATCH + j) - as_p * tl.load(slopes + j)
-                        gradient += tl.where(weight == 0, 0.0, weight * (a - mine))
+                        gradient += tl.where(weight == 0, 0.0, weight * (a - row))
     if (program >= count) | ITSELF:
         i = program if ITSELF else program - count
         p = tl.load(indices + i)
@@ -364,7 +366,7 @@ def gradient_kernel(
         to_p = a - tl.load(candidates + tl.maximum(p, 0) * D + d, mask=live, other=0.0).to(tl.float32)
         to_n = a - tl.load(candidates + tl.maximum(n, 0) * D + d, mask=live, other=0.0).to(tl.float32)
         weight_p, weight_n = tl.load(slopes + i), tl.load(slopes + BATCH + i)
-        # An anchor that is left out takes nothing, not even from a row that is not finite.
+        # An anchor that is left out has gradient 0, even if a row is not finite.
         counted = (p >= 0) & (n >= 0) & ((weight_p != 0) | (weight_n != 0))
         gradient += tl.where(counted, weight_p * to_p - weight_n * to_n, 0.0)
     gradient *= scale
@@ -386,13 +388,13 @@ def launch(
     squared: bool,
     upcast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The contract's forward, by Triton, in three launches: stats [4] (loss, active, mean_pos, mean_neg), valid [1],
-    distances [2, B], indices [2, B], slopes [2, B]. upcast: multiply half precision in float32 too."""
+    """The contract's forward pass in Triton, in three launches: stats [4] (loss, active, mean_pos, mean_neg), valid
+    [1], distances [2, B], indices [2, B], slopes [2, B]. upcast: multiply half precision in float32 too."""
     batch, width = anchors.shape
     count = len(candidates)
     block_b, block_n, block_d, warps = (16, 16, 64, 2) if batch < 1024 else (64, 128, 32, 8)
     tiles = triton.cdiv(count, block_n)
-    centred = anchors.dtype == torch.float32
+    centered = anchors.dtype == torch.float32
     tops = anchors.new_empty((2, tiles, batch), dtype=torch.float32)
     firsts = anchors.new_empty((2, tiles, batch), dtype=torch.int32)
     mine_kernel[(triton.cdiv(batch, block_b), tiles)](
@@ -410,8 +412,8 @@ def launch(
         BLOCK_B=block_b,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        CENTRED=centred,
-        UPCAST=centred or upcast,
+        CENTRED=centered,
+        UPCAST=centered or upcast,
         num_warps=warps,
         num_stages=2,
     )
@@ -443,8 +445,8 @@ def launch(
 def launch_gradient(
     upstream: Tensor, anchors: Tensor, candidates: Tensor | None, indices: Tensor, slopes: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The contract's gradient, by Triton, in one launch: by anchors and by candidates (empty where they are the
-    anchors themselves). upstream: float32, its first element is the gradient of the loss."""
+    """The contract's gradients in Triton, in one launch: of the anchors and of the candidates (empty if they are the
+    anchors themselves). upstream: float32; its first element is the gradient of the loss."""
     batch, width = anchors.shape
     itself = candidates is None
     pool = anchors if candidates is None else candidates
@@ -472,7 +474,7 @@ def launch_gradient(
 
 
 def _empty(anchors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward's results, not yet filled."""
+    """Uninitialized tensors for the results of the forward pass."""
     batch, floats = len(anchors), torch.float32
     return (
         anchors.new_empty(4, dtype=floats),
@@ -495,19 +497,19 @@ def on_cpu(
     margin: float | None,
     squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `launch` gives, by one matrix product in float32 about the first anchor, and gathers."""
+    """Same results as `launch`, with gathers and one float32 matrix product relative to the first anchor."""
     a, c = anchors.float(), candidates.float()
-    centre = a[0].nan_to_num(0, 0, 0)
-    c_centred = c - centre
-    a_centred = c_centred if candidates is anchors else a - centre
-    score = torch.addmm(c_centred.square().sum(1), a_centred, c_centred.T, alpha=-2)
+    center = a[0].nan_to_num(0, 0, 0)
+    c_centered = c - center
+    a_centered = c_centered if candidates is anchors else a - center
+    score = torch.addmm(c_centered.square().sum(1), a_centered, c_centered.T, alpha=-2)
     same = labels[:, None] == candidate_labels[None]
     rows = torch.arange(len(a))
     positive = same & (torch.arange(len(c)) != rows[:, None] + self_offset)
-    # Both take the first of equals, and a score that is not a number before all others.
+    # Both return the first among equals, and prefer nan to all other scores.
     i_pos = torch.where(positive, score, -torch.inf).argmax(1)
     i_neg = torch.where(same, torch.inf, score).argmin(1)
-    index = torch.stack([i_pos, i_neg])  # [2, B], as is all that follows
+    index = torch.stack([i_pos, i_neg])  # [2, B], like everything below
     has = torch.stack([positive[rows, i_pos], ~same[rows, i_neg]])
     distance = torch.linalg.vector_norm(c[index].sub_(a), dim=2)
     if squared:
@@ -525,8 +527,8 @@ def on_cpu(
     loss, active = torch.where(total < torch.inf, loss, total), torch.where(total < torch.inf, active, torch.nan)
     both = has.all(0)
     count = both.sum()
-    told = torch.stack([loss, (loss > 0).float(), distance[0], distance[1]])
-    stats = torch.where(both, told, 0).sum(1) / count.clamp(min=1)
+    values = torch.stack([loss, (loss > 0).float(), distance[0], distance[1]])
+    stats = torch.where(both, values, 0).sum(1) / count.clamp(min=1)
     slopes = torch.where(both, active * slope, 0)
     return stats, count[None], torch.where(has, distance, 0), torch.where(has, index, -1), slopes
 
@@ -534,16 +536,16 @@ def on_cpu(
 def gradient_on_cpu(
     upstream: Tensor, anchors: Tensor, candidates: Tensor | None, indices: Tensor, slopes: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What `launch_gradient` gives."""
+    """Same results as `launch_gradient`."""
     a = anchors.float()
     c = a if candidates is None else candidates.float()
-    counted = ((indices >= 0).all(0) & (slopes != 0).any(0)).nonzero()[:, 0]  # the others take no part
-    everything = len(counted) == len(a)
-    index, slope, own = (indices, slopes, a) if everything else (indices[:, counted], slopes[:, counted], a[counted])
+    counted = ((indices >= 0).all(0) & (slopes != 0).any(0)).nonzero()[:, 0]  # other anchors have gradient 0
+    all_counted = len(counted) == len(a)
+    index, slope, own = (indices, slopes, a) if all_counted else (indices[:, counted], slopes[:, counted], a[counted])
     weight = slope * (upstream[0] / valid.clamp(min=1))
     to_pos, to_neg = c[index].sub_(own).mul_(weight[..., None])
     pull = to_neg - to_pos
-    by_anchor = pull if everything else torch.zeros_like(a).index_add_(0, counted, pull)
+    by_anchor = pull if all_counted else torch.zeros_like(a).index_add_(0, counted, pull)
     by_candidate = by_anchor if candidates is None else torch.zeros_like(c)
     by_candidate.index_add_(0, index[0], to_pos).index_add_(0, index[1], to_neg, alpha=-1)
     empty = anchors.new_empty(0)
@@ -554,15 +556,16 @@ def gradient_on_cpu(
 
 
 def _check(anchors: Tensor, labels: Tensor, candidates: Tensor, candidate_labels: Tensor) -> None:
-    for name, each, its in (("embeddings", anchors, labels), ("candidates", candidates, candidate_labels)):
-        if each.ndim != 2 or each.dtype not in DTYPES or not each.is_contiguous() or not each.numel():
-            kinds = "contiguous, not empty, float32, float16 or bfloat16 [rows, D]"
-            raise ValueError(f"{name} must be {kinds}, not {each.dtype} {list(each.shape)}")
-        if its.dtype != torch.int64 or its.shape != each.shape[:1] or not its.is_contiguous():
-            raise ValueError(f"labels of {name} must be int64 [{len(each)}], not {its.dtype} {list(its.shape)}")
+    for name, rows, row_labels in (("embeddings", anchors, labels), ("candidates", candidates, candidate_labels)):
+        if rows.ndim != 2 or rows.dtype not in DTYPES or not rows.is_contiguous() or not rows.numel():
+            expected = "contiguous, not empty, float32, float16 or bfloat16 [rows, D]"
+            raise ValueError(f"{name} must be {expected}, not {rows.dtype} {list(rows.shape)}")
+        if row_labels.dtype != torch.int64 or row_labels.shape != rows.shape[:1] or not row_labels.is_contiguous():
+            found = f"{row_labels.dtype} {list(row_labels.shape)}"
+            raise ValueError(f"labels of {name} must be contiguous int64 [{len(rows)}], not {found}")
     if candidates.dtype != anchors.dtype or candidates.shape[1] != anchors.shape[1]:
         raise ValueError(f"candidates must be {anchors.dtype} [N, {anchors.shape[1]}] like the embeddings")
-    if len({each.device for each in (anchors, labels, candidates, candidate_labels)}) > 1:
+    if len({tensor.device for tensor in (anchors, labels, candidates, candidate_labels)}) > 1:
         raise ValueError("embeddings, candidates and labels must be on one device")
 
 
@@ -615,7 +618,7 @@ def _(upstream, anchors, candidates, indices, slopes, valid):
     return torch.empty_like(anchors), empty
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     anchors, _, candidates, *_ = inputs
     _, valid, _, indices, slopes = output
     ctx.save_for_backward(anchors, candidates, indices, slopes, valid)
@@ -627,4 +630,4 @@ def _backward(ctx, upstream, *_):
     return by_anchor, None, None if candidates is None else by_candidate, None, None, None, None
 
 
-_triplet.register_autograd(_backward, setup_context=_keep)
+_triplet.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""A thread that works out what a pipeline's source gives, before the pipeline asks for it."""
+"""A thread that computes a pipeline's inputs before the pipeline asks for them."""
 
 import threading
 from collections.abc import Callable
@@ -7,29 +7,29 @@ from types import SimpleNamespace
 from typing import Any
 
 
-class Ahead:
-    """A source of DALI's external_source (`batch_info=True`), up to `depth` batches ahead of the calls.
+class PrefetchedSource:
+    """A source for DALI's external_source (`batch_info=True`) that prepares up to `depth` batches ahead.
 
-    source: gives batch number `info.iteration`, from 0 on; it ends with StopIteration. What it raises is raised by the
-    call for that batch. The thread ends with the source, and on `close`.
+    source: returns the batch `info.iteration`, counted from 0, and raises StopIteration at the end. If it raises an
+    error, the call for that batch raises it. The thread ends with the source, and on `close`.
     """
 
     def __init__(self, source: Callable[[Any], Any], depth: int) -> None:
         self.source = source
         self.ready: Queue[tuple[Any, BaseException | None]] = Queue(depth)
         self.closed = threading.Event()
-        self.thread = threading.Thread(target=self._work, name="fasttrain-ahead", daemon=True)
+        self.thread = threading.Thread(target=self._fill, name="fasttrain-ahead", daemon=True)
         self.thread.start()
 
     def __call__(self, info: Any) -> Any:
-        """The next batch; DALI asks for all of them, in order."""
+        """The next batch. DALI asks for all batches in order."""
         batch, error = self.ready.get()
         if error is not None:
-            self.ready.put((None, error))  # for whoever asks again
+            self.ready.put((None, error))  # for any later call
             raise error
         return batch
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "PrefetchedSource":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,19 +39,19 @@ class Ahead:
         self.closed.set()
         self.thread.join()
 
-    def _work(self) -> None:
+    def _fill(self) -> None:
         number = 0
         while not self.closed.is_set():
             try:
-                made: tuple[Any, BaseException | None] = self.source(SimpleNamespace(iteration=number)), None
+                item: tuple[Any, BaseException | None] = self.source(SimpleNamespace(iteration=number)), None
             except BaseException as error:
-                made = None, error
+                item = None, error
             while not self.closed.is_set():
                 try:
-                    self.ready.put(made, timeout=0.1)
+                    self.ready.put(item, timeout=0.1)
                     break
                 except Full:
                     continue
-            if made[1] is not None:
+            if item[1] is not None:
                 return
             number += 1

@@ -1,5 +1,6 @@
-"""AutoAugment's ImageNet policy (Cubuk et al. 2019): the list, and what it chooses for an image. The plan chooses, in
-numpy; `operations` carries it out."""
+"""AutoAugment's ImageNet policy (Cubuk et al. 2019): its table, and the choice of operations for each image.
+
+The plan chooses in numpy; `operations` applies the operations."""
 
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from fasttrain.pipelines.operations import Op
 
-# (operation, probability, magnitude in bins 0 … 9) twice an entry, numbered as in the paper's table.
+# Two (operation, probability, magnitude bin 0 … 9) per entry, in the order of the paper's table.
 POLICY: tuple[tuple[tuple[Op, float, int], tuple[Op, float, int]], ...] = (
     ((Op.POSTERIZE, 0.4, 8), (Op.ROTATE, 0.6, 9)),
     ((Op.SOLARIZE, 0.6, 5), (Op.AUTO_CONTRAST, 0.6, 5)),
@@ -36,15 +37,15 @@ POLICY: tuple[tuple[tuple[Op, float, int], tuple[Op, float, int]], ...] = (
     ((Op.COLOR, 0.6, 4), (Op.CONTRAST, 1.0, 8)),
     ((Op.EQUALIZE, 0.8, 8), (Op.EQUALIZE, 0.6, 3)),
 )
-# The report speaks of 24: a popular implementation of its time first listed the paper's table without the last.
+# The DeepBlueAI report names 24 policies: a popular implementation of the time lacked the table's last entry.
 POLICIES = {"imagenet": POLICY, "imagenet-24": POLICY[:24]}
 
-DRAWS = 5  # uniforms an image: the sub-policy, whether each operation applies, the sign of each
+DRAWS = 5  # uniforms per image: 1 for the sub-policy, 2 for whether each operation applies, 2 for their signs
 MAX_BIN = 9
 
 
 def strength(op: Op, bin_: int, sign: int) -> float:
-    """What a magnitude bin stands for, as `operations.arguments` takes it; 0 where an operation has none."""
+    """The strength of a magnitude bin, as `operations.arguments` takes it; 0 for operations without one."""
     share = bin_ / MAX_BIN
     match op:
         case Op.POSTERIZE:
@@ -63,7 +64,7 @@ def strength(op: Op, bin_: int, sign: int) -> float:
 class _Table(NamedTuple):
     ops: NDArray[np.int32]  # [entries, 2]
     probabilities: NDArray[np.float64]  # [entries, 2]
-    strengths: NDArray[np.float32]  # [entries, 2, 2]: with the minus sign, with the plus
+    strengths: NDArray[np.float32]  # [entries, 2, 2]: with a minus sign, with a plus sign
 
 
 _TABLES = {
@@ -77,8 +78,10 @@ _TABLES = {
 
 
 def choose(u: NDArray[np.float64], policy: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Operation ids int32 [n, 2] and strengths float32 [n, 2] (see `strength`) from uniforms [DRAWS, n], in the order
-    in which they apply. Where an operation's own draw leaves it out, its id is Op.IDENTITY."""
+    """Operation ids int32 [n, 2] and strengths float32 [n, 2] (see `strength`), in the order in which they apply.
+
+    u: uniforms [DRAWS, n]. The id of an operation that is not drawn is Op.IDENTITY.
+    """
     table = _TABLES[policy]
     entry = (u[0] * len(table.ops)).astype(np.int64)
     applies = u[1:3].T < table.probabilities[entry]

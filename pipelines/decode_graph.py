@@ -1,4 +1,4 @@
-"""The DALI operators of each decoder: encoded files to uint8 HWC images, on a GPU or a CPU."""
+"""The DALI operators of each decoder, from encoded files to uint8 HWC images, on a GPU or a CPU."""
 
 from typing import Any
 
@@ -6,32 +6,45 @@ from nvidia.dali import fn, types
 
 from fasttrain.pipelines.decoders import Decoder
 
-# Boxes are planned from the size in the header, which knows nothing of EXIF; PIL does not rotate either.
+# No EXIF rotation: boxes are planned from the size in the header, and PIL does not rotate by default either.
 _AS_STORED = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
-_WHOLE: dict[str, Any] = {"rel_start": [0.0, 0.0], "rel_shape": [1.0, 1.0], "axis_names": "HW"}
-# Threads that are tied to cores compete with the loop's and DALI's own for the same ones.
+# Pinned threads would compete for their cores with the train loop and with DALI's other threads.
 _ON_GPU = {**_AS_STORED, "device": "mixed", "affine": False}
 
 
 def decode(encoded: Any, decoder: Decoder, on_gpu: bool) -> Any:
-    """Whole images. on_gpu: where they come out; only then may the decoder be another than `cpu`."""
+    """Decode full images. on_gpu: whether the results are on the GPU; if not, the decoder must be `cpu`."""
     if decoder.kind == "cpu":
-        # Not `fn.decoders.image`: with DALI 2.2 (nvImageCodec 0.8) it reads past the end of a truncated BMP, and
-        # returns what is in memory there or crashes. A region gives the same pixels, and an error for such a file.
-        images = fn.decoders.image_slice(encoded, device="cpu", **_WHOLE, **_AS_STORED)
-        return images.gpu() if on_gpu else images
+        # Not `fn.decoders.image`: with DALI 2.2 (nvImageCodec 0.8) it reads past the end of a truncated BMP file, and
+        # returns arbitrary memory or crashes. `image_slice` gives the same pixels, and an error for a truncated file.
+        size = _header_size(encoded)
+        return _decode_on_cpu(encoded, size * 0, size, on_gpu)
     return fn.decoders.image(encoded, hw_decoder_load=_hardware_load(decoder), **_ON_GPU)
 
 
 def decode_region(encoded: Any, start: Any, shape: Any, decoder: Decoder, on_gpu: bool) -> Any:
-    """A region of each image: start (top, left) and shape (height, width), CPU nodes int32 [2], in pixels."""
-    region = {"start": start, "shape": shape, "axis_names": "HW"}
+    """Decode a region of each image. start (top, left), shape (height, width): CPU nodes int32 [2], in pixels."""
     if decoder.kind == "cpu":
-        images = fn.decoders.image_slice(encoded, device="cpu", **region, **_AS_STORED)
-        return images.gpu() if on_gpu else images
+        return _decode_on_cpu(encoded, start + _header_size(encoded) * 0, shape, on_gpu)
+    region = {"start": start, "shape": shape, "axis_names": "HW"}
     if decoder.kind == "gpu-region":
         return fn.decoders.image_slice(encoded, hw_decoder_load=0.0, **region, **_ON_GPU)
     return fn.slice(decode(encoded, decoder, on_gpu), **region)
+
+
+def _decode_on_cpu(encoded: Any, start: Any, shape: Any, on_gpu: bool) -> Any:
+    images = fn.decoders.image_slice(encoded, device="cpu", start=start, shape=shape, axis_names="HW", **_AS_STORED)
+    return images.gpu() if on_gpu else images
+
+
+def _header_size(encoded: Any) -> Any:
+    """Height and width from each file's header, int32 [2].
+
+    A decoder's region should depend on it. When a decoder meets a file without a header that it can parse, its other
+    threads may still read the batch, and it crashes now and then (seen with DALI 2.4). This operator fails first, and
+    does not crash.
+    """
+    return fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
 
 
 def _hardware_load(decoder: Decoder) -> float:

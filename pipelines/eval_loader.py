@@ -1,4 +1,4 @@
-"""The evaluation pipeline: every image once, decoded once, resized to each crop as PIL and torchvision do it."""
+"""The evaluation pipeline: it decodes every image once and resizes it to each crop as PIL and torchvision do."""
 
 import os
 from collections.abc import Iterator
@@ -22,30 +22,30 @@ INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC
 
 
 class Crops(NamedTuple):
-    """A batch: for each crop of the views its pixels, uint8 [B, S, S, 3] on the pipeline's device; and numbers int64
-    [B] of the images in the index, on the CPU."""
+    """A batch. pixels: uint8 [B, S, S, 3] on the pipeline's device, one tensor per crop of the views. indices: int64
+    [B] on the CPU, of the images in the Index."""
 
     pixels: tuple[Tensor, ...]
-    numbers: Tensor
+    indices: Tensor
 
 
 def inputs(views: Views) -> dict[str, Input]:
     """The graph's inputs, by name.
 
-    path: bytes of the file's name. number: the image's number in the index. crop0.start, crop0.end: corners (y, x) of
-    the first crop, in stored pixels.
+    path: the file's path as bytes. number: the image's number in the index. crop0.start, crop0.end: corners (y, x) of
+    the first crop, in pixels of the stored image.
     """
-    of_crops = {
-        f"crop{at}.{corner}": Input(types.FLOAT, 1) for at in range(len(views.crops)) for corner in ("start", "end")
+    corners = {
+        f"crop{crop}.{corner}": Input("FLOAT", 1) for crop in range(len(views.crops)) for corner in ("start", "end")
     }
-    return {"path": Input(types.UINT8, 1), "number": Input(types.INT64, 0), **of_crops}
+    return {"path": Input("UINT8", 1), "number": Input("INT64", 0), **corners}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Gives DALI the graph's inputs: the images `numbers` of an index, batch after batch."""
+    """Feeds DALI the graph's inputs: the images `indices` of an index, in batches."""
 
-    numbers: NDArray[np.int64]
+    indices: NDArray[np.int64]
     index: Index
     batch_size: int
     views: Views
@@ -58,51 +58,51 @@ class Source:
             "path": [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in chunk],
             "number": chunk,
         }
-        for at, crop in enumerate(self.views.crops):
+        for position, crop in enumerate(self.views.crops):
             box = region(crop, chunk, self.index.sizes[chunk])
-            values |= {f"crop{at}.start": box[:, :2], f"crop{at}.end": box[:, 2:]}
+            values |= {f"crop{position}.start": box[:, :2], f"crop{position}.end": box[:, 2:]}
         return tuple(
             np.ascontiguousarray(values[name]) if name != "path" else values[name] for name in inputs(self.views)
         )
 
     def chunk(self, batch: int) -> NDArray[np.int64]:
-        """The numbers of a batch's images."""
-        return self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
+        """The indices of a batch's images."""
+        return self.indices[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 @pipeline_def
 def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
-    """read → decode → a resize for each crop. Gives uint8 HWC images, one output per crop, and their numbers."""
+    """read → decode → one resize per crop. Returns uint8 HWC images, one output per crop, and their indices."""
     expected = inputs(source.views)
-    given = fn.external_source(
+    outputs = fn.external_source(
         source=source,
         num_outputs=len(expected),
         batch=True,
         batch_info=True,
-        dtype=[each.dtype for each in expected.values()],
-        ndim=[each.ndim for each in expected.values()],
+        dtype=[getattr(types, value.dtype) for value in expected.values()],
+        ndim=[value.ndim for value in expected.values()],
     )
-    nodes = {name: given[at] for at, name in enumerate(expected)}
+    nodes = {name: outputs[row] for row, name in enumerate(expected)}
     images = decode(fn.io.file.read(nodes["path"]), decoder, on_gpu)
     views = [
         fn.resize(
             images,
             size=[crop.size, crop.size],
-            roi_start=nodes[f"crop{at}.start"],
-            roi_end=nodes[f"crop{at}.end"],
+            roi_start=nodes[f"crop{position}.start"],
+            roi_end=nodes[f"crop{position}.end"],
             interp_type=INTERPOLATIONS[interpolation],
             antialias=True,
             subpixel_scale=False,
         )
-        for at, crop in enumerate(source.views.crops)
+        for position, crop in enumerate(source.views.crops)
     ]
     return (*views, nodes["number"])
 
 
 class EvalLoader:
-    """Batches of all of an index's images for one rank, again and again: each `iter` starts a new pass.
+    """One rank's batches of all images of an index; each `iter` starts a new pass.
 
-    Rank r of w has a contiguous share; shares differ by one image at most and cover every image exactly once.
+    Each rank has a contiguous share. Shares differ by one image at most and cover every image exactly once.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class EvalLoader:
         interpolation: str = "bilinear",
         decoder: Decoder | None = None,
     ) -> None:
-        numbers = np.array_split(np.arange(len(index)), world)[rank]
-        self.source = Source(numbers, index, max(1, min(batch_size, len(numbers))), views)
+        indices = np.array_split(np.arange(len(index)), world)[rank]
+        self.source = Source(indices, index, max(1, min(batch_size, len(indices))), views)
         self.device, on_gpu = device, device.type == "cuda"
         self.pipe = graph(
             self.source,
@@ -131,22 +131,22 @@ class EvalLoader:
             prefetch_queue_depth=PREFETCH,
         )
         self.pipe.build()
-        self.fresh = True
+        self.first_pass = True
 
     def __len__(self) -> int:
-        """Batches a pass."""
-        return -(-len(self.source.numbers) // self.source.batch_size)
+        """Number of batches per pass."""
+        return -(-len(self.source.indices) // self.source.batch_size)
 
     def __iter__(self) -> Iterator[Crops]:
-        """Raises RunError that names the file when an image cannot be decoded."""
-        if not self.fresh:
+        """Raises RunError, which names the file, if an image cannot be decoded."""
+        if not self.first_pass:
             self.pipe.reset()
-        self.fresh = False
-        for count in range(len(self)):
+        self.first_pass = False
+        for batch in range(len(self)):
             try:
-                *pixels, numbers = self.pipe.run(output_stream(self.device))
+                *pixels, indices = self.pipe.run(output_stream(self.device))
             except RuntimeError as error:
-                index, chunk = self.source.index, self.source.chunk(count)
-                raise decode_error(error, [index.paths[each] for each in chunk], index.sizes[chunk]) from None
-            tensors = tuple(torch.from_dlpack(each.as_tensor()) for each in pixels)
-            yield Crops(tensors, torch.from_numpy(np.array(numbers.as_array())))
+                index, chunk = self.source.index, self.source.chunk(batch)
+                raise decode_error(error, [index.paths[number] for number in chunk], index.sizes[chunk]) from None
+            tensors = tuple(torch.from_dlpack(crop.as_tensor()) for crop in pixels)
+            yield Crops(tensors, torch.from_numpy(np.array(indices.as_array())))

@@ -1,9 +1,9 @@
-"""P x K batches: K images of each of P classes, which is what triplet mining needs to find a positive for every image.
+"""P x K batches: K images of each of P classes, so that triplet mining finds a positive for every image.
 
-An epoch cuts each class's images, in an order of the epoch's own, into groups of K, and deals the groups to batches so
-that no class is in a batch twice. What does not work out evenly rests for that epoch, other images each time: the last
-n mod K images of a class of n; groups of a class that has more of them than there are batches; and the few groups
-that remain when batches of P are full.
+Each epoch shuffles the images, splits each class's images into groups of K, and distributes the groups to batches so
+that no class is in a batch twice. An epoch leaves out some images, different ones each time: the last n mod K images of
+a class of n, the groups of a class that has more groups than there are batches, and the few groups that remain when all
+batches have P groups.
 """
 
 import functools
@@ -20,8 +20,8 @@ from fasttrain.utils.text import printable
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """labels: int64 [N], the class of each image. k: images a class and batch; p: classes a batch. batches: how many
-    an epoch has. groups: int64 [classes], how many groups of each class could be in one epoch."""
+    """labels: int64 [N], the class of each image. k: images per class in a batch. p: classes per batch. batches:
+    batches per epoch. groups: int64 [classes], how many groups of each class an epoch can use at most."""
 
     labels: NDArray[np.int64]
     k: int
@@ -31,7 +31,7 @@ class Groups:
 
     @classmethod
     def of(cls, index: Index, k: int, batch_size: int) -> "Groups":
-        """UserError, with the numbers, where batches of P x K = batch_size images cannot be made."""
+        """Raises UserError where the classes do not fill batches of P x K = batch_size images."""
         if batch_size % k:
             raise UserError(
                 f"batch_size {batch_size} is not a multiple of images_per_class {k}; set --batch-size to one"
@@ -43,7 +43,7 @@ class Groups:
             fewer = f"set images_per_class={sizes.min()} or less, or " if sizes.min() > 1 else ""
             raise UserError(
                 f"images_per_class is {k}, but class {printable(index.classes[short[0]])!r} has {sizes[short[0]]}"
-                f"{more}; {fewer}add images, or leave it out"
+                f"{more}; {fewer}add images, or leave images_per_class out"
             )
         p = batch_size // k
         if len(sizes) < p:
@@ -51,14 +51,14 @@ class Groups:
                 f"a batch of {batch_size} with images_per_class {k} takes {p} classes, but there are {len(sizes)}; "
                 f"set --batch-size {len(sizes) * k} or less"
             )
-        whole = sizes // k
-        # A class has at most one group in a batch, so of B batches it fills B places at most.
-        batches = next(b for b in range(int(whole.sum()) // p, 0, -1) if np.minimum(whole, b).sum() >= p * b)
-        return cls(index.labels, k, p, batches, np.minimum(whole, batches))
+        groups = sizes // k
+        # A batch has at most one group of a class, so b batches can use at most b groups of it.
+        batches = next(b for b in range(int(groups.sum()) // p, 0, -1) if np.minimum(groups, b).sum() >= p * b)
+        return cls(index.labels, k, p, batches, np.minimum(groups, batches))
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 (two epochs overlap; the plan that has it lives as long as its run)
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (two epochs overlap; the groups live as long as the run)
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """The epoch's images, batch after batch and group after group, int64 [batches · p · k], read-only."""
+        """The epoch's images in order of batches and groups, int64 [batches · p · k], read-only."""
         rng = generator(seed, ORDER, epoch)
         shuffled = rng.permutation(len(self.labels))
         by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]
@@ -66,20 +66,20 @@ class Groups:
         first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
         left = self.groups.copy()
-        spare = int(left.sum()) - self.batches * self.p
-        if spare:
-            left -= np.bincount(rng.permutation(np.repeat(np.arange(len(left)), left))[:spare], minlength=len(left))
-        taken = np.zeros_like(left)
+        surplus = int(left.sum()) - self.batches * self.p
+        if surplus:
+            left -= np.bincount(rng.permutation(np.repeat(np.arange(len(left)), left))[:surplus], minlength=len(left))
+        used = np.zeros_like(left)
         order = np.empty((self.batches, self.p, self.k), np.int64)
         for batch in range(self.batches):
-            # A class with as many groups left as there are batches has to be in this one. The others are drawn with
-            # weights of how many they have left (Efraimidis and Spirakis 2006), so that all last to the epoch's end.
+            # A class with as many groups left as there are batches left must be in this batch. The others are drawn
+            # with weights, their groups left (Efraimidis and Spirakis 2006), so that all last to the epoch's end.
             arrival = rng.exponential(size=len(left)) / np.maximum(left, 1e-300)
             arrival[left == self.batches - batch] = -1
             classes = np.argsort(arrival, kind="stable")[: self.p]
-            start = first[classes] + taken[classes] * self.k
+            start = first[classes] + used[classes] * self.k
             order[batch] = by_class[start[:, None] + np.arange(self.k)]
-            taken[classes] += 1
+            used[classes] += 1
             left[classes] -= 1
         flat = order.reshape(-1)
         flat.setflags(write=False)

@@ -1,4 +1,4 @@
-"""What a training pipeline gives. It is apart from the pipeline so that a step can be built without DALI."""
+"""The training pipeline's output, in its own module so that a step can be built without DALI."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,8 @@ from torch import Tensor
 
 
 class Images(NamedTuple):
-    """A batch from a pipeline: pixels uint8 [rows, H, W, 3] on the pipeline's device, and numbers int64 [B] of the
-    images in the index, on the CPU. Rows are the images, or where there are several views of each the views, one
-    after another."""
+    """A batch. pixels: uint8 [rows, H, W, 3] on the pipeline's device, one row per image and view: first view 0 of
+    each image, then view 1 of each, and so on. indices: int64 [B] on the CPU, of the images in the Index."""
 
     pixels: Tensor
-    numbers: Tensor
+    indices: Tensor

@@ -1,17 +1,24 @@
-"""Operations on images, of AutoAugment's kind, and the arguments by which a DALI graph does one operation per image.
+"""AutoAugment's operations on images: their names, their arguments, and the DALI graph that applies one per image.
 
-The plan chooses each operation and its strength, in numpy; DALI only carries them out (`operation_graph`). Several
-operations share one branch of the graph (see `Kind`), because branches are what costs on a GPU and warps are what
-costs on a CPU.
+The plan chooses each operation and its strength in numpy. `arguments` turns them into arrays, and `apply` uses these in
+the graph. Several operations share one branch of the graph (see `Kind`), because branches are expensive on a GPU, and
+warps on a CPU.
+
+To add an operation: name it in `Op`, give it a branch in `Kind`, compute its arguments in `arguments`, write its branch
+in `apply`, and list it in a policy (`autoaugment` or `randaugment`).
 """
 
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-FILL = 128  # grey, where a warp looks outside the image
+with suppress(ImportError):  # without DALI the plan still works, which is enough to benchmark a training step
+    from nvidia.dali import fn, math, types
+
+FILL = 128  # gray, where a warp reads outside the image
 
 
 class Op(IntEnum):
@@ -33,8 +40,8 @@ class Op(IntEnum):
 
 
 class Kind(IntEnum):
-    """A branch of the DALI graph. BITS is posterize and invert, WARP all that moves pixels, CONTRAST also
-    brightness."""
+    """A branch of the DALI graph. BITS is posterize and invert, WARP is every operation that moves pixels, CONTRAST
+    includes brightness."""
 
     NONE = 0
     BITS = 1
@@ -68,16 +75,16 @@ for _op, _kind in (
 
 
 class Arguments(NamedTuple):
-    """What one operation's branch needs, for n images. DALI gets these arrays, or in a graph their nodes."""
+    """The arguments of one operation per image, for n images: arrays, or their nodes in a DALI graph."""
 
     kind: Any  # int32 [n]
-    keep: Any  # uint8 [n]: bits kept; all of them but for posterize
-    flip: Any  # uint8 [n]: bits inverted; of solarize at and above the threshold
+    keep: Any  # uint8 [n]: mask of the bits to keep; all of them except for posterize
+    flip: Any  # uint8 [n]: mask of the bits to invert; for solarize only at and above the threshold
     threshold: Any  # uint8 [n]
     brightness: Any  # float32 [n]: blend factor with black
-    saturation: Any  # float32 [n]: blend factor with grey
-    contrast: Any  # float32 [n]: blend factor with the mean grey
-    matrix: Any  # float32 [n, 2, 3]: target to source coordinates, pixel corners at whole numbers
+    saturation: Any  # float32 [n]: blend factor with gray
+    contrast: Any  # float32 [n]: blend factor with the mean gray
+    matrix: Any  # float32 [n, 2, 3]: target to source coordinates, pixel corners at integers
     kernel: Any  # float32 [n, 3, 3]: sharpness as one filter
 
 
@@ -86,13 +93,14 @@ _IDENTITY = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
 
 
 def arguments(op: NDArray[np.int32], value: NDArray[np.float32], size: int) -> Arguments:
-    """Arguments of one operation an image for n images of size x size pixels; op int32 [n], value float32 [n].
+    """Arguments of one operation per image for n images of size x size pixels. op: int32 [n]. value: float32 [n].
 
-    What a value means: bits kept (posterize), threshold (solarize), degrees counter-clockwise (rotate), source pixels
-    a row or column (shear), share of the side by which the image moves right or down, cut to whole pixels (translate),
-    blend factor with 1 the identity (colour, contrast, sharpness, brightness). Elsewhere it has none.
+    The value is the number of bits to keep (posterize), the threshold (solarize), degrees counter-clockwise (rotate),
+    source pixels per row or column (shear), the share of the side by which the image moves right or down, truncated to
+    whole pixels (translate), or a blend factor, where 1 is the identity (color, contrast, sharpness, brightness). Other
+    operations ignore it.
     """
-    # i < threshold stays, and i is whole, so the next whole number is the same threshold; 256 is none.
+    # Pixel values are integers, so rounding the threshold up changes nothing. A threshold of 256 inverts no pixel.
     threshold = np.where(op == Op.SOLARIZE, np.ceil(value), 0)
     inverts = (op == Op.INVERT) | (op == Op.SOLARIZE) & (threshold < 256)
     bits = np.where(op == Op.POSTERIZE, value, 8).astype(np.int64)
@@ -111,16 +119,113 @@ def arguments(op: NDArray[np.int32], value: NDArray[np.float32], size: int) -> A
 
 
 def _matrix(op: NDArray[np.int32], value: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Rotation about the image's centre, shear about its top left corner or translation, as PIL has them."""
+    """Rotation about the image's center, shear about its top left corner, or translation, as in PIL."""
 
-    def of(*ops: Op) -> NDArray[np.float64]:
+    def values(*ops: Op) -> NDArray[np.float64]:
         return np.where(np.isin(op, ops), value, 0).astype(np.float64)
 
-    angle = np.deg2rad(of(Op.ROTATE))
-    cos, sin, centre = np.cos(angle), np.sin(angle), size / 2
-    # A float32's share of the side may fall just short of a whole pixel that it stands for.
-    right, down = (np.trunc(np.round(of(each) * size, 3)) for each in (Op.TRANSLATE_X, Op.TRANSLATE_Y))
+    angle = np.deg2rad(values(Op.ROTATE))
+    cos, sin, center = np.cos(angle), np.sin(angle), size / 2
+    # A share stored as float32 may fall just short of the whole pixel that it stands for, so round before truncating.
+    right, down = (np.trunc(np.round(values(axis) * size, 3)) for axis in (Op.TRANSLATE_X, Op.TRANSLATE_Y))
     matrix = np.empty((len(op), 2, 3), np.float32)
-    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 0, 2] = cos, of(Op.SHEAR_X) - sin, centre * (1 - cos + sin) - right
-    matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 1, 2] = of(Op.SHEAR_Y) + sin, cos, centre * (1 - cos - sin) - down
+    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 0, 2] = cos, values(Op.SHEAR_X) - sin, center * (1 - cos + sin) - right
+    matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 1, 2] = values(Op.SHEAR_Y) + sin, cos, center * (1 - cos - sin) - down
     return matrix
+
+
+# ---- the DALI graph: these functions run while DALI builds it. `images` and arguments are nodes, and `if` splits the
+# batch. DALI's AutoGraph follows plain functions only.
+
+# The name of DALI's type, and the number of dimensions, per image, of each field of Arguments.
+INPUTS: dict[str, tuple[str, int]] = {
+    "kind": ("INT32", 0),
+    "keep": ("UINT8", 0),
+    "flip": ("UINT8", 0),
+    "threshold": ("UINT8", 0),
+    "brightness": ("FLOAT", 0),
+    "saturation": ("FLOAT", 0),
+    "contrast": ("FLOAT", 0),
+    "matrix": ("FLOAT", 2),
+    "kernel": ("FLOAT", 2),
+}
+
+
+def apply(images: Any, a: Arguments, size: int, interp: Any) -> Any:
+    """Apply to each image (uint8 HWC, size x size) its own operation. All arguments are CPU nodes, except for the
+    kernel, which is on the images' device. interp: DALI's interpolation for warps."""
+    if a.kind == Kind.NONE.value:
+        result = images
+    elif a.kind == Kind.BITS.value:
+        result = (images & a.keep) ^ a.flip
+    elif a.kind == Kind.EQUALIZE.value:
+        result = fn.equalize(images)
+    elif a.kind == Kind.WARP.value:
+        result = fn.warp_affine(images, matrix=a.matrix, size=[size, size], fill_value=FILL, interp_type=interp)
+    elif a.kind == Kind.COLOR.value:
+        result = color(images, a.saturation)
+    elif a.kind == Kind.CONTRAST.value:
+        result = contrast(images, a.contrast, a.brightness)
+    elif a.kind == Kind.SHARPNESS.value:
+        result = fn.filter(images, a.kernel)
+    elif a.kind == Kind.AUTO_CONTRAST.value:
+        result = auto_contrast(images)
+    else:  # Kind.SOLARIZE
+        result = images ^ (a.flip * (images >= a.threshold))
+    return result
+
+
+# On a CPU, most of an operation's time is the conversion of floats to bytes, so the CPU forms avoid it; both forms were
+# timed. On a GPU, the form with the fewest launches is the fastest.
+
+_INT16_MAX = 32767
+_OFFSET = 255  # keeps sums that are not clipped yet from being negative
+
+
+def color(images: Any, factor: Any) -> Any:
+    """Blend with the gray image like PIL's ImageEnhance.Color; factor 0 … 2."""
+    if images.device == "gpu":
+        return fn.color_twist(images, saturation=factor)
+    above_one = fn.cast(factor > 1, dtype=types.FLOAT)
+    # The gray term stays uint8. It is negative where the factor is above 1, so it is then shifted up by 255.
+    gray = fn.brightness_contrast(_gray(images), brightness=1 - factor, brightness_shift=above_one)
+    gray = fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
+    scaled = fn.brightness_contrast(
+        images,
+        dtype=types.INT16,
+        brightness=factor,
+        brightness_shift=((1 - above_one) * _OFFSET - 0.5) / _INT16_MAX,  # PIL truncates
+    )
+    return fn.lookup_table(scaled + gray, keys=_SUMS, values=_CLIPPED, default_value=255, dtype=types.UINT8)
+
+
+_SUMS = list(range(_OFFSET + 255))
+_CLIPPED = [max(0, value - _OFFSET) for value in _SUMS]
+
+
+def contrast(images: Any, factor: Any, brightness: Any) -> Any:
+    """Blend with the mean of the gray image and with black, like PIL's ImageEnhance.Contrast and Brightness."""
+    mean = math.floor(fn.reductions.mean(_gray(images), keep_dims=True) + 0.5)
+    if images.device == "gpu":
+        return fn.cast((mean + (images - mean) * factor) * brightness, dtype=types.UINT8)
+    center = fn.reshape(mean, shape=[])
+    return fn.brightness_contrast(images, brightness=brightness, contrast=factor, contrast_center=center)
+
+
+def _gray(images: Any) -> Any:
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+
+
+def auto_contrast(images: Any) -> Any:
+    """Stretch each channel to 0 … 255; a channel with a single value does not change."""
+    low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
+    high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
+    flat = low == high
+    # In 256ths, which fit into 16 bits. The casts make DALI compute per-channel values once instead of for each pixel.
+    scale = fn.cast(255.0 * 256 / (high - low + flat * 255), dtype=types.UINT16)
+    stretched = (images - fn.cast(low * (low != high), dtype=types.UINT8)) * scale
+    return fn.lookup_table(stretched, keys=_IN_256THS, values=_ROUNDED, dtype=types.UINT8)
+
+
+_IN_256THS = list(range(1 << 16))
+_ROUNDED = [min(255, (value + 128) // 256) for value in _IN_256THS]

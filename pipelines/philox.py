@@ -1,13 +1,13 @@
 """Philox4x32-10, the counter-based random generator of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2,
-3"), vectorised in numpy over counters. It has no state: the same counter and key always give the same four words."""
+3"), vectorized over counters in numpy. It has no state: the same counter and key always give the same four words."""
 
 import threading
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Draws for different things never meet: the order of an epoch, an image in an epoch, a step,
-# a view at test time.
+# Streams keep draws for different purposes independent: the order of an epoch, an image in an epoch, a step, a view at
+# test time.
 ORDER, IMAGE, STEP, VIEW = range(4)
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -30,8 +30,8 @@ def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 def uniforms(seed: int, stream: int, epoch: int, items: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     """`count` draws for each of n items, float64 [count, n] in the open interval (0, 1), in steps of 2^-32.
 
-    A draw depends on seed, stream, epoch, its item's number and its own position alone. seed: below 2^64; stream and
-    epoch: below 2^32, as are the items.
+    A draw depends only on seed, stream, epoch, its item's number and its position. seed is below 2^64; stream, epoch
+    and the items' numbers are below 2^32.
     """
     blocks = -(-count // 4)
     counter = np.empty((4, blocks, len(items)), np.uint64)
@@ -45,25 +45,25 @@ def uniforms(seed: int, stream: int, epoch: int, items: NDArray[np.int64], count
 
 
 def generator(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
-    """A numpy generator of its own for one thing that happens once a step or once an epoch."""
+    """A new numpy generator for one purpose, for draws per step or per epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, step, part]))
 
 
 class _Reused(threading.local):
-    """A thread's own generator, and the state from which it draws next."""
+    """One generator per thread, and the state that is set before its next draws."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(key=0)
         self.rng = np.random.Generator(self.bits)
-        self.state = self.bits.state  # of a generator that has not drawn: nothing is left over in it
+        self.state = self.bits.state  # of an unused generator: it has no buffered words
 
 
 _REUSED = _Reused()
 
 
-def passing_generator(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
-    """A generator that draws just what `generator`'s draws, made in a fifth of the time: draw at once, since the
-    thread's next call takes it back."""
+def reused_generator(seed: int, stream: int, epoch: int, step: int = 0, part: int = 0) -> np.random.Generator:
+    """Like `generator`, with the same draws, in a fifth of the time: it reseeds the thread's one generator, so draw
+    from it before the thread's next call."""
     state = _REUSED.state
     state["state"]["key"][:] = seed, stream
     state["state"]["counter"][:] = 0, epoch, step, part

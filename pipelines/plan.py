@@ -1,5 +1,7 @@
-"""The plan: which images make a batch, and every random draw. Pure functions of (seed, epoch, image) and (seed, epoch,
-step); there is no state, so any batch of any epoch can be had at once, on any rank.
+"""The plan: which images are in each batch, and every random draw.
+
+All are pure functions of (seed, epoch, image) or (seed, epoch, step). There is no state, so any rank can compute any
+batch of any epoch directly.
 """
 
 import math
@@ -16,12 +18,12 @@ from fasttrain.data.index import Index
 from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import autoaugment, erasing, randaugment
 from fasttrain.pipelines.groups import Groups
-from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, passing_generator, uniforms
+from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, reused_generator, uniforms
 from fasttrain.utils.errors import UserError
 
 _TRIES = 10
 CROP_DRAWS = 2 * _TRIES + 2
-_VIEW_SHIFT = 8  # a view's stream is that of images plus its number, beyond all other streams
+_VIEW_SHIFT = 8  # a view's stream is IMAGE + (view << 8), above all other streams
 _Choose = Callable[[NDArray[np.float64]], tuple[NDArray[np.int32], NDArray[np.float32]]]
 
 
@@ -30,7 +32,7 @@ class Draws(NamedTuple):
 
     crop: int32 [n, 4], (top, left, height, width) in pixels of the stored image. flip: bool [n].
     op: int32 [n, slots] and strength: float32 [n, slots], the policy's operations, in their order.
-    erased: int32 [n, 4], a box in pixels of the crop once it has its size; where nothing is erased it is empty.
+    erased: int32 [n, 4], (top, left, height, width) in pixels of the resized crop; zeros where nothing is erased.
     """
 
     crop: NDArray[np.int32]
@@ -49,27 +51,27 @@ def image_draws(
     size: int,
     view: int = 0,
 ) -> Draws:
-    """Draws for a view of images (numbers in the index, int64 [n]) of the given sizes (int32 [n, 2], height and
-    width), to become size x size pixels."""
+    """Draws for one view of n images. images: int64 [n], indices into the Index. sizes: int32 [n, 2], their heights
+    and widths. size: the side of the resized crop, in pixels."""
     choose, count = _policy(augment)
-    rest = CROP_DRAWS + 1 + count
-    u = uniforms(seed, IMAGE + (view << _VIEW_SHIFT), epoch, images, rest + erasing.DRAWS * bool(augment.erase))
+    policy_end = CROP_DRAWS + 1 + count
+    u = uniforms(seed, IMAGE + (view << _VIEW_SHIFT), epoch, images, policy_end + erasing.DRAWS * bool(augment.erase))
     crop = random_resized_crop(u[:CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
     flip = u[CROP_DRAWS] < augment.flip
-    op, strength = choose(u[CROP_DRAWS + 1 : rest])
+    op, strength = choose(u[CROP_DRAWS + 1 : policy_end])
     erased = np.zeros((len(images), 4), np.int32)
     if augment.erase:
-        erased = erasing.boxes(u[rest:], size, augment.erase, augment.erase_area, augment.erase_ratio)
+        erased = erasing.boxes(u[policy_end:], size, augment.erase, augment.erase_area, augment.erase_ratio)
     return Draws(crop, flip, op, strength, erased)
 
 
-def operations_of(augment: AugmentConfig) -> int:
-    """How many operations an image goes through, one after another."""
+def operations_per_image(augment: AugmentConfig) -> int:
+    """How many operations are applied to each image, one after another."""
     return augment.randaugment or (0 if augment.autoaugment == "none" else len(autoaugment.POLICY[0]))
 
 
 def _policy(augment: AugmentConfig) -> tuple[_Choose, int]:
-    """What turns uniforms [count, n] into operations and strengths [n, slots], and count."""
+    """The function from uniforms [count, n] to operations and strengths [n, slots]; and count."""
     if augment.randaugment:
         slots = augment.randaugment
         choose = partial(randaugment.choose, slots=slots, magnitude=augment.randaugment_magnitude)
@@ -82,10 +84,10 @@ def _policy(augment: AugmentConfig) -> tuple[_Choose, int]:
 def random_resized_crop(
     u: NDArray[np.float64], sizes: NDArray[np.int32], area: tuple[float, float], ratio: tuple[float, float]
 ) -> NDArray[np.int32]:
-    """Boxes int32 [n, 4] (top, left, height, width), distributed as torchvision's RandomResizedCrop has them.
+    """Boxes int32 [n, 4] (top, left, height, width), with the distribution of torchvision's RandomResizedCrop.
 
-    Ten tries of an area (a uniform share of the image's) and an aspect ratio (log-uniform), the first that fits,
-    placed uniformly; where none fits, the largest central box within the ratios. u: uniforms [22, n].
+    Ten tries draw an area (a uniform share of the image's) and an aspect ratio (log-uniform). The first box that fits
+    is placed uniformly; if none fits, the largest central box within the ratios is used. u: uniforms [CROP_DRAWS, n].
     """
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     target = height * width * (area[0] + (area[1] - area[0]) * u[:_TRIES])
@@ -98,26 +100,26 @@ def random_resized_crop(
     top = np.floor(u[2 * _TRIES] * (height - h + 1))
     left = np.floor(u[2 * _TRIES + 1] * (width - w + 1))
 
-    lost = ~fits.any(0)
-    if lost.any():
-        w_back = np.where(width > ratio[1] * height, np.rint(height * ratio[1]), width)
-        h_back = np.where(width < ratio[0] * height, np.rint(width / ratio[0]), height)
-        w, h = np.where(lost, w_back, w), np.where(lost, h_back, h)
-        top = np.where(lost, (height - h) // 2, top)
-        left = np.where(lost, (width - w) // 2, left)
+    fallback = ~fits.any(0)
+    if fallback.any():
+        w_largest = np.where(width > ratio[1] * height, np.rint(height * ratio[1]), width)
+        h_largest = np.where(width < ratio[0] * height, np.rint(width / ratio[0]), height)
+        w, h = np.where(fallback, w_largest, w), np.where(fallback, h_largest, h)
+        top = np.where(fallback, (height - h) // 2, top)
+        left = np.where(fallback, (width - w) // 2, left)
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
 @lru_cache(maxsize=4)  # two epochs overlap while batches are prefetched, in training and in a benchmark
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order in which an epoch takes the images 0 … count−1, int64 [count], read-only."""
+    """The order of the images 0 … count−1 in an epoch, int64 [count], read-only."""
     order = generator(seed, ORDER, epoch).permutation(count)
     order.setflags(write=False)
     return order
 
 
 class Box(NamedTuple):
-    """CutMix's box of a step, in pixels: rows top … bottom−1 and columns left … right−1."""
+    """A step's CutMix box, in pixels: rows top … bottom−1 and columns left … right−1."""
 
     top: int
     bottom: int
@@ -126,7 +128,7 @@ class Box(NamedTuple):
 
 
 def cutmix_box(rng: np.random.Generator, size: int, alpha: float) -> Box:
-    """A box in an image of size x size pixels: λ ~ Beta(α, α), sides size·√(1−λ), the centre uniform over pixels,
+    """A box in an image of size x size pixels: λ ~ Beta(α, α), sides size·√(1−λ), a center that is uniform over pixels;
     clipped to the image (Yun et al. 2019)."""
     half = int(size * math.sqrt(1 - rng.beta(alpha, alpha))) // 2
     y, x = rng.integers(size, size=2).tolist()
@@ -134,8 +136,8 @@ def cutmix_box(rng: np.random.Generator, size: int, alpha: float) -> Box:
 
 
 def step_mix(seed: int, epoch: int, step: int, size: int, mix: MixConfig) -> Box | float | None:
-    """What the global step mixes by: CutMix's box, mixup's λ ~ Beta(α, α) (Zhang et al. 2018), or None."""
-    rng = passing_generator(seed, STEP, epoch, step)
+    """How the global step mixes: CutMix's box, mixup's λ ~ Beta(α, α) (Zhang et al. 2018), or None for not at all."""
+    rng = reused_generator(seed, STEP, epoch, step)
     choice = rng.random()
     if choice < mix.cutmix:
         return cutmix_box(rng, size, mix.cutmix_alpha)
@@ -146,14 +148,14 @@ def step_mix(seed: int, epoch: int, step: int, size: int, mix: MixConfig) -> Box
 
 @dataclass(frozen=True)
 class Plan:
-    """What rank `rank` of `world` does at every step of a run over `count` images.
+    """The images and draws of rank `rank` of `world` for every step of a run over `count` images.
 
-    Each epoch takes the global batches one after another from its own order and drops the last partial batch; with
-    `groups` the batches are P x K ones. A rank has an equal, contiguous share of each, in micro-batches of
-    `micro_batch` images. With `shift` every step takes what belongs to the step so many later.
+    Each epoch splits its own order of the images into global batches and drops the last partial batch; with `groups`
+    the batches are P x K. Each rank has an equal, contiguous share of a batch, in micro-batches of `micro_batch`
+    images. Each step uses the images and draws of the step `shift` steps later.
 
-    A micro-batch has a row for each of `views` augmented views of its images, and for `ema_views` further ones that are
-    never mixed: first view 0 of each image, then view 1 of each, and so on.
+    A micro-batch has one row per image and view: first view 0 of each image, then view 1 of each, and so on. There are
+    `views` views, then `ema_views` more that are never mixed.
     """
 
     seed: int
@@ -173,25 +175,28 @@ class Plan:
 
     @classmethod
     def of(cls, recipe: Recipe, index: Index, world: int = 1, rank: int = 0) -> "Plan":
-        """The plan of a recipe; UserError where batches cannot be made, or do not divide among ranks."""
+        """The plan of a recipe. Raises UserError where its batches cannot be made, or do not divide among ranks."""
         batch, micro, k = recipe.batch_size, recipe.micro_batch, recipe.images_per_class
         if len(index) < batch:
-            least = f"{len(index)} images are fewer than one batch of {batch}"
-            raise UserError(f"{least}; set --batch-size {len(index)} or less")
+            raise UserError(
+                f"{len(index)} images are fewer than one batch of {batch}; set --batch-size {len(index)} or less"
+            )
         if batch % world:
             raise UserError(f"batch_size {batch} does not divide among {world} ranks; set a multiple of {world}")
         share = batch // world
         if micro and share % micro:
             raise UserError(
-                f"micro_batch {micro} does not divide a rank's {share} images of a batch; set a divisor of {share}"
+                f"micro_batch {micro} does not divide a rank's {share} images per batch; set a divisor of {share}"
             )
         if any(loss.projection_head for loss in recipe.losses) and (micro or share) * world < 2:
-            raise UserError("there is nothing to contrast one image with; set --batch-size or micro_batch to 2 or more")
+            raise UserError(
+                "a contrastive loss needs two or more images at once; set --batch-size or micro_batch to 2 or more"
+            )
         groups = Groups.of(index, k, batch) if k else None
         if k and (micro or share) % k:
             raise UserError(
-                f"a rank's {micro or share} images at once are not a multiple of images_per_class {k}, so that a "
-                f"class would be cut in two; set another {'micro_batch' if micro else '--batch-size'}"
+                f"a rank's {micro or share} images at once are not a multiple of images_per_class {k}, which would "
+                f"split a class's images; set another {'micro_batch' if micro else '--batch-size'}"
             )
         return cls(
             seed=recipe.seed,
@@ -211,7 +216,7 @@ class Plan:
 
     @property
     def views_total(self) -> int:
-        """How many views of an image there are, mixed or not."""
+        """Number of views per image, mixed or not."""
         return self.views + self.ema_views
 
     @property
@@ -224,15 +229,15 @@ class Plan:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches a rank puts through the network in one step."""
+        """Number of micro-batches per rank and step."""
         return self.batch_size // self.world // self.micro_batch
 
     def epoch_and_step(self, step: int) -> tuple[int, int]:
-        """Epoch of the images of a step, and the step's position in it."""
+        """The epoch from which a step takes its images, and the step's position in that epoch."""
         return divmod(step + self.shift, self.steps_per_epoch)
 
     def images(self, step: int, micro: int) -> NDArray[np.int64]:
-        """Numbers of the images in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
+        """The indices of the images in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
         epoch, position = self.epoch_and_step(step)
         start = position * self.batch_size + self.rank * (self.batch_size // self.world) + micro * self.micro_batch
         order = self.groups.order(self.seed, epoch) if self.groups else epoch_order(self.seed, epoch, self.count)
@@ -243,23 +248,23 @@ class Plan:
         return image_draws(self.seed, epoch, images, sizes, self.augment, self.image_size, view)
 
     def mix_params(self, step: int, micro: int) -> tuple[NDArray[np.float32], bool]:
-        """The mix kernel's table for the rows of this rank's micro-batch, and whether this step mixes at all.
+        """The mix kernel's table for the rows of this rank's micro-batch, and whether this step mixes.
 
-        The box, or λ, is the global step's own; the partners are a permutation of the rows that are mixed.
+        All ranks and micro-batches of a step share its box or λ. The partners are a permutation of the mixed rows.
         """
         epoch, position = self.epoch_and_step(step)
-        by = step_mix(self.seed, epoch, position, self.image_size, self.mix)
+        mixing = step_mix(self.seed, epoch, position, self.image_size, self.mix)
         params = mix_kernel.plain_params(self.micro_batch * self.views_total)
-        if by is None:
+        if mixing is None:
             return params, False
         part = 1 + self.rank * self.micro_batches + micro
         mixed = params[: self.micro_batch * self.views]
-        rng = passing_generator(self.seed, STEP, epoch, position, part)
+        rng = reused_generator(self.seed, STEP, epoch, position, part)
         mixed[:, mix_kernel.PARTNER] = rng.permutation(len(mixed))
-        if isinstance(by, Box):
+        if isinstance(mixing, Box):
             mixed[:, mix_kernel.MODE] = mix_kernel.CUTMIX
-            mixed[:, mix_kernel.BOX] = by
+            mixed[:, mix_kernel.BOX] = mixing
         else:
             mixed[:, mix_kernel.MODE] = mix_kernel.MIXUP
-            mixed[:, mix_kernel.LAM] = by
+            mixed[:, mix_kernel.LAM] = mixing
         return params, True

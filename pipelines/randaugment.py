@@ -1,5 +1,6 @@
-"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719) over torchvision's operations: what it chooses for an image. The
-plan chooses, in numpy; `operations` carries it out."""
+"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719) with torchvision's operations: the choice for each image.
+
+The plan chooses in numpy; `operations` applies the operations."""
 
 import functools
 from typing import NamedTuple
@@ -29,7 +30,7 @@ MAX_MAGNITUDE = 30
 
 
 def strength(op: Op, magnitude: int, sign: int) -> float:
-    """What a magnitude 0 … 30 stands for, as `operations.arguments` takes it; 0 where an operation has none."""
+    """The strength of a magnitude 0 … 30, as `operations.arguments` takes it; 0 for operations without one."""
     share = magnitude / MAX_MAGNITUDE
     match op:
         case Op.SHEAR_X | Op.SHEAR_Y:
@@ -49,7 +50,7 @@ def strength(op: Op, magnitude: int, sign: int) -> float:
 
 class _Table(NamedTuple):
     ops: NDArray[np.int32]  # [14]
-    strengths: NDArray[np.float32]  # [14, 2]: with the minus sign, with the plus
+    strengths: NDArray[np.float32]  # [14, 2]: with a minus sign, with a plus sign
 
 
 @functools.cache
@@ -59,14 +60,14 @@ def _table(magnitude: int) -> _Table:
 
 
 def draws(slots: int) -> int:
-    """Uniforms that `choose` takes for an image: which operation each slot holds, the sign of each."""
+    """How many uniforms `choose` takes per image: one for each slot's operation, one for its sign."""
     return 2 * slots
 
 
 def choose(u: NDArray[np.float64], slots: int, magnitude: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Operation ids int32 [n, slots] and strengths float32 [n, slots] (see `strength`) from uniforms
-    [draws(slots), n], in the order in which they apply. magnitude: 0 … 30, the same for all."""
+    """Operation ids int32 [n, slots] and strengths float32 [n, slots] (see `strength`), in the order in which they
+    apply. u: uniforms [draws(slots), n]. magnitude: 0 … 30, the same for all operations."""
     table = _table(magnitude)
-    which = (u[:slots].T * len(OPERATIONS)).astype(np.int64)
+    entry = (u[:slots].T * len(OPERATIONS)).astype(np.int64)
     sign = (u[slots:].T >= 0.5).astype(np.int64)
-    return table.ops[which], table.strengths[which, sign]
+    return table.ops[entry], table.strengths[entry, sign]

@@ -1,4 +1,4 @@
-"""The training pipeline: image files to augmented uint8 batches, on a GPU or a CPU from one definition."""
+"""The training pipeline, from image files to augmented uint8 batches; one definition for GPU and CPU."""
 
 import os
 from collections.abc import Callable, Generator, Mapping
@@ -12,68 +12,69 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from fasttrain.data.index import Index
-from fasttrain.pipelines import operation_graph, operations
-from fasttrain.pipelines.ahead import Ahead
+from fasttrain.pipelines import erasing, operations
+from fasttrain.pipelines.ahead import PrefetchedSource
 from fasttrain.pipelines.decode_errors import Skip, decode_error, substitutes
 from fasttrain.pipelines.decode_graph import decode_region
 from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.operations import Arguments
-from fasttrain.pipelines.plan import Draws, Plan, operations_of
+from fasttrain.pipelines.plan import Draws, Plan, operations_per_image
 
-PREFETCH = 2  # batches that are prepared ahead of the one that trains
+PREFETCH = 2  # batches that are prepared ahead of the current one
 
 _INTERPOLATIONS = {"nearest": types.INTERP_NN, "linear": types.INTERP_LINEAR}
 
 
 class Input(NamedTuple):
-    """DALI's type and number of dimensions, per image, of an input of the graph."""
+    """The name of DALI's type, and the number of dimensions per image, of an input of the graph."""
 
-    dtype: Any
+    dtype: str
     ndim: int
 
 
 def batch_inputs(plan: Plan) -> dict[str, Input]:
-    """The graph's inputs, by name. Those of view 1 are called `view1.flip_start` and so on.
+    """The graph's inputs, by name. The inputs of view 1 are named `view1.flip_start` and so on.
 
-    path: bytes of the file's name. number: the image's number in the index. region_start, region_shape: the region to
-    decode, (top, left) and (height, width) in stored pixels, the smallest that holds the crops of all views.
+    path: the file's path as bytes. number: the image's number in the index. region_start, region_shape: the region to
+    decode, (top, left) and (height, width) in pixels of the stored image; the smallest that holds all views' crops.
     """
     inputs = {
-        "path": Input(types.UINT8, 1),
-        "number": Input(types.INT64, 0),
-        "region_start": Input(types.INT32, 1),
-        "region_shape": Input(types.INT32, 1),
+        "path": Input("UINT8", 1),
+        "number": Input("INT64", 0),
+        "region_start": Input("INT32", 1),
+        "region_shape": Input("INT32", 1),
     }
     for view in range(plan.views_total):
-        inputs |= {f"view{view}.{name}": each for name, each in view_inputs(plan).items()}
+        inputs |= {f"view{view}.{name}": value for name, value in view_inputs(plan).items()}
     return inputs
 
 
 def view_inputs(plan: Plan) -> dict[str, Input]:
     """The inputs of each view, by name.
 
-    crop_start, crop_shape: the view's crop, relative to the decoded region; only with several views. flip_start,
-    flip_end: the corners (y, x) from which and to which the crop is resized, relative to it: a resize from right to
-    left is a flip. op0.kind and so on: the arguments of the first operation. erase_start, erase_shape: the rectangle to
-    erase, in pixels of the finished image.
+    crop_start, crop_shape: the view's crop in the decoded region, in pixels; only with several views. flip_start,
+    flip_end: the corners (y, x) between which the crop is resized, relative to its size; a resize from right to left is
+    a flip. op0.kind and so on: the arguments of the first operation. erase_start, erase_shape: the box to erase, in
+    pixels of the resized image.
     """
     inputs: dict[str, Input] = {}
     if plan.views_total > 1:
-        inputs |= {"crop_start": Input(types.INT32, 1), "crop_shape": Input(types.INT32, 1)}
-    inputs |= {"flip_start": Input(types.FLOAT, 1), "flip_end": Input(types.FLOAT, 1)}
-    for slot in range(operations_of(plan.augment)):
-        inputs |= {f"op{slot}.{name}": Input(*each) for name, each in operation_graph.INPUTS.items()}
+        inputs |= {"crop_start": Input("INT32", 1), "crop_shape": Input("INT32", 1)}
+    inputs |= {"flip_start": Input("FLOAT", 1), "flip_end": Input("FLOAT", 1)}
+    for slot in range(operations_per_image(plan.augment)):
+        inputs |= {f"op{slot}.{name}": Input(*value) for name, value in operations.INPUTS.items()}
     if plan.augment.erase:
-        inputs |= {"erase_start": Input(types.FLOAT, 1), "erase_shape": Input(types.FLOAT, 1)}
+        inputs |= {"erase_start": Input("FLOAT", 1), "erase_shape": Input("FLOAT", 1)}
     return inputs
 
 
 @dataclass(frozen=True)
 class Source:
-    """Gives DALI the graph's inputs, batch after batch, each computed from the plan alone.
+    """Feeds DALI the graph's inputs, batch after batch, each computed only from the plan.
 
-    replacement: int64 [N], the image to take instead of each image; None: no replacements. first: batches to leave out.
+    replacement: int64 [N], the image to use instead of each image; None: no replacements. skip_batches: how many
+    batches to skip at the start.
     """
 
     plan: Plan
@@ -81,30 +82,30 @@ class Source:
     start_step: int
     stop_step: int
     replacement: NDArray[np.int64] | None = None
-    first: int = 0
+    skip_batches: int = 0
 
     def __call__(self, info: types.BatchInfo) -> tuple[Any, ...]:
         """The inputs of batch `info.iteration`, in the order of `batch_inputs`. Raises StopIteration at the end."""
         step, _ = self.position(info.iteration)
         if step >= self.stop_step:
             raise StopIteration
-        values = self.values(step, self.numbers(info.iteration))
+        values = self.values(step, self.indices(info.iteration))
         return tuple(values[name] for name in batch_inputs(self.plan))
 
-    def values(self, step: int, numbers: NDArray[np.int64]) -> dict[str, Any]:
-        """The inputs of a batch of images of a step, by name, each with a first dimension of images."""
-        plan, sizes = self.plan, self.index.sizes[numbers]
-        views = [plan.draws(step, numbers, sizes, view) for view in range(plan.views_total)]
+    def values(self, step: int, indices: NDArray[np.int64]) -> dict[str, Any]:
+        """The inputs of a batch of images, by name; the first dimension is the image. step: the global step."""
+        plan, sizes = self.plan, self.index.sizes[indices]
+        views = [plan.draws(step, indices, sizes, view) for view in range(plan.views_total)]
         start = np.min([draws.crop[:, :2] for draws in views], 0)
         end = np.max([draws.crop[:, :2] + draws.crop[:, 2:] for draws in views], 0)
         values: dict[str, Any] = {
-            "path": [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in numbers],
-            "number": numbers,
+            "path": [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in indices],
+            "number": indices,
             "region_start": start,
             "region_shape": end - start,
         }
         for view, draws in enumerate(views):
-            values |= {f"view{view}.{name}": each for name, each in self._view_values(draws, start).items()}
+            values |= {f"view{view}.{name}": value for name, value in self._view_values(draws, start).items()}
         return values
 
     def _view_values(self, draws: Draws, region_start: NDArray[np.int32]) -> dict[str, NDArray]:
@@ -117,19 +118,19 @@ class Source:
             "erase_start": draws.erased[:, :2].astype(np.float32),
             "erase_shape": draws.erased[:, 2:].astype(np.float32),
         }
-        for slot in range(operations_of(plan.augment)):
+        for slot in range(operations_per_image(plan.augment)):
             arguments = operations.arguments(draws.op[:, slot], draws.strength[:, slot], plan.image_size)
-            values |= {f"op{slot}.{name}": each for name, each in arguments._asdict().items()}
-        return {name: np.ascontiguousarray(each) for name, each in values.items()}
+            values |= {f"op{slot}.{name}": value for name, value in arguments._asdict().items()}
+        return {name: np.ascontiguousarray(value) for name, value in values.items()}
 
-    def numbers(self, batch: int) -> NDArray[np.int64]:
-        """The images of a batch, int64 [micro_batch]."""
-        numbers = self.plan.images(*self.position(batch))
-        return numbers if self.replacement is None else self.replacement[numbers]
+    def indices(self, batch: int) -> NDArray[np.int64]:
+        """The indices of a batch's images, int64 [micro_batch]."""
+        indices = self.plan.images(*self.position(batch))
+        return indices if self.replacement is None else self.replacement[indices]
 
     def position(self, batch: int) -> tuple[int, int]:
-        """Global step and micro-batch of a batch, counted from `first`."""
-        step, micro = divmod(self.first + batch, self.plan.micro_batches)
+        """Global step and micro-batch of a batch, counted from 0 after the skipped ones."""
+        step, micro = divmod(self.skip_batches + batch, self.plan.micro_batches)
         return self.start_step + step, micro
 
 
@@ -137,37 +138,37 @@ class Source:
 def graph(
     source: Source, decoder: Decoder, on_gpu: bool, feed: Callable[[types.BatchInfo], Any] | None = None
 ) -> tuple[Any, ...]:
-    """read → decode the region that the views need → for each view: its crop → resize, flipped or not → operations →
-    erase. Gives uint8 HWC images, view after view, and their numbers.
+    """read → decode the region that the views need → for each view: crop → resize with flip → operations → erase.
 
-    feed: what gives the batches, `source` itself by default.
+    Returns uint8 HWC images, one output per view, and their indices. feed: what DALI calls for each batch; `source` by
+    default.
     """
     plan = source.plan
     inputs = batch_inputs(plan)
-    given = fn.external_source(
+    outputs = fn.external_source(
         source=feed or source,
         num_outputs=len(inputs),
         batch=True,
         batch_info=True,
-        dtype=[each.dtype for each in inputs.values()],
-        ndim=[each.ndim for each in inputs.values()],
+        dtype=[getattr(types, value.dtype) for value in inputs.values()],
+        ndim=[value.ndim for value in inputs.values()],
     )
-    nodes = {name: given[at] for at, name in enumerate(inputs)}
+    nodes = {name: outputs[row] for row, name in enumerate(inputs)}
     encoded = fn.io.file.read(nodes["path"])
     images = decode_region(encoded, nodes["region_start"], nodes["region_shape"], decoder, on_gpu)
     views = []
     for view in range(plan.views_total):
-        views.append(_view(images, _under(f"view{view}", nodes), plan, on_gpu))
+        views.append(_view(images, _with_prefix(f"view{view}", nodes), plan, on_gpu))
     return *views, nodes["number"]
 
 
-def _under(prefix: str, nodes: Mapping[str, Any]) -> dict[str, Any]:
-    """The nodes whose names begin with `prefix.`, without it."""
+def _with_prefix(prefix: str, nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """The nodes whose names start with `prefix.`, by their names without it."""
     return {name.removeprefix(f"{prefix}."): node for name, node in nodes.items() if name.startswith(f"{prefix}.")}
 
 
 def _view(images: Any, nodes: Mapping[str, Any], plan: Plan, on_gpu: bool) -> Any:
-    """One view of the decoded images, from the nodes of `view_inputs`."""
+    """One view of the decoded images. nodes: those of `view_inputs`."""
     size = plan.image_size
     if plan.views_total > 1:
         start, shape = nodes["crop_start"], nodes["crop_shape"]
@@ -181,17 +182,17 @@ def _view(images: Any, nodes: Mapping[str, Any], plan: Plan, on_gpu: bool) -> An
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
-    for slot in range(operations_of(plan.augment)):
-        images = _operate(images, Arguments(**_under(f"op{slot}", nodes)), plan, on_gpu)
+    for slot in range(operations_per_image(plan.augment)):
+        images = _operate(images, Arguments(**_with_prefix(f"op{slot}", nodes)), plan, on_gpu)
     if plan.augment.erase:
-        images = operation_graph.erase(images, nodes["erase_start"], nodes["erase_shape"])
+        images = erasing.erase(images, nodes["erase_start"], nodes["erase_shape"])
     return images
 
 
 def _operate(images: Any, arguments: Arguments, plan: Plan, on_gpu: bool) -> Any:
     if on_gpu:
         arguments = arguments._replace(kernel=arguments.kernel.gpu())
-    return operation_graph.apply(images, arguments, plan.image_size, _INTERPOLATIONS[plan.augment.warps])
+    return operations.apply(images, arguments, plan.image_size, _INTERPOLATIONS[plan.augment.warps])
 
 
 def build(
@@ -201,7 +202,7 @@ def build(
     decoder: Decoder | None = None,
     feed: Callable[[types.BatchInfo], Any] | None = None,
 ) -> Pipeline:
-    """The pipeline, not yet started. device: where the images come out. decoder: `auto`'s by default. feed: see
+    """The pipeline, not yet built by DALI. device: that of the output. decoder: `auto` by default. feed: see
     `graph`."""
     on_gpu = device.type == "cuda"
     return graph(
@@ -217,7 +218,7 @@ def build(
 
 
 def output_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """The CUDA stream on which a pipeline hands over its results. Without it DALI makes the host wait for them."""
+    """The CUDA stream that receives a pipeline's output. Without it, DALI makes the host wait for the output."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
@@ -233,39 +234,40 @@ def batches(
 ) -> Generator[Images, None, None]:
     """This rank's micro-batches, from `start_step` up to `stop_step` (default: the run's end).
 
-    The pixels share memory with DALI; with several views they are copied. Prefetching runs across the ends of epochs.
-    An image that cannot be decoded raises RunError that names the file. With on_skip, another image of its class
-    replaces it from then on (see `decode_errors.substitutes`), and on_skip is called once.
+    The pixels share memory with DALI; with several views they are copied. Prefetching crosses epoch boundaries. Raises
+    RunError, which names the file, if an image cannot be decoded. With on_skip, another image of its class replaces it
+    from then on (see `decode_errors.substitutes`), and on_skip is called once.
     """
     stop = plan.steps if stop_step is None else stop_step
     replacement = np.arange(len(index))
 
-    def replace_bad(numbers: NDArray[np.int64], report: bool = True) -> bool:
-        found = list(substitutes(index, numbers, replacement))
-        for number, other, skip in found:
+    def replace_bad(indices: NDArray[np.int64], report: bool = True) -> bool:
+        bad = list(substitutes(index, indices, replacement))
+        for number, other, skip in bad:
             replacement[replacement == number] = other
             if on_skip is not None and report:
                 on_skip(skip)
-        return bool(found)
+        return bool(bad)
 
-    if on_skip is not None:  # files without a readable header: all ranks know them, and one reports them
+    if on_skip is not None:  # files without a readable header: every rank replaces them, and the first one reports them
         replace_bad(np.flatnonzero(index.sizes[:, 0] == 0), report=plan.rank == 0)
     done, total = 0, (stop - start_step) * plan.micro_batches
     while done < total:
-        # After an error the pipeline is built again: the batches that it had prefetched are lost with the failed one.
+        # After an error the pipeline is built again, because its prefetched batches are lost.
         source = Source(plan, index, start_step, stop, replacement.copy(), done)
-        with Ahead(source, PREFETCH + 1) as feed:
+        with PrefetchedSource(source, PREFETCH + 1) as feed:
             pipe = build(source, device, threads, decoder, feed)
             pipe.build()
             while done < total:
                 try:
-                    *views, numbers = pipe.run(output_stream(device))
+                    *views, indices = pipe.run(output_stream(device))
                 except RuntimeError as error:
-                    suspects = source.numbers(done - source.first)
+                    suspects = source.indices(done - source.skip_batches)
                     if on_skip is not None and replace_bad(suspects):
                         break
-                    raise decode_error(error, [index.paths[each] for each in suspects], index.sizes[suspects]) from None
+                    paths = [index.paths[number] for number in suspects]
+                    raise decode_error(error, paths, index.sizes[suspects]) from None
                 done += 1
                 pixels = [torch.from_dlpack(view.as_tensor()) for view in views]
-                joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-                yield Images(joined, torch.from_numpy(np.array(numbers.as_array())))
+                rows = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+                yield Images(rows, torch.from_numpy(np.array(indices.as_array())))

@@ -1,8 +1,8 @@
-"""How long a checkpoint holds the training up: python scripts/bench_save.py [--out DIR] [--json FILE]
+"""How long a checkpoint blocks training: python scripts/bench_save.py [--out DIR] [--json FILE]
 
-Weights, buffers and momentum of each of the report's networks, saved as a run does it (a copy in memory that the loop
-waits for, then hashes, fsync and renaming in a thread), beside the same without the thread and beside torch.save of
-the same tensors, in turns.
+Saves the weights, buffers and momentum of each of the report's networks. A run waits only for a copy in memory; a
+thread then writes, hashes, syncs and renames the files. The same work without the thread and torch.save of the same
+tensors are measured in turn.
 """
 
 import json
@@ -37,60 +37,63 @@ META: dict[str, Any] = {
 META |= {"rewinds": 0, "streak": 0, "meters": [], "logged": {}}
 
 
-def made(arch: str, device: torch.device) -> checkpoint.State:
-    """A network with the momentum of its optimizer."""
+def training_state(arch: str, device: torch.device) -> checkpoint.State:
+    """A network and its optimizer."""
     model = Classifier(arch, 1000).to(device).to(memory_format=torch.channels_last)
     return checkpoint.State(model, optim.sgd(model, OptimConfig()), torch.amp.GradScaler(device.type, enabled=False))
 
 
 def seconds(arch: str, device: torch.device, home: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender, a value a round; the first round, which finds the memory, is not counted."""
-    state, snapshot = made(arch, device), checkpoint.Snapshot()
-    found: dict[str, list[float]] = {}
+    """Seconds per round of each contender. The first round, which allocates memory, is not counted."""
+    state, snapshot = training_state(arch, device), checkpoint.Snapshot()
+    times: dict[str, list[float]] = {}
 
-    def timed(name: str, began: float) -> None:
-        found.setdefault(name, []).append(time.perf_counter() - began)
+    def record(name: str, start: float) -> None:
+        times.setdefault(name, []).append(time.perf_counter() - start)
 
     for step in range(rounds + 1):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         snapshot.take(state)
-        if device.type == "cuda":  # what the device is held up; the host goes on at once
+        if device.type == "cuda":  # measures how long the device is blocked; the host continues at once
             torch.cuda.synchronize()
-        timed("held", began)
-        writing = time.perf_counter()
+        record("held", start)
+        write_start = time.perf_counter()
         checkpoint.save(home / "run", step, snapshot, improved=False, keep=1, meta=META)
-        timed("written by the thread", writing)
-        timed("without a thread", began)
-        began = time.perf_counter()
-        momenta = {name: state.optimizer.state[each] for name, each in state.model.named_parameters()}
+        record("written by the thread", write_start)
+        record("without a thread", start)
+        start = time.perf_counter()
+        momenta = {name: state.optimizer.state[parameter] for name, parameter in state.model.named_parameters()}
         torch.save({"model": state.model.state_dict(), "optimizer": momenta}, home / "torch.pth")
-        timed("torch.save", began)
-    return {name: each[1:] for name, each in found.items()}
+        record("torch.save", start)
+    return {name: values[1:] for name, values in times.items()}
 
 
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Disk to write to. Default: the temporary folder's.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write to. Default: the system's temporary folder."
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def main(device: str, rounds: int, out: Path | None, json_path: Path | None) -> None:
-    """Measure, and print a line a network."""
-    place = torch.device(device)
+    """Measure, and print one line per network."""
+    torch_device = torch.device(device)
     rows = []
     for arch in ARCHS:
         home = Path(tempfile.mkdtemp(dir=out))
         try:
-            found = seconds(arch, place, home, rounds)
-            size = sum(each.stat().st_size for each in (home / "run" / "last").iterdir())
+            times = seconds(arch, torch_device, home, rounds)
+            size = sum(path.stat().st_size for path in (home / "run" / "last").iterdir())
         finally:
             shutil.rmtree(home)
-        rows.append({"arch": arch, "bytes": size, "seconds": found})
-        told = ", ".join(f"{name} {statistics.median(each):.3f} s" for name, each in found.items())
-        click.echo(f"{arch}, {size / 1e6:.0f} MB: {told}")
+        rows.append({"arch": arch, "bytes": size, "seconds": times})
+        medians = ", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in times.items())
+        click.echo(f"{arch}, {size / 1e6:.0f} MB: {medians}")
     if json_path:
-        json_path.write_text(json.dumps(common.about(place) | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        content = common.environment_info(torch_device) | {"rows": rows}
+        json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

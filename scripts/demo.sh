@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a trained TResNet-XL: makes .venv, installs, draws the demo set, trains on it (small images, few
-# epochs), evaluates. Uses a GPU where there is one. Again: goes on, or evaluates what is already trained.
+# Install and train a TResNet-XL: creates .venv, installs fasttrain, generates the demo set, trains on it (small images,
+# few epochs) and evaluates. Uses a GPU if there is one. The same command resumes an interrupted run, or evaluates a
+# finished one.
 # usage: bash scripts/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

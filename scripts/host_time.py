@@ -1,10 +1,10 @@
-"""What a step asks of the host besides the network: python scripts/host_time.py --data DIR [--json FILE]
+"""A step's CPU time on the host, without the network: python scripts/host_time.py --data DIR [--json FILE]
 
 Milliseconds of one core, by the clock of the thread that does the work, medians over steps. The main thread runs DALI
-(which takes what the source made, and hands it to its own threads), stages a batch's labels and mix parameters, and
-calls the step; a thread of its own works out the source's draws ahead of it. The step's row is that of a network of
-one parameter, with the work that a GPU would do, so it is more than what a GPU's host does, launches of the network
-apart.
+(which takes the source's values and passes them to its own threads), stages a batch's labels and mix parameters, and
+calls the step. Another thread computes the source's values in advance. The step is measured with a network of one
+parameter and includes the work that a GPU would do, so on a GPU the host needs less time, except for the launches of
+the network.
 """
 
 import sys
@@ -23,18 +23,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 from fasttrain import recipes
 from fasttrain.benchmarks import step as step_benchmark
-from fasttrain.benchmarks.common import OWN, write_figures
+from fasttrain.benchmarks.common import FASTTRAIN, write_figures
 from fasttrain.benchmarks.pipeline import repeated
 from fasttrain.config.schema import DataConfig
 from fasttrain.data.index import open_data
-from fasttrain.pipelines.ahead import Ahead
+from fasttrain.pipelines.ahead import PrefetchedSource
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import PREFETCH, Source, build
 from fasttrain.training.inputs import InputBuilder
 
 STEPS = 40
-TARGET = 2500  # images per second; what a step of a batch may take at that rate
+TARGET = 2500  # images per second, which sets the time that a step may take
 CPU = torch.device("cpu")
 
 
@@ -44,12 +44,12 @@ CPU = torch.device("cpu")
 @click.option("--steps", type=click.IntRange(3), default=STEPS, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def main(data: str, batches: tuple[int, ...], steps: int, json_path: Path | None) -> None:
-    """Measure, and print a line per batch size."""
+    """Measure, and print one line per batch size."""
     torch.set_num_threads(1)
     photos, _ = open_data(DataConfig(train=(data,)))
-    *_, rows = step_benchmark.host(CPU, rounds=5, only=[OWN])
-    loop = rows[0].seconds * 1e3
-    found = []
+    *_, rows = step_benchmark.host(CPU, rounds=5, only=[FASTTRAIN])
+    step_ms = rows[0].seconds * 1e3
+    results = []
     for batch in batches:
         index = repeated(photos, batch * (steps + 10))
         plan = Plan.of(replace(recipes.for_arch("tresnet_xl"), batch_size=batch), index)
@@ -57,24 +57,24 @@ def main(data: str, batches: tuple[int, ...], steps: int, json_path: Path | None
         row = {
             "batch": batch,
             "allowed_ms": batch / TARGET * 1e3,
-            "source_ms": milliseconds(partial(draw, source), steps),
-            "dali_run_ms": dali(source, steps),
-            "stage_ms": milliseconds(staging(plan, index.labels), steps),
-            "step_ms": loop,
+            "source_ms": median_ms(partial(run_source, source), steps),
+            "dali_run_ms": dali_ms(source, steps),
+            "stage_ms": median_ms(staging(plan, index.labels), steps),
+            "step_ms": step_ms,
         }
         row["main_thread_ms"] = row["dali_run_ms"] + row["stage_ms"] + row["step_ms"]
-        found.append(row)
+        results.append(row)
         click.echo(", ".join(f"{key} {value:.2f}" for key, value in row.items()))
         if json_path:
-            write_figures(json_path, CPU, found, {"steps": steps, "target_images_per_s": TARGET})
+            write_figures(json_path, CPU, results, {"steps": steps, "target_images_per_s": TARGET})
 
 
-def draw(source: Source, step: int) -> None:
+def run_source(source: Source, step: int) -> None:
     source(SimpleNamespace(iteration=step))
 
 
-def milliseconds(work: Callable[[int], Any], steps: int) -> float:
-    """Median over calls of what the thread computes."""
+def median_ms(work: Callable[[int], Any], steps: int) -> float:
+    """Median CPU time of this thread per call, in milliseconds."""
     times = []
     for step in range(steps):
         start = time.thread_time()
@@ -83,20 +83,20 @@ def milliseconds(work: Callable[[int], Any], steps: int) -> float:
     return median(times) * 1e3
 
 
-def dali(source: Source, steps: int) -> float:
-    """What DALI's run asks of the main thread: to take what the source made, and to begin a batch."""
-    with Ahead(source, PREFETCH + 1) as feed:
+def dali_ms(source: Source, steps: int) -> float:
+    """CPU time of the main thread in DALI per batch: it takes the source's values and starts a batch."""
+    with PrefetchedSource(source, PREFETCH + 1) as feed:
         pipe = build(source, CPU, 1, feed=feed)
         pipe.build()
         for _ in range(PREFETCH):
             pipe.schedule_run()
 
-        def one(_: int) -> None:
-            pipe.share_outputs()  # waits, and computes nothing meanwhile
+        def run_batch(_: int) -> None:
+            pipe.share_outputs()  # waits without computing
             pipe.release_outputs()
             pipe.schedule_run()
 
-        return milliseconds(one, min(steps, 20))
+        return median_ms(run_batch, min(steps, 20))
 
 
 def staging(plan: Plan, labels: Any) -> Callable[[int], Any]:

@@ -1,8 +1,8 @@
-"""Write README.md's tables anew from the results in scripts/results: python scripts/readme_tables.py
+"""Write the tables of scripts/results/README.md from the results in that folder: python scripts/readme_tables.py
 
-A table `<!-- NAME -->` … `<!-- end -->` is made of all results NAME-*.json (`fasttrain bench NAME --json`), one after
-another, each under a line that says on what and when it was measured; `<!-- gpu -->` of gpu/*.json, which
-scripts/gpu/slot.py gives.
+The text between `<!-- NAME -->` and `<!-- end -->` is made from all results NAME-*.json (`fasttrain bench NAME
+--json`), each under a line that says where and when it was measured. `<!-- gpu -->` is made from gpu/*.json, which
+scripts/gpu/slot.py writes.
 """
 
 import json
@@ -18,10 +18,10 @@ Rows = list[dict[str, Any]]
 
 def by_case(rows: Rows) -> dict[str, Rows]:
     """The rows of each case, in their order."""
-    found: dict[str, Rows] = {}
+    cases: dict[str, Rows] = {}
     for row in rows:
-        found.setdefault(f"{row['work']} {row['case']}", []).append(row)
-    return found
+        cases.setdefault(f"{row['work']} {row['case']}", []).append(row)
+    return cases
 
 
 def grid(head: list[str], lines: list[list[str]]) -> str:
@@ -29,25 +29,22 @@ def grid(head: list[str], lines: list[list[str]]) -> str:
 
 
 def kernels(rows: Rows) -> str:
-    """A line a case: the project's milliseconds, and how many times that each other contender takes."""
+    """One line per case: fasttrain's milliseconds, and how many times as long each other contender takes."""
     lines = []
     for case, (own, *others) in by_case(rows).items():
-        told = [f"{each['contender']} {each['seconds'] / own['seconds']:.1f}x" for each in others]
-        lines.append([case, f"{own['seconds'] * 1e3:.1f} ms", ", ".join(told)])
+        ratios = [f"{row['contender']} {row['seconds'] / own['seconds']:.1f}x" for row in others]
+        lines.append([case, f"{own['seconds'] * 1e3:.1f} ms", ", ".join(ratios)])
     return grid(["work", OWN, "others"], lines)
 
 
 def pipeline(rows: Rows) -> str:
-    """A line a case: images a second of each loader; and below, where they were measured, the stages' microseconds."""
+    """One line per case: images per second of each loader; and below, where measured, the stages' microseconds."""
     whole = by_case([row for row in rows if row["work"] == "pipeline"])
     stages = by_case([row for row in rows if row["work"] == "stages"])
-    made = [_a_column_each(whole, _rate, "batch")]
+    grids = [_column_per_contender(whole, _rate, "batch")]
     if stages:
-        # Cases without AutoAugment lack a stage, so the longest gives the columns.
-        made.append(
-            _a_column_each(stages, lambda row: f"{row['us_per_image']:.0f} µs", "an image's time in each stage")
-        )
-    return "\n\n".join(made)
+        grids.append(_column_per_contender(stages, lambda row: f"{row['us_per_image']:.0f} µs", "time per image"))
+    return "\n\n".join(grids)
 
 
 def _rate(row: dict[str, Any]) -> str:
@@ -56,8 +53,8 @@ def _rate(row: dict[str, Any]) -> str:
     return f"{row['images_per_s']:.0f} img/s ({slowest:.0f} … {fastest:.0f})"
 
 
-def _a_column_each(cases: dict[str, Rows], cell: Any, title: str) -> str:
-    names = [row["contender"] for row in max(cases.values(), key=len)]
+def _column_per_contender(cases: dict[str, Rows], cell: Any, title: str) -> str:
+    names = [row["contender"] for row in max(cases.values(), key=len)]  # a case may lack a contender
     lines = []
     for rows in cases.values():
         cells = {row["contender"]: cell(row) for row in rows}
@@ -66,11 +63,10 @@ def _a_column_each(cases: dict[str, Rows], cell: Any, title: str) -> str:
 
 
 def contenders(rows: Rows) -> str:
-    """One row per contender: its time with the spread, its rate, and what else is known of it; then the comparison with
-    the fastest peer."""
-    known = ("eta", "host_ms", "peak_gib")
+    """One row per contender: its time with the spread, its rate and other figures; then the comparison with the fastest
+    peer."""
     titles = {"eta": "η", "host_ms": "host, ms", "peak_gib": "memory, GiB"}
-    found = [key for key in known if any(key in row for row in rows)]
+    extra = [key for key in titles if any(key in row for row in rows)]
     rates = any(row["images"] for row in rows)
     lines, best = [], []
     for case, inside in by_case(rows).items():
@@ -83,25 +79,25 @@ def contenders(rows: Rows) -> str:
             middle, least, most = (f"{row[key] * 1e3:.{digits}f}" for key in ("seconds", "least", "most"))
             spread = f"{middle} ({least} … {most})"
             rate = [f"{row['images_per_s']:.0f}" if row["images"] else ""] if rates else []
-            more = [f"{row[key]:.2f}" if key in row else "" for key in found]
+            more = [f"{row[key]:.2f}" if key in row else "" for key in extra]
             title = "" if number else case.partition(" ")[2]
             lines.append([title, row["contender"], spread, *rate, f"{row['seconds'] / own:.2f}", *more])
-    head = ["", "contender", "ms per step", *(["img/s"] if rates else []), f"x {OWN}", *(titles[key] for key in found)]
+    head = ["", "contender", "ms per step", *(["img/s"] if rates else []), f"x {OWN}", *(titles[key] for key in extra)]
     return "\n\n".join([grid(head, lines), *best])
 
 
 def save(rows: Rows) -> str:
-    """A line a network: seconds of a save."""
+    """One line per network: seconds of a save."""
     lines = []
     for row in rows:
-        told = {name: f"{statistics.median(each):.2f} s" for name, each in row["seconds"].items()}
-        times = [told[name] for name in ("held", "written by the thread", "torch.save")]
-        lines.append([f"`{row['arch']}`", f"{row['bytes'] / 1e6:.0f} MB", *times])
+        medians = {name: f"{statistics.median(times):.2f} s" for name, times in row["seconds"].items()}
+        cells = [medians[name] for name in ("held", "written by the thread", "torch.save")]
+        lines.append([f"`{row['arch']}`", f"{row['bytes'] / 1e6:.0f} MB", *cells])
     return grid(["network", "checkpoint", "loop waits", "thread writes", "`torch.save`"], lines)
 
 
 def ablation(rows: Rows) -> str:
-    """A line a step: top-1, and what the step adds to the one that it is compared with."""
+    """One line per step: top-1, and its gain over the step that it is compared with."""
     lines = []
     for row in rows:
         top1 = f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
@@ -114,24 +110,24 @@ def loop(rows: Rows) -> str:
     """One row per batch size: milliseconds of the host."""
     titles = {
         "allowed_ms": "a step at 2,500 img/s",
-        "main_thread_ms": "main thread, network apart",
-        "dali_run_ms": "of it DALI's run",
+        "main_thread_ms": "main thread, without the network",
+        "dali_run_ms": "of which DALI's run",
         "stage_ms": "labels, mix parameters",
         "step_ms": "step of one parameter",
-        "source_ms": "draws, in a thread of their own",
+        "source_ms": "draws, in another thread",
     }
     lines = [[str(row["batch"]), *(f"{row[key]:.2f} ms" for key in titles)] for row in rows]
     return grid(["batch", *titles.values()], lines)
 
 
 def traffic(rows: Rows) -> str:
-    """A line a network: what its step moves for an image, and how much of that each kind of operation does."""
+    """One line per network: what its step moves per image, and the share of each kind of operation."""
     kinds = list(rows[0]["shares"])
     lines = []
     for row in rows:
         amounts = [f"{row['mib_an_image']:.0f} MiB", f"{row['gmac_an_image']:.0f} GMAC"]
         lines.append([f"`{row['arch']}`", *amounts, *(f"{row['shares'][kind]:.0%}" for kind in kinds)])
-    return grid(["an image, forward and backward", "moved", "computed", *kinds], lines)
+    return grid(["per image, forward and backward", "moved", "computed", *kinds], lines)
 
 
 def decoders(rows: Rows) -> str:
@@ -147,7 +143,7 @@ def decoders(rows: Rows) -> str:
 
 
 def main_job(rows: Rows) -> str:
-    """The rate of a real run by its log, after the first log point, which has the compilation in it."""
+    """The rate of a run by its log, without the first log point, which includes compilation."""
     rates = [row["images_per_s"] for row in rows[1:]]
     spread = f"{statistics.median(rates):.0f} ({min(rates):.0f} … {max(rates):.0f})"
     memory = rows[-1]["memory_gib"]
@@ -197,67 +193,64 @@ TABLES = {
     "loop": loop,
     "traffic": traffic,
 }
-# Of the parts of scripts/gpu/slot.py, by what their names begin with.
+# For the parts of scripts/gpu/slot.py, by the start of their names.
 GPU_PARTS = {**TABLES, "decoders": decoders, "main": main_job, "tests": tests, "proof": proof}
 
 
-def caption(told: dict[str, Any]) -> str:
-    """On what, how often and when it was measured, as one line; nothing where the results do not say."""
-    if "device" not in told:
+def caption(results: dict[str, Any]) -> str:
+    """One line that says where, how often and when something was measured; empty where the results do not say."""
+    if "device" not in results:
         return ""
-    clocks = told.get("clocks_mhz") or {}
-    settings = told.get("settings", {})
-    rounds = {row["n"] for row in told["rows"] if "n" in row}
+    clocks = results.get("clocks_mhz") or {}
+    settings = results.get("settings", {})
+    rounds = {row["n"] for row in results["rows"] if "n" in row}
     facts = [
-        told["device"],
+        results["device"],
         " and ".join(f"{name} {mhz:.0f} MHz" for name, mhz in clocks.items() if name in ("cpu", "sm")),
         f"workers: {settings['workers']}" if "workers" in settings else "",
-        f"torch threads: {told['threads']}" if "threads" in told else "",
-        f"torch {told['versions']['torch']}" if "torch" in told.get("versions", {}) else "",
-        f"label noise {told['label_noise']:.0%}" if told.get("label_noise") is not None else "",
+        f"torch threads: {results['threads']}" if "threads" in results else "",
+        f"torch {results['versions']['torch']}" if "torch" in results.get("versions", {}) else "",
+        f"label noise {results['label_noise']:.0%}" if results.get("label_noise") is not None else "",
         f"medians of {min(rounds)} rounds" if rounds else "",
-        told.get("date", ""),
-        f"commit {told['commit']}" if told.get("commit") else "",
+        results.get("date", ""),
+        f"commit {results['commit']}" if results.get("commit") else "",
     ]
     return f"*{', '.join(filter(None, facts))}*\n\n"
 
 
 def tables(name: str, results: Path) -> str:
-    """All tables of a name, each under its caption; nothing where there are no results."""
-    made = []
-    for path in sorted(results.glob(f"{name}-*.json")):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        made.append(caption(told) + TABLES[name](told["rows"]))
-    return "\n\n".join(made)
+    """All tables of a name, each under its caption; empty where there are no results."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(f"{name}-*.json"))]
+    return "\n\n".join(caption(result) + TABLES[name](result["rows"]) for result in found)
 
 
-def part(name: str, told: dict[str, Any], remark: str = "") -> str:
+def part(name: str, result: dict[str, Any], remark: str = "") -> str:
     """The table of a part of scripts/gpu/slot.py, under its name and caption."""
     table = GPU_PARTS.get(name.split("-")[0], plain)
-    return f"**{name}**{remark}  \n{caption(told)}{table(told['rows'])}"
+    return f"**{name}**{remark}  \n{caption(result)}{table(result['rows'])}"
 
 
 def gpu(results: Path) -> str:
     """All parts that were measured on GPUs."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "gpu").glob("*.json"))]
-    return "\n\n".join(part(name, told) for parts in found for name, told in parts.items())
+    return "\n\n".join(part(name, result) for parts in found for name, result in parts.items())
 
 
 def write(readme: Path, results: Path) -> None:
-    """Put the tables in their places. SystemExit where results have no place, or a place more than one."""
+    """Put the tables in their places. Raises SystemExit where results do not have exactly one place."""
     text = readme.read_text(encoding="utf-8")
     for name in [*TABLES, "gpu"]:
-        made = gpu(results) if name == "gpu" else tables(name, results)
-        if not made:
+        table = gpu(results) if name == "gpu" else tables(name, results)
+        if not table:
             continue
         place = re.compile(rf"(<!-- {name} -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
         count = len(place.findall(text))
         if count != 1:
             raise SystemExit(f"{readme.name} must have one place for the table {name!r}, not {count}")
         start, end = place.search(text).span(2)  # type: ignore[union-attr]  # there is one
-        text = f"{text[:start]}{made}\n{text[end:]}"
+        text = f"{text[:start]}{table}\n{text[end:]}"
     readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(ROOT / "README.md", ROOT / "scripts" / "results")
+    write(ROOT / "scripts" / "results" / "README.md", ROOT / "scripts" / "results")

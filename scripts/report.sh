@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# The whole DeepBlueAI report: seven models in two stages, each seen in the report's 16 views, their ensemble, and the
-# challenge's submission. The same command again goes on where it was stopped.
+# Reproduce the DeepBlueAI report: seven models in two stages, evaluated with the report's 16 views, their ensemble and
+# the challenge's submission. The same command resumes an interrupted reproduction.
 # usage: bash scripts/report.sh [--smoke] [--merge] DATA OUT
-#   DATA     holds train/ and val/ and, for a submission, test/imgs/ (and test/labels.csv to score it offline), as
-#            `fasttrain data vipriors` makes them
-#   --merge  train on train and val together, as for the challenge's final models; then nothing is left to validate on
-#   --smoke  a tiny network, small images and one epoch: tries every step in minutes, on a CPU as well
-# GPUS is the number of processes (default: the GPUs of this machine); FASTTRAIN the command (default: fasttrain).
+#   DATA     contains train/ and val/ and, for a submission, test/imgs/ (and test/labels.csv to score it offline), as
+#            written by `fasttrain data vipriors`
+#   --merge  train on train and val together, like the challenge's final models; there are no validation images then
+#   --smoke  test every step within minutes, also on a CPU: a tiny network, small images and one epoch
+# GPUS is the number of processes (default: the GPUs of this machine). FASTTRAIN is the command (default: fasttrain).
 set -euo pipefail
 smoke=() merge=
 while [[ "${1:-}" == --* ]]; do
     case "$1" in
         --smoke) smoke=(--set arch=test_resnet --image-size 32 --batch-size 16 --epochs 1) ;;
         --merge) merge=yes ;;
-        *) echo "report.sh: unknown option $1; there are --smoke and --merge" >&2; exit 2 ;;
+        *) echo "report.sh: unknown option $1; the options are --smoke and --merge" >&2; exit 2 ;;
     esac
     shift
 done
 [ $# -eq 2 ] || { echo "usage: bash scripts/report.sh [--smoke] [--merge] DATA OUT" >&2; exit 2; }
 data=$1 out=$2
-for each in train val; do
-    [ -d "$data/$each" ] || { echo "report.sh: there is no $data/$each" >&2; exit 2; }
+for split in train val; do
+    [ -d "$data/$split" ] || { echo "report.sh: folder $data/$split does not exist" >&2; exit 2; }
 done
 fasttrain=${FASTTRAIN:-fasttrain}
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
@@ -29,7 +29,7 @@ run=("$fasttrain" run)
 images=(--data "$data/train" --val "$data/val")
 [ -z "$merge" ] || images=(--data "$data/train" --data "$data/val")
 
-# One line a model: its recipe, and the run whose weights it starts from ("-": none).
+# One line per model: its recipe, and the run that provides its initial weights ("-": none).
 models="
 deepblueai/resnest101e-ce                 -
 deepblueai/tresnet_xl-ce                  -
@@ -68,5 +68,5 @@ if [ ${#test_files[@]} -gt 0 ]; then
     "$fasttrain" ensemble "${test_files[@]}" --out "$out/test.npz" --submission "$out/submission.csv"
     [ ! -e "$data/test/labels.csv" ] || "$fasttrain" score "$out/submission.csv" --labels "$data/test/labels.csv"
 else
-    echo "no $data/test/imgs: no submission"
+    echo "no submission: $data/test/imgs does not exist"
 fi

@@ -1,16 +1,16 @@
-"""Train a small network for many steps while faults are injected, and say what the run survived and what it keeps.
+"""Train a small network for many steps while injecting faults, and report which faults it survived and any leaks.
 
 usage: python scripts/soak.py --out DIR [--steps N | --minutes M] [--data DIR] [--compare] [--json FILE] [--plot FILE]
 
-The run is `fasttrain run` on a copy of the images (hard links where possible; without --data, of the demo set), made
-under --out, so that nothing outside of it is touched. Faults come in a random order that --seed fixes, each kind as
-often as the others: signals, kills, Ctrl-C, damaged checkpoints, images that cannot be decoded, data that goes away, a
-second run into the same folder. After each of them every promise is checked (see `Soak.ended`), and the run is started
-again with the same command. About once a second memory, file handles, threads and processes are sampled
-(OUT/samples.jsonl). The last part of the run (--calm) is left undisturbed.
+The run is `fasttrain run` on a copy of the images under --out (hard links where possible; without --data, the demo
+set), so that nothing outside --out changes. Faults come in a random order that depends on --seed; every kind is equally
+frequent: signals, kills, Ctrl-C, damaged checkpoints, images that cannot be decoded, missing data, a second run into
+the same folder. After each fault every promise is checked (see `Soak.check_exit`), and the same command starts the run
+again. Memory, file handles, threads and processes are sampled about once per second (OUT/samples.jsonl). The last part
+of the run (--calm) has no faults.
 
-Exit status: 0, or 1 where a promise was broken, each of which is named. Ctrl-C ends the run and writes what is known;
-the same command again goes on. --plot needs `pip install ".[plot]"`.
+Exit status: 0, or 1 if a promise was broken; each broken promise is printed. Ctrl-C ends the run and writes the results
+so far; the same command resumes. --plot needs `pip install ".[plot]"`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout nee
 from fasttrain.utils.versions import all_installed
 
 STOPS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
-COLOURS = {
+COLORS = {
     **dict(zip(STOPS, ("tab:blue", "tab:cyan"), strict=True)),
     "SIGKILL": "tab:red",
     "SIGINT": "tab:orange",
@@ -44,24 +44,25 @@ COLOURS = {
     "data away": "tab:brown",
     "second run": "tab:olive",
 }
-KINDS = tuple(COLOURS)
+KINDS = tuple(COLORS)
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-STRETCHES = 3  # the longest ones, which are fitted
-IN_ORDER = ("start", "resume", "train", "eval", "stopped", "end")  # events; a checkpoint's comes when it is written
-FEWEST = 8  # samples of a stretch
+STRETCHES = 3  # number of stretches that are fitted, the longest ones
+# Events that are logged in the order of their steps. Others, like those of checkpoints, may come later.
+IN_ORDER = ("start", "resume", "train", "eval", "stopped", "end")
+MIN_SAMPLES = 8  # of a stretch
 FITTED = {"rss_mib": "resident, MiB", "handles": "file handles", "threads": "threads"}
 
 
-class Broken(Exception):
-    """The run cannot be brought back to life; the soak ends."""
+class CannotStart(Exception):
+    """The run does not start any more; the soak ends."""
 
 
-class Late(Exception):
-    """The run came to its end before the fault could reach it."""
+class FinishedEarly(Exception):
+    """The run finished before the fault took effect."""
 
 
 class Soak:
-    """A run, the faults that it is given, and what it did. Every wait goes through `until`, which samples meanwhile."""
+    """A run, its injected faults and its samples. Every wait uses `wait_for`, which also takes samples."""
 
     def __init__(self, args: argparse.Namespace, command: list[str], home: Path, data: Path) -> None:
         self.args, self.command, self.home, self.data = args, command, home, data
@@ -69,25 +70,25 @@ class Soak:
         self.rng = random.Random(f"{args.seed} how")
         self.samples = read_lines(home / "samples.jsonl")
         self.faults = read_lines(home / "faults.jsonl")
-        self.broken = [f"{each['fault']}: {what}" for each in self.faults for what in each["broken"]]
-        self.starts = max((each["run"] for each in self.samples), default=0)
+        self.broken = [f"{fault['fault']}: {message}" for fault in self.faults for message in fault["broken"]]
+        self.starts = max((sample["run"] for sample in self.samples), default=0)
         self.log: list[dict[str, Any]] = []
-        self.read = 0  # bytes of log.jsonl
+        self.log_bytes = 0  # of log.jsonl, read so far
         self.next_sample = 0.0
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         self.process: subprocess.Popen[bytes] | None = None
-        self.begun = 0  # events of the log when it was started
-        self.fault, self.now = "start", list[str]()  # under way, and the promises broken in it
+        self.first_event = 0  # index in the log of the process's first event
+        self.fault, self.fault_failures = "start", list[str]()  # the current fault, and the promises broken in it
 
     # ---- the run
 
     def start(self) -> None:
         self.starts += 1
         self.process = self.spawn(self.stderr)
-        self.begun = len(self.log)
+        self.first_event = len(self.log)
 
     def spawn(self, stderr: Path) -> "subprocess.Popen[bytes]":
-        """The run's command in a session of its own, so that all its processes can be found."""
+        """Start the run's command in a new session, so that all its processes can be found."""
         stderr.parent.mkdir(exist_ok=True)
         with stderr.open("wb") as file:
             return subprocess.Popen(self.command, stdout=file, stderr=file, start_new_session=True)
@@ -98,52 +99,53 @@ class Soak:
 
     @property
     def step(self) -> int:
-        return next((each["step"] for each in reversed(self.log) if each["event"] in IN_ORDER), 0)
+        return next((event["step"] for event in reversed(self.log) if event["event"] in IN_ORDER), 0)
 
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def under_way(self) -> bool:
-        """Whether the run has trained since it was started, and has not come to its end."""
-        events = [each["event"] for each in self.log[self.begun :]]
+    def training(self) -> bool:
+        """Whether the process has logged training steps and has not ended."""
+        events = [event["event"] for event in self.log[self.first_event :]]
         return "train" in events and events[-1] not in ("stopped", "end")
 
-    def ensure(self) -> None:
-        """Bring the run to life where it is not, up to its first log point. Broken where it ends again and again."""
+    def ensure_training(self) -> None:
+        """Start the run if it is not running, and wait for its first log point. Raises CannotStart after three
+        attempts."""
         for _ in range(3):
             if not self.alive:
                 self.start()
-            if self.until(self.under_way) or self.finished():
+            if self.wait_for(self.training) or self.finished():
                 return
-            self.fail(f"did not get going: {tail(self.stderr)}")
+            self.fail(f"did not start training: {tail(self.stderr)}")
             self.kill()
-        raise Broken("the run does not start any more")
+        raise CannotStart("the run does not start any more")
 
     def finished(self) -> bool:
         return bool(self.log) and self.log[-1]["event"] == "end"
 
     def kill(self) -> None:
-        """End whatever is left of the run."""
+        """Kill all remaining processes of the run."""
         if self.process:
-            for pid in members(self.process.pid):
+            for pid in session_processes(self.process.pid):
                 try_kill(pid, signal.SIGKILL)
             self.process.wait()
-            self.left()
+            self.remaining_processes()
 
-    def left(self) -> list[int]:
-        """The processes of the run that are there still, a moment after it."""
+    def remaining_processes(self) -> list[int]:
+        """The run's processes that are still alive up to two seconds after its end."""
         assert self.process
         for _ in range(20):
-            if not members(self.process.pid):
+            if not session_processes(self.process.pid):
                 break
             time.sleep(0.1)
-        return members(self.process.pid)
+        return session_processes(self.process.pid)
 
     # ---- waiting and sampling
 
-    def until(self, condition: Callable[[], bool], patience: float | None = None) -> bool:
-        """Wait for a condition; False where the time is over, or the run, without it."""
+    def wait_for(self, condition: Callable[[], bool], patience: float | None = None) -> bool:
+        """Wait for a condition. Returns False if the time is over or the run has ended before it holds."""
         end = time.monotonic() + (patience or self.args.patience)
         while True:
             alive = self.alive
@@ -158,24 +160,23 @@ class Soak:
     def read_log(self) -> None:
         try:
             with (self.run / "log.jsonl").open("rb") as file:
-                file.seek(self.read)
+                file.seek(self.log_bytes)
                 text = file.read()
         except FileNotFoundError:
             return
         text = text[: text.rfind(b"\n") + 1]
-        self.read += len(text)
+        self.log_bytes += len(text)
         for line in text.splitlines():
             try:
                 self.log.append(json.loads(line))
-            except ValueError:  # `flaws` says so in the end
+            except ValueError:  # `log_problems` reports it at the end
                 continue
 
     def sample(self) -> None:
         if time.monotonic() < self.next_sample or not self.process:
             return
         self.next_sample = time.monotonic() + self.args.interval
-        found = [usage(pid) for pid in members(self.process.pid)]
-        usages = [each for each in found if each]
+        usages = [used for pid in session_processes(self.process.pid) if (used := usage(pid))]
         if usages:
             rss, handles, threads = (sum(column) for column in zip(*usages, strict=True))
             row = {
@@ -186,87 +187,89 @@ class Soak:
                 "handles": handles,
                 "threads": threads,
                 "children": len(usages) - 1,
-                "under_way": self.under_way(),
+                "under_way": self.training(),
             }
             self.samples.append(row)
             append(self.home / "samples.jsonl", row)
 
     # ---- promises
 
-    def fail(self, what: str) -> None:
-        self.now.append(what)
-        self.broken.append(f"{self.fault}: {what}")
-        print(f"BROKEN  step {self.step}: {self.fault}: {what}", flush=True)
+    def fail(self, message: str) -> None:
+        self.fault_failures.append(message)
+        self.broken.append(f"{self.fault}: {message}")
+        print(f"BROKEN  step {self.step}: {self.fault}: {message}", flush=True)
 
-    def ended(self, *codes: int) -> None:
-        """Wait for the run's end and check what every end promises: its status (-9: SIGKILL), no process left, one line
-        and no traceback, no lock, no half-written checkpoint once another one has been saved."""
+    def check_exit(self, *codes: int) -> None:
+        """Wait for the run's end and check the promises about every exit: its status is in `codes` (-9: SIGKILL); no
+        process is left; an error is one line without a traceback; no lock is left; no partial checkpoint is left if
+        another one has been saved since. Raises FinishedEarly if the run finished instead."""
         assert self.process
-        if not self.until(lambda: not self.alive):
-            self.fail(f"had not ended after {self.args.patience} s")
+        if not self.wait_for(lambda: not self.alive):
+            self.fail(f"did not end within {self.args.patience} s")
             self.kill()
             return
         self.read_log()
         code = self.process.returncode
         if code == 0 and 0 not in codes and self.finished():
-            raise Late
-        said = self.stderr.read_text(errors="replace")
+            raise FinishedEarly
+        text = self.stderr.read_text(errors="replace")
         if code not in codes:
-            self.fail(f"ended with {code} in place of {' or '.join(map(str, codes))}: {tail(self.stderr)}")
-        if left := self.left():
-            self.fail(f"left {len(left)} processes")
+            self.fail(f"ended with {code} instead of {' or '.join(map(str, codes))}: {tail(self.stderr)}")
+        if processes := self.remaining_processes():
+            self.fail(f"left {len(processes)} processes")
             self.kill()
-        if "Traceback" in said:
-            self.fail(f"a traceback in {self.stderr.name}")
-        lines = [line for line in said.splitlines() if line.startswith("fasttrain: ")]
+        if "Traceback" in text:
+            self.fail(f"printed a traceback to {self.stderr.name}")
+        lines = [line for line in text.splitlines() if line.startswith("fasttrain: ")]
         if code > 0 and len(lines) != 1:
-            self.fail(f"said {len(lines)} lines in place of one: {lines}")
+            self.fail(f"printed {len(lines)} error lines instead of one: {lines}")
         if code >= 0 and list(self.home.glob(".run.lock*")):
             self.fail("left its lock")
-        saved = any(each["event"] == "checkpoint" for each in self.log[self.begun :])
-        remains = [each for folder in (self.run, self.run / "checkpoints") for each in folder.glob(".*")]
-        if code >= 0 and saved and remains:
-            self.fail(f"left {', '.join(each.name for each in remains)}")
+        saved = any(event["event"] == "checkpoint" for event in self.log[self.first_event :])
+        partial = [path for folder in (self.run, self.run / "checkpoints") for path in folder.glob(".*")]
+        if code >= 0 and saved and partial:
+            self.fail(f"left {', '.join(path.name for path in partial)}")
 
-    def said(self, text: str) -> None:
+    def check_stderr(self, text: str) -> None:
         if text not in self.stderr.read_text(errors="replace"):
-            self.fail(f"did not say {text!r} but: {tail(self.stderr)}")
+            self.fail(f"did not print {text!r} but: {tail(self.stderr)}")
 
-    def goes_on(self, step: int | None = None) -> None:
-        """Start the run again with the same command: it goes on from the newest whole checkpoint, or from `step`."""
-        newest = self.whole()
-        expected = step if step is not None else step_of(newest[-1]) if newest else 0
-        self.ensure()
-        first = next((each for each in self.log[self.begun :] if each["event"] in ("start", "resume")), None)
+    def check_resume(self, step: int | None = None) -> None:
+        """Start the run again with the same command and check that it resumes from `step`. Default: that of the newest
+        valid checkpoint."""
+        checkpoints = self.valid_checkpoints()
+        expected = step if step is not None else step_of(checkpoints[-1]) if checkpoints else 0
+        self.ensure_training()
+        first = next((event for event in self.log[self.first_event :] if event["event"] in ("start", "resume")), None)
         if first and first["step"] != expected:
-            self.fail(f"went on from step {first['step']} in place of {expected}")
+            self.fail(f"resumed from step {first['step']} instead of {expected}")
 
-    def whole(self) -> list[Path]:
-        """The whole checkpoints of the run's course, up to `last`, the oldest first."""
+    def valid_checkpoints(self) -> list[Path]:
+        """The run's valid checkpoints up to `last`, oldest first. Checkpoints after `last` were abandoned."""
         last = (self.run / "last").resolve()
-        found = sorted((self.run / "checkpoints").glob("step-*"))
-        return [each for each in found if each.name <= last.name and is_whole(each)]
+        paths = sorted((self.run / "checkpoints").glob("step-*"))
+        return [path for path in paths if path.name <= last.name and is_valid(path)]
 
     # ---- faults
 
     def inject(self, kind: str) -> None:
-        """Bring a fault about, check what is promised for it, and write it down."""
-        self.fault, self.now = kind, []
-        began, at = time.time(), self.step
-        print(f"step {at}: {kind}", flush=True)
+        """Inject a fault, check the promises about it, and record it."""
+        self.fault, self.fault_failures = kind, []
+        start, step = time.time(), self.step
+        print(f"step {step}: {kind}", flush=True)
         assert self.process
         if kind in STOPS:
             self.stop(STOPS[kind])
-            self.goes_on()
+            self.check_resume()
         elif kind == "SIGKILL":
             try_kill(self.process.pid, signal.SIGKILL)
-            self.ended(-9)
-            self.goes_on()
+            self.check_exit(-9)
+            self.check_resume()
         elif kind == "SIGINT":
-            os.killpg(self.process.pid, signal.SIGINT)  # as a terminal does
-            self.ended(130)
-            self.said("interrupted")
-            self.goes_on()
+            os.killpg(self.process.pid, signal.SIGINT)  # like a terminal
+            self.check_exit(130)
+            self.check_stderr("interrupted")
+            self.check_resume()
         elif kind == "damaged checkpoint":
             self.damage_checkpoint()
         elif kind == "bad image":
@@ -275,137 +278,144 @@ class Soak:
             self.take_data_away()
         else:
             self.second_run()
-        row = {"fault": kind, "step": at, "time": round(began, 2), "until": round(time.time(), 2), "broken": self.now}
+        row = {
+            "fault": kind,
+            "step": step,
+            "time": round(start, 2),
+            "until": round(time.time(), 2),
+            "broken": self.fault_failures,
+        }
         self.faults.append(row)
         append(self.home / "faults.jsonl", row)
 
     def stop(self, number: signal.Signals) -> None:
-        """A signal upon which the run saves, says so and ends with 75."""
+        """Send a signal on which the run must save, report it and exit with 75."""
         assert self.process
         try_kill(self.process.pid, number)
-        self.ended(75)
-        self.said(f"stopped by {number.name}")
-        told = self.log[-1] if self.log else {}
-        if told.get("event") != "stopped" or told.get("signal") != number.name:
-            self.fail(f"its log ends with {told}")
-        elif not self.whole() or step_of(self.whole()[-1]) != told["step"]:
-            self.fail(f"stopped after step {told['step']}, which was not saved")
+        self.check_exit(75)
+        self.check_stderr(f"stopped by {number.name}")
+        event = self.log[-1] if self.log else {}
+        if event.get("event") != "stopped" or event.get("signal") != number.name:
+            self.fail(f"its log ends with {event}")
+        elif not self.valid_checkpoints() or step_of(self.valid_checkpoints()[-1]) != event["step"]:
+            self.fail(f"stopped after step {event['step']}, which was not saved")
 
     def damage_checkpoint(self) -> None:
-        """The newest checkpoint is truncated, or has one bit flipped, while the run is down."""
-        # Otherwise it is not the run's fault that there is nothing to go on from.
-        self.until(lambda: len({step_of(each) for each in self.whole()}) >= 3)
+        """Truncate the newest checkpoint, or flip one of its bits, while the run is stopped."""
+        # The run needs an older checkpoint to resume from.
+        self.wait_for(lambda: len({step_of(path) for path in self.valid_checkpoints()}) >= 3)
         self.stop(self.rng.choice(list(STOPS.values())))
-        whole = self.whole()
-        if len(whole) < 2:
-            self.fail(f"has {len(whole)} whole checkpoints")
-            return self.ensure()
-        # A bit of meta.json is in no hash; a half of it is.
+        checkpoints = self.valid_checkpoints()
+        if len(checkpoints) < 2:
+            self.fail(f"has {len(checkpoints)} valid checkpoints")
+            return self.ensure_training()
+        # A flipped bit in meta.json may change only whitespace, which its checksum does not cover.
         name, how = self.rng.choice(
             [("model.safetensors", "half"), ("model.safetensors", "bit"), ("train.safetensors", "half"),
              ("train.safetensors", "bit"), ("meta.json", "half")]
         )  # fmt: skip
-        victim = whole[-1] / name
+        victim = checkpoints[-1] / name
         content = bytearray(victim.read_bytes())
         if how == "bit":
             content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
         else:
             del content[len(content) // 2 :]
         victim.write_bytes(content)
-        self.goes_on(step_of(whole[-2]))
-        self.said("looking at the one before")
-        self.said(name)
+        self.check_resume(step_of(checkpoints[-2]))
+        self.check_stderr("trying the one before")
+        self.check_stderr(name)
 
     def break_image(self) -> None:
-        """An image turns into something else until the run has passed over it."""
+        """Replace an image with a text file until the run has skipped it."""
         assert self.process
         folder = self.data / "train" if (self.data / "train").is_dir() else self.data
         victim = self.rng.choice(images_of(folder))
-        held, other = self.home / "held", self.home / "other"
-        held.mkdir(exist_ok=True)
-        os.link(victim, held / victim.name)
-        (held / "place").write_text(str(victim))
-        other.write_text("no image\n")
-        os.replace(other, victim)  # never written in place: the original may be a hard link of it
+        backup, bad_image = self.home / "held", self.home / "other"
+        backup.mkdir(exist_ok=True)
+        os.link(victim, backup / victim.name)
+        (backup / "place").write_text(str(victim))
+        bad_image.write_text("no image\n")
+        os.replace(bad_image, victim)  # not written in place, because it may be a hard link to the original
 
         def skipped() -> bool:
-            return any(each["event"] == "skip" and each["path"] == str(victim) for each in self.log[self.begun :])
+            events = self.log[self.first_event :]
+            return any(event["event"] == "skip" and event["path"] == str(victim) for event in events)
 
         try:
-            if not self.until(skipped, 10 * self.args.patience):
-                self.fail(f"did not pass over a bad image: {tail(self.stderr)}")
+            if not self.wait_for(skipped, 10 * self.args.patience):
+                self.fail(f"did not skip a bad image: {tail(self.stderr)}")
         finally:
-            mend(self.home, self.data)
+            restore_data(self.home, self.data)
         step = self.step
-        if not self.until(lambda: self.step > step) and not self.finished():
-            self.fail("did not go on")
-            self.ensure()
+        if not self.wait_for(lambda: self.step > step) and not self.finished():
+            self.fail("did not continue after a bad image")
+            self.ensure_training()
 
     def take_data_away(self) -> None:
-        """The folder of images is renamed until the run has ended, in time and with one line."""
+        """Move the folder of images away until the run has ended. It must end in time, with one error line."""
         away = self.data.with_name("data.away")
         self.data.rename(away)
         try:
-            self.ended(1)
+            self.check_exit(1)
         finally:
             away.rename(self.data)
-        self.goes_on()
+        self.check_resume()
 
     def second_run(self) -> None:
-        """The same command while the run goes on: refused, and the first one is not disturbed."""
+        """Run the same command while the run is active: it must be refused, and the first run must continue."""
         assert self.process
         stderr = self.home / "stderr" / f"{self.starts:04}-second.txt"
-        other = self.spawn(stderr)
-        in_time = self.until(lambda: other.poll() is not None)
+        second = self.spawn(stderr)
+        in_time = self.wait_for(lambda: second.poll() is not None)
         if not in_time and not self.finished():
             self.fail("the second run was not refused")
-        other.kill()
-        other.wait()
-        if in_time and other.returncode != 2:
-            self.fail(f"the second run ended with {other.returncode} in place of 2: {tail(stderr)}")
+        second.kill()
+        second.wait()
+        if in_time and second.returncode != 2:
+            self.fail(f"the second run ended with {second.returncode} instead of 2: {tail(stderr)}")
         if in_time and "another run is writing to" not in stderr.read_text(errors="replace"):
-            self.fail(f"the second run said: {tail(stderr)}")
+            self.fail(f"the second run printed: {tail(stderr)}")
         step = self.step
-        if not self.until(lambda: self.step > step) and not self.finished():
-            self.fail(f"the first run did not go on: {tail(self.stderr)}")
-            self.ensure()
+        if not self.wait_for(lambda: self.step > step) and not self.finished():
+            self.fail(f"the first run did not continue: {tail(self.stderr)}")
+            self.ensure_training()
 
-    # ---- the whole
+    # ---- the complete soak
 
     def soak(self, plan: Iterator[tuple[int, str]]) -> None:
-        """Fault after fault, then the calm rest of the run up to its end."""
+        """Inject the faults of the plan, then let the run continue without faults to its end."""
         self.read_log()
         if not self.finished():
-            self.ensure()
-        for _ in zip(self.faults, plan, strict=False):  # those of an earlier call are done
+            self.ensure_training()
+        for _ in zip(self.faults, plan, strict=False):  # skip the faults of an earlier call
             pass
-        for at, kind in plan:
+        for fault_step, kind in plan:
             if time.monotonic() > self.deadline - 60 * self.args.minutes * self.args.calm:
                 break
-            self.fault, self.now = "between faults", []
-            while not self.until(lambda at=at: self.step >= at or self.finished(), 3600):  # type: ignore[misc]
+            self.fault, self.fault_failures = "between faults", []
+            while not self.wait_for(lambda step=fault_step: self.step >= step or self.finished(), 3600):  # type: ignore[misc]
                 self.fail(f"ended by itself: {tail(self.stderr)}")
-                self.ensure()
+                self.ensure_training()
             if self.finished():
                 break
             try:
                 self.inject(kind)
-            except Late:
-                print(f"the run ended before {kind} reached it", flush=True)
+            except FinishedEarly:
+                print(f"the run ended before {kind} took effect", flush=True)
                 break
-        self.fault, self.now = "the end", []
+        self.fault, self.fault_failures = "the end", []
         if self.args.minutes:
-            self.until(lambda: time.monotonic() > self.deadline, 60 * self.args.minutes)
+            self.wait_for(lambda: time.monotonic() > self.deadline, 60 * self.args.minutes)
             self.stop(signal.SIGTERM)
             return
-        while not self.until(self.finished, 36000):
+        while not self.wait_for(self.finished, 36000):
             self.fail(f"ended by itself: {tail(self.stderr)}")
-            self.ensure()
+            self.ensure_training()
         if self.process:
-            self.ended(0)
+            self.check_exit(0)
 
     def interrupt(self) -> None:
-        """End the run, with its state saved, for Ctrl-C."""
+        """After Ctrl-C: stop the run so that it saves, and kill it if it does not end in time."""
         if self.alive and self.process:
             try_kill(self.process.pid, signal.SIGTERM)
             try:
@@ -414,32 +424,33 @@ class Soak:
                 self.kill()
 
     def compare(self) -> str:
-        """What differs between the run's weights and losses and those of the same command, undisturbed; or nothing."""
+        """Run the same command without faults. Returns the first difference in weights or losses; empty if none."""
         from safetensors.numpy import load_file
 
-        whole = self.home / "whole"
-        print("training once more, undisturbed", flush=True)
-        command = [str(whole) if each == str(self.run) else each for each in self.command]
+        reference = self.home / "whole"
+        print("training again without faults", flush=True)
+        command = [str(reference) if word == str(self.run) else word for word in self.command]
         with (self.home / "stderr" / "whole.txt").open("wb") as file:
             if subprocess.run(command, stdout=file, stderr=file).returncode:
-                return f"the undisturbed run failed: {tail(self.home / 'stderr' / 'whole.txt')}"
+                return f"the run without faults failed: {tail(self.home / 'stderr' / 'whole.txt')}"
         for name in ("model.safetensors", "train.safetensors"):
-            ours, theirs = (load_file(each / "last" / name) for each in (self.run, whole))
+            ours, theirs = (load_file(run / "last" / name) for run in (self.run, reference))
             for key in sorted(ours.keys() | theirs.keys()):
                 if key not in ours or key not in theirs or ours[key].tobytes() != theirs[key].tobytes():
-                    return f"{key} of {name} is not that of an undisturbed run"
-        ours, theirs = (losses(read_lines(each / "log.jsonl")) for each in (self.run, whole))
+                    return f"{key} in {name} differs from the run without faults"
+        ours, theirs = (losses(read_lines(run / "log.jsonl")) for run in (self.run, reference))
         different = [step for step in sorted(ours.keys() | theirs.keys()) if ours.get(step) != theirs.get(step)]
-        return f"the loss of step {different[0]} is not that of an undisturbed run" if different else ""
+        return f"the loss of step {different[0]} differs from the run without faults" if different else ""
 
 
 def losses(log: list[dict[str, Any]]) -> dict[int, float]:
-    """By step; of a step that was done twice, the last one."""
-    return {each["step"]: each["loss"] for each in log if each["event"] == "train"}
+    """The loss by step. If a step was repeated, that of the last repetition."""
+    return {event["step"]: event["loss"] for event in log if event["event"] == "train"}
 
 
 def schedule(seed: int, kinds: Sequence[str], gap: float) -> Iterator[tuple[int, str]]:
-    """(step, fault) without end: every kind once in each span of len(kinds) · gap steps, in random order and places."""
+    """Yield (step, fault) without end: every kind once per span of len(kinds) · gap steps, at random steps in random
+    order."""
     rng = random.Random(seed)
     start = 0.0
     while True:
@@ -450,33 +461,34 @@ def schedule(seed: int, kinds: Sequence[str], gap: float) -> Iterator[tuple[int,
         start += gap * len(deck)
 
 
-def flaws(text: str) -> list[str]:
-    """What is wrong with a log.jsonl: lines that are no events, steps that do not rise though no run goes on there."""
-    found, step, begun = [], 0, False
+def log_problems(text: str) -> list[str]:
+    """Problems of a log.jsonl: lines that are not events, and steps that do not increase where no run starts or
+    resumes."""
+    problems, step, started = [], 0, False
     if text and not text.endswith("\n"):
-        found.append("the last line has no end")
+        problems.append("the last line is incomplete")
     for number, line in enumerate(text.splitlines(), 1):
         try:
             event = json.loads(line)
             kind = event["event"]
         except (ValueError, KeyError, TypeError):
-            found.append(f"line {number} is no event: {line[:80]}")
+            problems.append(f"line {number} is not an event: {line[:80]}")
             continue
         if kind not in IN_ORDER:
             continue
         if kind in ("start", "resume"):
             if event["step"] > step or (kind == "start" and event["step"]):
-                found.append(f"line {number}: {kind} at step {event['step']}, after step {step}")
-            begun = True
-        elif not begun or event["step"] < step or (kind == "train" and event["step"] == step):
-            found.append(f"line {number}: {kind} of step {event['step']} after step {step}")
+                problems.append(f"line {number}: {kind} at step {event['step']}, after step {step}")
+            started = True
+        elif not started or event["step"] < step or (kind == "train" and event["step"] == step):
+            problems.append(f"line {number}: {kind} of step {event['step']} after step {step}")
         step = event["step"]
-    return found
+    return problems
 
 
 def stretches(samples: list[dict[str, Any]], faults: list[dict[str, Any]], warm_up: int) -> list[list[dict[str, Any]]]:
-    """The longest stretches of samples of one process without a fault, less their first `warm_up` steps, or a fifth of
-    them where that is less."""
+    """The longest stretches of samples of one process without a fault. Their first `warm_up` steps are left out, but at
+    most a fifth of their steps."""
     parts: list[list[dict[str, Any]]] = []
     key = None
     for row in samples:
@@ -485,45 +497,45 @@ def stretches(samples: list[dict[str, Any]], faults: list[dict[str, Any]], warm_
         if during(row, faults):
             key = None
             continue
-        after = sum(fault["until"] < row["time"] for fault in faults)
-        if key != (row["run"], after):
-            key = (row["run"], after)
+        faults_before = sum(fault["until"] < row["time"] for fault in faults)
+        if key != (row["run"], faults_before):
+            key = (row["run"], faults_before)
             parts.append([])
         parts[-1].append(row)
     warm = []
     for part in parts:
-        begins, ends = part[0]["step"], part[-1]["step"]
-        first = begins + min(warm_up, (ends - begins) / 5)
+        start, end = part[0]["step"], part[-1]["step"]
+        first = start + min(warm_up, (end - start) / 5)
         warm.append([row for row in part if row["step"] >= first])
-    long = [part for part in warm if len(part) >= FEWEST and part[-1]["step"] > part[0]["step"]]
+    long = [part for part in warm if len(part) >= MIN_SAMPLES and part[-1]["step"] > part[0]["step"]]
     return sorted(long, key=lambda part: part[0]["step"] - part[-1]["step"])[:STRETCHES]
 
 
 def during(row: dict[str, Any], faults: list[dict[str, Any]]) -> bool:
-    """Whether a sample was taken while a fault was under way."""
+    """Whether a sample was taken during a fault."""
     return any(fault["time"] <= row["time"] <= fault["until"] for fault in faults)
 
 
 def growth(part: list[dict[str, Any]]) -> dict[str, Any]:
-    """A line through a stretch's samples: MiB, handles and threads per 1000 steps, with the slope's standard error."""
+    """Linear fits to a stretch's samples: MiB, handles and threads per 1000 steps, with the slopes' standard errors."""
     steps = np.array([row["step"] for row in part]) / 1000
-    told: dict[str, Any] = {"from_step": part[0]["step"], "to_step": part[-1]["step"], "n": len(part)}
+    fits: dict[str, Any] = {"from_step": part[0]["step"], "to_step": part[-1]["step"], "n": len(part)}
     for name in FITTED:
         values = np.array([row[name] for row in part], float)
         (slope, base), spread = np.polyfit(steps, values, 1), np.sum((steps - steps.mean()) ** 2)
-        rest = values - slope * steps - base
-        error = float(np.sqrt(np.sum(rest**2) / max(1, len(part) - 2) / spread))
-        told[name] = {
+        residuals = values - slope * steps - base
+        error = float(np.sqrt(np.sum(residuals**2) / max(1, len(part) - 2) / spread))
+        fits[name] = {
             "per_1000_steps": round(float(slope), 4),
             "error": round(error, 4),
             "mean": round(float(values.mean()), 2),
         }
-    return told
+    return fits
 
 
-def members(session: int) -> list[int]:
-    """The processes of a session, but those that are dead and only wait to be asked for their status."""
-    found = []
+def session_processes(session: int) -> list[int]:
+    """The processes of a session, without zombies."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
@@ -531,17 +543,17 @@ def members(session: int) -> list[int]:
             except OSError:  # it has ended
                 continue
             if int(fields[3]) == session and fields[0] not in "ZX":
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids
 
 
 def usage(pid: int) -> tuple[int, int, int] | None:
-    """(bytes resident, file handles, threads) of a process, or None where it has ended."""
+    """(resident bytes, file handles, threads) of a process, or None if it has ended."""
     try:
-        place = Path("/proc", str(pid))
-        pages = int((place / "statm").read_text().split()[1])
-        threads = next(line for line in (place / "status").read_text().splitlines() if line.startswith("Threads:"))
-        return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(place / "fd")), int(threads.split()[1])
+        proc = Path("/proc", str(pid))
+        pages = int((proc / "statm").read_text().split()[1])
+        threads = next(line for line in (proc / "status").read_text().splitlines() if line.startswith("Threads:"))
+        return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(proc / "fd")), int(threads.split()[1])
     except (OSError, StopIteration):
         return None
 
@@ -553,11 +565,11 @@ def try_kill(pid: int, number: signal.Signals) -> None:
         return
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_valid(checkpoint: Path) -> bool:
     try:
         hashes = json.loads((checkpoint / "meta.json").read_text())["sha256"]
-        found = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in hashes}
-        return found == hashes
+        actual = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in hashes}
+        return actual == hashes
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -567,7 +579,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def images_of(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -581,33 +593,33 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def tail(path: Path) -> str:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return " | ".join(lines[-2:]) or "(nothing said)"
+    return " | ".join(lines[-2:]) or "(no output)"
 
 
-def mend(home: Path, data: Path) -> None:
-    """Put back what a fault, perhaps of an earlier call, has taken from the data."""
+def restore_data(home: Path, data: Path) -> None:
+    """Undo a fault's change of the data, perhaps of an earlier call."""
     away = data.with_name("data.away")
     if away.exists() and not data.exists():
         away.rename(data)
-    held = home / "held"
-    if (held / "place").exists():
-        place = Path((held / "place").read_text())
-        if (held / place.name).exists():
-            os.replace(held / place.name, place)
-    shutil.rmtree(held, ignore_errors=True)
+    backup = home / "held"
+    if (backup / "place").exists():
+        original = Path((backup / "place").read_text())
+        if (backup / original.name).exists():
+            os.replace(backup / original.name, original)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def copy_data(source: Path | None, data: Path) -> None:
-    """The images as the soak's own copy, whole or not at all."""
+    """Copy the images for the soak, atomically; without `source`, generate the demo set."""
     if data.exists():
         return
     if source is None:
         subprocess.run([sys.executable, "-m", "fasttrain", "data", "demo", str(data)], check=True, stdout=sys.stderr)
         return
-    aside = data.with_name("data.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, copy_function=link)
-    aside.rename(data)
+    temporary = data.with_name("data.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=link)
+    temporary.rename(data)
 
 
 def link(source: str, target: str) -> None:
@@ -617,41 +629,44 @@ def link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def run_command(args: argparse.Namespace, data: Path, run: Path, gap: float, skipping: bool) -> list[str]:
-    """What is started, again and again."""
+def run_command(args: argparse.Namespace, data: Path, run: Path, gap: float, skip_bad: bool) -> list[str]:
+    """The command that starts the run."""
     train = data / "train" if (data / "train").is_dir() else data
     per_epoch = len(images_of(train)) // args.batch_size
     if per_epoch == 0:
         sys.exit(f"soak.py: {train} has fewer images than a batch of {args.batch_size}")
     epochs = 10**6 if args.minutes else -(-args.steps // per_epoch)
     log_steps = max(1, min(10, round(gap / 4)))
-    save_steps = log_steps * max(1, min(200, round(gap / 3)) // log_steps)  # so that what is saved has been logged
+    save_steps = log_steps * max(
+        1, min(200, round(gap / 3)) // log_steps
+    )  # a multiple, so that every saved step has been logged
     command = [sys.executable, "-m", "fasttrain", "run", "--arch", args.arch, "--image-size", str(args.image_size)]
     command += ["--batch-size", str(args.batch_size), "--epochs", str(epochs), "--seed", str(args.seed)]
     command += ["--workers", str(args.workers), "--device", args.device, "--data", str(data), "--out", str(run)]
-    command += ["--on-bad", "skip"] if skipping else []
+    command += ["--on-bad", "skip"] if skip_bad else []
     command += ["--set", f"machine.log_steps={log_steps}", "--set", f"checkpoint.every_steps={save_steps}"]
-    return [*command, "--set", "checkpoint.keep=4", *(part for each in args.set for part in ("--set", each))]
+    return [*command, "--set", "checkpoint.keep=4", *(word for setting in args.set for word in ("--set", setting))]
 
 
-def report(soak: Soak, kinds: Sequence[str], compared: str | None, ended: str) -> dict[str, Any]:
-    """The result, which is also printed as tables."""
+def report(soak: Soak, kinds: Sequence[str], difference: str | None, ended: str) -> dict[str, Any]:
+    """Print the results as tables and return them. difference: the result of `Soak.compare`."""
     print(f"\n{'fault':<20}{'injected':>9}{'survived':>9}")
     counts = {}
     for kind in kinds:
-        rows = [each for each in soak.faults if each["fault"] == kind]
-        counts[kind] = {"injected": len(rows), "survived": sum(not each["broken"] for each in rows)}
+        faults = [fault for fault in soak.faults if fault["fault"] == kind]
+        counts[kind] = {"injected": len(faults), "survived": sum(not fault["broken"] for fault in faults)}
         print(f"{kind:<20}{counts[kind]['injected']:>9}{counts[kind]['survived']:>9}")
     fits = [growth(part) for part in stretches(soak.samples, soak.faults, soak.args.warm_up)]
     print(f"\n{'undisturbed steps':<20}{'n':>6}{'MiB':>9}   MiB, handles, threads per 1000 steps (standard error)")
     for fit in fits:
-        lines = [fit[name] for name in FITTED]
-        slopes = ", ".join(f"{each['per_1000_steps']:+.3f} ({each['error']:.3f})" for each in lines)
-        print(f"{fit['from_step']} to {fit['to_step']}".ljust(20) + f"{fit['n']:>6}{lines[0]['mean']:>9.1f}   {slopes}")
+        columns = [fit[name] for name in FITTED]
+        slopes = ", ".join(f"{column['per_1000_steps']:+.3f} ({column['error']:.3f})" for column in columns)
+        mean = columns[0]["mean"]
+        print(f"{fit['from_step']} to {fit['to_step']}".ljust(20) + f"{fit['n']:>6}{mean:>9.1f}   {slopes}")
     if not fits:
-        print(f"none with {FEWEST} samples")
-    print(f"\nbroken promises: {len(soak.broken)}" + "".join(f"\n  {each}" for each in soak.broken))
-    first = next((each for each in soak.log if each["event"] == "start"), {})
+        print(f"none with {MIN_SAMPLES} samples")
+    print(f"\nbroken promises: {len(soak.broken)}" + "".join(f"\n  {message}" for message in soak.broken))
+    first = next((event for event in soak.log if event["event"] == "start"), {})
     return {
         "command": "python scripts/soak.py " + " ".join(sys.argv[1:]),
         "run": soak.command[1:],
@@ -664,7 +679,7 @@ def report(soak: Soak, kinds: Sequence[str], compared: str | None, ended: str) -
         "samples": len(soak.samples),
         "faults": counts,
         "growth": fits,
-        "bit_equal": None if compared is None else not compared,
+        "bit_equal": None if difference is None else not difference,
         "broken": soak.broken,
     }
 
@@ -674,20 +689,21 @@ def versions(known: dict[str, str]) -> dict[str, str]:
 
 
 def draw(path: Path, samples: list[dict[str, Any]], faults: list[dict[str, Any]]) -> None:
-    """Memory, handles and threads over the steps, a line for each process, and a mark for each fault."""
+    """Plot memory, handles and threads over the steps: one line per process, and a mark for each fault."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     plots = figure.subplots(len(FITTED), sharex=True)
     rows = [row for row in samples if row["under_way"] and not during(row, faults)]
-    cuts = [0, *(at for at, (one, other) in enumerate(pairwise(rows), 1) if one["run"] != other["run"]), len(rows)]
+    new_runs = (i for i, (row, following) in enumerate(pairwise(rows), 1) if row["run"] != following["run"])
+    cuts = [0, *new_runs, len(rows)]
     for axes, (name, title) in zip(plots, FITTED.items(), strict=True):
         for start, stop in pairwise(cuts):
             part = rows[start:stop]
             axes.plot([row["step"] for row in part], [row[name] for row in part], color="black", linewidth=1)
-        for kind, colour in COLOURS.items():
-            for number, fault in enumerate(each for each in faults if each["fault"] == kind):
-                axes.axvline(fault["step"], color=colour, linewidth=1, alpha=0.6, label=None if number else kind)
+        for kind, color in COLORS.items():
+            for number, fault in enumerate(fault for fault in faults if fault["fault"] == kind):
+                axes.axvline(fault["step"], color=color, linewidth=1, alpha=0.6, label=None if number else kind)
         axes.set_ylabel(title)
         axes.grid(axis="y", alpha=0.3)
     plots[-1].set_xlabel("step")
@@ -699,13 +715,13 @@ def draw(path: Path, samples: list[dict[str, Any]], faults: list[dict[str, Any]]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, help="images to copy; none: the demo set")
-    parser.add_argument("--steps", type=int, default=20000, help="of the run, rounded up to an epoch's end")
-    parser.add_argument("--minutes", type=float, default=0, help="end after so long, in place of --steps")
-    parser.add_argument("--gap", type=float, default=500, help="steps between two faults, at most and on average")
-    parser.add_argument("--calm", type=float, default=0.25, help="share of the run, at its end, without faults")
-    parser.add_argument("--only", action="append", choices=KINDS, help="this fault (repeatable) and no others")
-    parser.add_argument("--compare", action="store_true", help="with an undisturbed run; leaves out bad images")
+    parser.add_argument("--data", type=Path, help="images to copy; default: the demo set")
+    parser.add_argument("--steps", type=int, default=20000, help="of the run, rounded up to full epochs")
+    parser.add_argument("--minutes", type=float, default=0, help="end after this time, instead of --steps")
+    parser.add_argument("--gap", type=float, default=500, help="maximum of the average number of steps between faults")
+    parser.add_argument("--calm", type=float, default=0.25, help="share at the end of the run without faults")
+    parser.add_argument("--only", action="append", choices=KINDS, help="inject only this kind of fault; repeatable")
+    parser.add_argument("--compare", action="store_true", help="with a run without faults; no bad images are injected")
     parser.add_argument("--arch", default="test_resnet")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=20)
@@ -715,51 +731,52 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the faults")
     parser.add_argument("--interval", type=float, default=1, help="seconds between two samples")
     parser.add_argument("--warm-up", type=int, default=300, help="steps at the start of a stretch that are not fitted")
-    parser.add_argument("--patience", type=float, default=120, help="seconds that a start, a save or an end may take")
+    parser.add_argument("--patience", type=float, default=120, help="seconds that a start, a save or an exit may take")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.minutes and args.compare:
-        parser.error("--compare needs --steps: the end of a run by --minutes is no step that another run has")
+        parser.error("--compare needs --steps, because --minutes ends the run at an unpredictable step")
     if args.steps < 1 or args.minutes < 0 or not 0 <= args.calm < 1 or args.gap <= 0:
-        parser.error("--steps and --gap are above 0, --minutes 0 or more, --calm in [0, 1)")
+        parser.error("--steps and --gap must be positive, --minutes 0 or more, --calm in [0, 1)")
     return args
 
 
 def main() -> None:
     args = arguments()
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+    for number in (signal.SIGINT, signal.SIGTERM):  # the background jobs of a shell ignore SIGINT
         signal.signal(number, signal.default_int_handler)
-    kinds = [each for each in args.only or KINDS if not (args.compare and each == "bad image")]
+    kinds = [kind for kind in args.only or KINDS if not (args.compare and kind == "bad image")]
     home = args.out.resolve()
     home.mkdir(parents=True, exist_ok=True)
     data = home / "data"
-    mend(home, data)
+    restore_data(home, data)
     copy_data(args.data, data)
-    disturbed = args.steps * (1 - args.calm)
-    gap = args.gap if args.minutes else min(args.gap, disturbed / len(kinds))
+    last_fault_step = args.steps * (1 - args.calm)
+    gap = args.gap if args.minutes else min(args.gap, last_fault_step / len(kinds))
     plan = schedule(args.seed, kinds, gap)
     if not args.minutes:
-        plan = takewhile(lambda each: each[0] <= disturbed, plan)
+        plan = takewhile(lambda fault: fault[0] <= last_fault_step, plan)
     soak = Soak(args, run_command(args, data, home / "run", gap, "bad image" in kinds), home, data)
-    compared, ended = None, "whole"
+    difference, ended = None, "whole"
     try:
         soak.soak(plan)
         if args.compare:
-            compared = soak.compare()
+            difference = soak.compare()
     except KeyboardInterrupt:
         ended = "interrupted"
         soak.interrupt()
-    except Broken as error:
+    except CannotStart as error:
         ended = f"given up: {error}"
     finally:
         soak.kill()
-        mend(home, data)
+        restore_data(home, data)
     soak.read_log()
     log = home / "run" / "log.jsonl"
-    soak.broken += [f"log.jsonl: {each}" for each in flaws(log.read_text(errors="replace") if log.exists() else "")]
-    soak.broken += [f"--compare: {compared}"] if compared else []
-    result = report(soak, kinds, compared, ended)
+    log_text = log.read_text(errors="replace") if log.exists() else ""
+    soak.broken += [f"log.jsonl: {problem}" for problem in log_problems(log_text)]
+    soak.broken += [f"--compare: {difference}"] if difference else []
+    result = report(soak, kinds, difference, ended)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.plot:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train on several machines. Run the same line on each of them, with NODES (how many), NODE_RANK (0 on the first) and
-# MASTER (the first one's address); --out and the data must be the same path, on storage that all of them see.
+# Train on several machines. Run the same command on each, with NODES (their number), NODE_RANK (0 on the first) and
+# MASTER (the address of the first). --out and --data must be the same paths on storage that all machines share.
 # usage: NODES=4 NODE_RANK=0 MASTER=10.0.0.1 bash scripts/torchrun_nodes.sh --arch tresnet_xl --data DIR --out DIR
-# Under SLURM, as `srun --nodes=4 --ntasks-per-node=1 bash scripts/torchrun_nodes.sh …`, all three are found.
+# Under SLURM all three are set by `srun --nodes=4 --ntasks-per-node=1 bash scripts/torchrun_nodes.sh …`.
 set -euo pipefail
 nodes=${NODES:-${SLURM_NNODES:?set NODES, NODE_RANK and MASTER}}
 rank=${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK}}

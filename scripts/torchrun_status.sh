@@ -1,53 +1,53 @@
 #!/usr/bin/env bash
-# Run a command that ends in `torchrun … -m fasttrain run …`, and tell by the exit status how the run ended. torchrun
-# ends with 1 whatever its ranks ended with; this ends with 75 where the run was stopped by a signal and has saved (the
-# same command goes on), and with the command's own status otherwise. SIGTERM, SIGUSR1, SIGINT and SIGHUP are sent on
-# to the command, once each. Run it on every node; OUT must be on storage that all of them see.
+# Run a command that ends in `torchrun … -m fasttrain run …`, and report how the run ended by the exit status. torchrun
+# itself exits with 1, whatever the status of its ranks. This script exits with 75 if a signal stopped the run and it
+# has saved (the same command resumes it), and with the command's status otherwise. It forwards SIGTERM, SIGUSR1, SIGINT
+# and SIGHUP to the command, once each. Run it on every node. OUT must be on storage that all nodes share.
 # usage: bash scripts/torchrun_status.sh COMMAND… --out OUT …
-# PATIENCE is for how many seconds OUT/log.jsonl may lag behind, as it does on network disks (default 30).
+# PATIENCE is the number of seconds that OUT/log.jsonl may lag behind, for example on network disks (default 30).
 set -euo pipefail
 out=
 arguments=("$@")
-for ((at = 0; at < $#; at++)); do
-    case "${arguments[at]}" in
-        --out) out=${arguments[at + 1]:-} ;;
-        --out=*) out=${arguments[at]#--out=} ;;
+for ((i = 0; i < $#; i++)); do
+    case "${arguments[i]}" in
+        --out) out=${arguments[i + 1]:-} ;;
+        --out=*) out=${arguments[i]#--out=} ;;
         --resume | --resume=*)
-            echo "torchrun_status.sh: leave out --resume: what is started again has to go on where it was" >&2
+            echo "torchrun_status.sh: remove --resume: a restarted run must be able to resume" >&2
             exit 2
             ;;
     esac
 done
 [ -n "$out" ] || { echo "usage: bash scripts/torchrun_status.sh COMMAND… --out OUT …" >&2; exit 2; }
 log="$out/log.jsonl"
-before=0
-[ ! -f "$log" ] || before=$(wc -c <"$log")
+earlier=0 # bytes that earlier runs have written
+[ ! -f "$log" ] || earlier=$(wc -c <"$log")
 
-stopped() { # the last event that this run has written says so; one of an earlier run does not count
-    tail -c "+$((before + 1))" "$log" 2>/dev/null | tail -n1 | grep -q '^{"event": "stopped"'
+stopped() { # whether the last event is `stopped`, without events of earlier runs
+    tail -c "+$((earlier + 1))" "$log" 2>/dev/null | tail -n1 | grep -q '^{"event": "stopped"'
 }
 
-# torchrun sends these on to its ranks, and then waits for so long before it kills them. Without SIGUSR1 in the list
-# that signal would end torchrun alone.
+# torchrun forwards these signals to its ranks and kills them after the timeout (in seconds). Without SIGUSR1 in the
+# list, that signal would end torchrun but not its ranks.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
 signal='' sent='' child=''
-# shellcheck disable=SC2329 # the traps call it
-pass_on() {
+# shellcheck disable=SC2329 # called by the traps
+forward() {
     signal=$1
     case "$sent" in *" $1 "*) return 0 ;; esac
     sent+=" $1 "
     [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null || true
 }
-for each in TERM USR1 INT HUP; do
-    # shellcheck disable=SC2064 # the name is meant now
-    trap "pass_on $each" "$each"
+for name in TERM USR1 INT HUP; do
+    # shellcheck disable=SC2064 # expand the name now
+    trap "forward $name" "$name"
 done
 "$@" &
 child=$!
-for each in $sent; do # came before there was anyone to send it to
-    kill -s "$each" "$child" 2>/dev/null || true
+for name in $sent; do # signals that came before the command started
+    kill -s "$name" "$child" 2>/dev/null || true
 done
 status=0
 while # a trap interrupts `wait`

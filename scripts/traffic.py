@@ -1,8 +1,9 @@
-"""Where a training step moves its bytes: python scripts/traffic.py [--arch A ...] [--json FILE]
+"""Memory traffic of a training step by kind of operation: python scripts/traffic.py [--arch A ...] [--json FILE]
 
-Counts, on no device and exactly, what every operation of a network's forward and backward pass reads and writes when
-each is a kernel of its own (eager), in bfloat16 and channels_last; and the multiply-adds of its convolutions and linear
-layers. What a compiler fuses away, and what a cache holds, is not counted: shares say where fusing pays.
+Counts the bytes that each operation of a network's forward and backward pass reads and writes, in bfloat16 and
+channels_last, if each is a separate kernel (eager). Also counts the multiply-adds of convolutions and linear layers.
+The counts are exact and need no device. They ignore caches and a compiler's fusions: the shares show where fusion pays
+off.
 """
 
 import json
@@ -40,13 +41,13 @@ _KIND_OF = {
     **dict.fromkeys(("avg_pool2d", "avg_pool2d_backward", "_adaptive_avg_pool2d"), "pooling"),
     **dict.fromkeys(("mm", "addmm", "bmm"), "convolution"),
 }
-# Only these make a tensor without moving its values.
+# Only these create a tensor without moving its values.
 _FREE = {"view", "_unsafe_view", "reshape", "t", "expand", "permute", "transpose", "detach", "alias", "as_strided"}
 _FREE |= {"unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "empty", "empty_like", "new_empty"}
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operations read and write, by kind, while it is on."""
+    """Counts the bytes that operations read and write, by kind, while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,23 +57,23 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name not in _FREE:
-            read, written = (set(_tensors(each)) for each in ((args, kwargs), result))
-            # What is changed in place is read and written.
-            count = sum(each.nbytes for each in read) + sum(each.nbytes for each in written)
+            read, written = (set(_tensors(values)) for values in ((args, kwargs), result))
+            # A tensor that is changed in place counts as read and as written.
+            count = sum(tensor.nbytes for tensor in read) + sum(tensor.nbytes for tensor in written)
             self.moved[self._kind(name, args)] += count
         return result
 
     @staticmethod
     def _kind(name: str, args: Any) -> str:
         if name in ("convolution", "convolution_backward"):
-            tensors = [each for each in args if isinstance(each, Tensor)]
+            tensors = [value for value in args if isinstance(value, Tensor)]
             weight = tensors[1] if name == "convolution" else tensors[2]
             return "depthwise" if weight.shape[1] == 1 and weight.shape[0] > 1 else "convolution"
         return _KIND_OF.get(name, "rest")
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
-    return (each for each in tree_leaves(values) if isinstance(each, Tensor))
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def count(model: nn.Module, batch: int, size: int) -> tuple[Traffic, int]:
@@ -111,8 +112,9 @@ def main(archs: tuple[str, ...], batch_size: int, image_size: int, json_path: Pa
                 "shares": shares,
             }
         )
-        told = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.005)
-        click.echo(f"{arch}: {rows[-1]['mib_an_image']:.0f} MiB an image, {rows[-1]['gmac_an_image']:.1f} GMAC: {told}")
+        summary = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.005)
+        mib, gmac = rows[-1]["mib_an_image"], rows[-1]["gmac_an_image"]
+        click.echo(f"{arch}: {mib:.0f} MiB per image, {gmac:.1f} GMAC: {summary}")
     if json_path:
         versions = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
         content = {
@@ -122,8 +124,8 @@ def main(archs: tuple[str, ...], batch_size: int, image_size: int, json_path: Pa
             "settings": {"batch_size": batch_size, "image_size": image_size, "precision": "bf16"},
             "rows": rows,
         }
-        with replacing(json_path) as aside:
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with replacing(json_path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The same training in plain torch with timm's PIL loader, to compare with: same network, schedule, crops, flips,
-smoothing and number of epochs, and AutoAugment and CutMix unless left out.
+"""A baseline for fasttrain: the same training in plain torch with timm's PIL loader. Network, schedule, crops, flips,
+label smoothing and number of epochs are the same; AutoAugment and CutMix can be turned off.
 
 usage: python scripts/train_with_timm.py --data DIR --arch resnet18 --image-size 64 --epochs 10 --lr 0.05
 
-DIR holds train/ and val/. Prints top-1 after each epoch and the time so far.
+DIR contains train/ and val/. Prints top-1 and the elapsed time after each epoch.
 """
 
 import argparse
@@ -30,9 +30,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, required=True)
-    parser.add_argument("--crop-area", type=float, default=0.08, help="smallest share of the image that a crop has")
+    parser.add_argument("--crop-area", type=float, default=0.08, help="minimum share of the image in a crop")
     parser.add_argument("--no-autoaugment", action="store_true")
-    parser.add_argument("--cutmix", type=float, default=0.5, help="probability a batch")
+    parser.add_argument("--cutmix", type=float, default=0.5, help="probability per batch")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
     for epoch in range(args.epochs):
         model.train()
         for images, labels in train:
-            if len(images) % 2:  # timm's Mixup takes even batches
+            if len(images) % 2:  # timm's Mixup needs even batches
                 images, labels = images[:-1], labels[:-1]
             images, targets = mixup(images, labels)
             optimizer.param_groups[0]["lr"] = lr_at(step, steps=steps, warmup_steps=len(train), peak=args.lr)

@@ -1,4 +1,4 @@
-"""Images that the tests share. FASTTRAIN_PHOTOS may name a folder of class folders of photographs to take instead."""
+"""Shared images. FASTTRAIN_PHOTOS may name a folder of class folders of photographs to use instead of `photos`."""
 
 import os
 from pathlib import Path
@@ -11,12 +11,12 @@ from PIL import Image
 from fasttrain.data.demo_set import make
 from fasttrain.data.index import Index
 
-# Downloads must fail at once, and no run may find another's cached indices.
+# Downloads must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need a GPU, or Triton's interpreter where they are cases for that."""
+    """Skip tests marked `gpu` without a GPU, unless Triton's interpreter is on."""
     import torch
 
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -27,7 +27,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def separate_cache(tmp_path_factory, monkeypatch):
+    """No test finds the cached indices of another."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -53,18 +54,17 @@ def noise_photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray
         spectrum = np.fft.rfft2(rng.normal(size=(height, width))) * falloff
         plane = np.fft.irfft2(spectrum, (height, width))
         channels.append((plane - plane.mean()) / plane.std())
-    grey = channels[0]
-    pixels = np.stack([0.8 * grey + 0.4 * each for each in channels], axis=2) * 45 + rng.uniform(90, 160)
+    gray = channels[0]
+    pixels = np.stack([0.8 * gray + 0.4 * channel for channel in channels], axis=2) * 45 + rng.uniform(90, 160)
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """A folder of two class folders: scikit-learn's two photographs at several sizes, and photo-like noise of sizes
-    that are odd, tiny, wide and tall. With FASTTRAIN_PHOTOS set, that folder instead."""
-    given = os.environ.get("FASTTRAIN_PHOTOS")
-    if given:
-        return Path(given)
+    """A folder of two class folders: scikit-learn's two photographs in several sizes, and photo-like noise in odd,
+    tiny, wide and tall sizes; or the folder that FASTTRAIN_PHOTOS names."""
+    if folder_name := os.environ.get("FASTTRAIN_PHOTOS"):
+        return Path(folder_name)
     from sklearn.datasets import load_sample_images
 
     folder = tmp_path_factory.mktemp("photos")

@@ -1,4 +1,4 @@
-"""What several tests share: small runs and their results, plans, the command line, files that do not decode."""
+"""Shared by several tests: small runs and their results, plans, the command line, files that do not decode."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.views import shorter_edge
 from fasttrain.prepare import resolve_auto
 
-ROOT = Path(__file__).parents[1]  # of the project
+ROOT = Path(__file__).parents[1]  # the project's root
 CPU = Ranks(0, 1, 0, 1, torch.device("cpu"))
 TINY = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--device", "cpu"]
 LONG = ("--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--epochs", "400")
@@ -34,20 +34,20 @@ RECIPE = recipes.for_arch("resnet18")
 
 
 def part_of(demo_set: Path, per_class: int) -> Index:
-    """So many of the demo set's training images of each class."""
-    whole = scan(demo_set / "train")
-    some = [number for number in range(500) if number % 50 < per_class]
+    """The first `per_class` training images of each class of the demo set."""
+    full = scan(demo_set / "train")
+    numbers = [number for number in range(500) if number % 50 < per_class]
     return Index(
-        tuple(whole.paths[n] for n in some),
-        tuple(whole.ids[n] for n in some),
-        whole.labels[some],
-        whole.sizes[some],
-        whole.classes,
+        tuple(full.paths[n] for n in numbers),
+        tuple(full.ids[n] for n in numbers),
+        full.labels[numbers],
+        full.sizes[numbers],
+        full.classes,
     )
 
 
 def tiny(**changes):
-    """A recipe that trains in a second."""
+    """A recipe that trains in one second."""
     recipe = replace(
         recipes.for_arch("test_resnet"),
         image_size=32,
@@ -60,7 +60,7 @@ def tiny(**changes):
 
 
 def run(recipe, out, index, val=None, resume="auto"):
-    """Train a recipe in this process, as the command would."""
+    """Train a recipe in this process, like `fasttrain run`."""
     start = open_run(out, resume, toml.to_toml(recipe))
     return training.train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
 
@@ -77,15 +77,15 @@ def weights(out: Path):
 
 
 class Stop(Exception):
-    """What `fail_at` raises."""
+    """Raised by `fail_at`."""
 
 
 def fail_at(monkeypatch, step: int):
-    """Let a run fail in this step, counted from 0."""
-    honest = training.batches
+    """Make a run fail in step `step`, counted from 0."""
+    original = training.batches
 
     def failing(plan, *args, **settings):
-        for count, batch in enumerate(honest(plan, *args, **settings)):
+        for count, batch in enumerate(original(plan, *args, **settings)):
             if count == step * plan.micro_batches:
                 raise Stop
             yield batch
@@ -94,29 +94,29 @@ def fail_at(monkeypatch, step: int):
 
 
 def call(*args, status=0):
-    """Call the command line in this process, and check its exit status."""
-    result = CliRunner().invoke(main, [str(each) for each in args])
+    """Run the command line in this process, and check its exit status."""
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
     assert result.exit_code == status, (result.output, result.exception)
     return result
 
 
 def logged(out: Path) -> dict[tuple, dict]:
     """What was logged for each step; for a step that was done twice, the second time."""
-    kept = [each for each in events(out) if each["event"] in ("train", "eval", "collapsed")]
-    return {(e["event"], e["step"]): {key: e[key] for key in e if key != "images_per_s"} for e in kept}
+    lines = [event for event in events(out) if event["event"] in ("train", "eval", "collapsed")]
+    return {(e["event"], e["step"]): {key: e[key] for key in e if key != "images_per_s"} for e in lines}
 
 
-def same(out: Path, whole: Path) -> None:
-    """Check that two runs have the same tensors, bit for bit, and the same log."""
-    ours, theirs = weights(out), weights(whole)
-    assert ours.keys() == theirs.keys()
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+def same(out: Path, reference: Path) -> None:
+    """Check that two runs have bitwise the same tensors, and the same log."""
+    actual, expected = weights(out), weights(reference)
+    assert actual.keys() == expected.keys()
+    different = [name for name in actual if not torch.equal(actual[name], expected[name])]
     assert not different, different
-    assert logged(out) == logged(whole)
+    assert logged(out) == logged(reference)
 
 
 def start_run(*args: object) -> subprocess.Popen:
-    """`fasttrain run` in a process of its own."""
+    """Start `fasttrain run` in its own process."""
     command = [sys.executable, "-m", "fasttrain", "run", "--device", "cpu", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -132,7 +132,7 @@ def await_line(process: subprocess.Popen, part: str) -> None:
 
 
 def index_of(*sizes: int) -> Index:
-    """An index of classes with so many images each; the files do not exist."""
+    """An index of classes with these numbers of images; the files do not exist."""
     labels = np.repeat(np.arange(len(sizes)), sizes)
     names = tuple(f"{label}/{number}.jpg" for number, label in enumerate(labels))
     shapes = np.tile(np.array([64, 64], np.int32), (len(labels), 1))
@@ -140,13 +140,13 @@ def index_of(*sizes: int) -> Index:
 
 
 def plan_of(**changes) -> Plan:
-    """A plan over 50 images of one class, which do not exist."""
+    """A plan over 50 images of one class; the files do not exist."""
     settings = {"image_size": 64, "batch_size": 8, "epochs": 3}
     return Plan.of(replace(RECIPE, **(settings | changes)), index_of(50))
 
 
 def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.ndarray:
-    """torchvision's Resize and CenterCrop over a PIL image."""
+    """A view by torchvision's Resize and CenterCrop."""
     from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
     image = Image.open(path).convert("RGB")
@@ -155,14 +155,14 @@ def reference_view(path: str, size: int, interpolation: str = "bilinear") -> np.
 
 
 def broken_files() -> dict[str, bytes]:
-    """Files by name that do not decode."""
+    """Files that do not decode, by name."""
     rng = np.random.default_rng(0)
-    kinds = {}
+    files = {}
     for suffix, kind in ((".jpg", "JPEG"), (".png", "PNG"), (".webp", "WEBP"), (".bmp", "BMP")):
-        stored = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (60, 60, 3)).astype(np.uint8)).save(stored, kind)
-        kinds[f"truncated{suffix}"] = stored.getvalue()[: len(stored.getvalue()) // 2]
-    stored = io.BytesIO()
-    Image.new("RGB", (61, 60)).save(stored, "BMP")
-    kinds["padding.bmp"] = stored.getvalue()[:-1]  # of the last row; no pixel is missing
-    return kinds | {"empty.jpg": b"", "text.jpg": b"this is not a picture\n" * 40}
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (60, 60, 3)).astype(np.uint8)).save(buffer, kind)
+        files[f"truncated{suffix}"] = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+    buffer = io.BytesIO()
+    Image.new("RGB", (61, 60)).save(buffer, "BMP")
+    files["padding.bmp"] = buffer.getvalue()[:-1]  # one byte of the last row's padding is missing, but no pixel
+    return files | {"empty.jpg": b"", "text.jpg": b"this is not a picture\n" * 40}

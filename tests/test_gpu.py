@@ -1,4 +1,4 @@
-"""The training path on a GPU: pytest -m gpu. The kernels' own cases are in test_kernels_triton.py."""
+"""Training on a GPU: pytest -m gpu. The tests in tests/kernels cover the kernels."""
 
 import json
 from dataclasses import replace
@@ -54,31 +54,31 @@ def safe_decoders():
 
 @pytest.mark.parametrize("kind", safe_decoders())
 @pytest.mark.parametrize("policy", ["none", "imagenet"])
-def test_batches_are_on_the_gpu_and_near_the_cpus(index, policy, kind):
-    """nvJPEG rounds otherwise than libjpeg-turbo; without AutoAugment, which may amplify it, pixels stay close."""
+def test_batches_are_close_to_the_cpu_pipeline(index, policy, kind):
+    """nvJPEG and libjpeg-turbo round differently. AutoAugment may amplify the differences."""
     plan = Plan.of(tiny(augment=AugmentConfig(autoaugment=policy)), index)
     decoder = Decoder(kind, hardware_load=0.65)
-    for ours, theirs in zip(
+    for on_gpu, on_cpu in zip(
         batches(plan, index, GPU, 4, stop_step=4, decoder=decoder),
         batches(plan, index, torch.device("cpu"), 4, stop_step=4),
         strict=True,
     ):
-        assert ours.pixels.device == GPU and ours.pixels.dtype == torch.uint8 and ours.pixels.is_contiguous()
-        assert torch.equal(ours.numbers, theirs.numbers)
-        difference = (ours.pixels.cpu().int() - theirs.pixels.int()).abs().float().mean()
+        assert on_gpu.pixels.device == GPU and on_gpu.pixels.dtype == torch.uint8 and on_gpu.pixels.is_contiguous()
+        assert torch.equal(on_gpu.indices, on_cpu.indices)
+        difference = (on_gpu.pixels.cpu().int() - on_cpu.pixels.int()).abs().float().mean()
         assert difference < (2 if policy == "none" else 12)
 
 
 @pytest.mark.parametrize("kind", safe_decoders())
-def test_evaluation_is_near_the_cpus(index, kind):
+def test_evaluation_crops_are_close_to_the_cpu_pipeline(index, kind):
     decoder, views = Decoder(kind, hardware_load=0.65), views_by_name("center", 64)
-    on_gpu = EvalLoader(index, views, 100, GPU, 4, decoder=decoder)
-    on_cpu = EvalLoader(index, views, 100, torch.device("cpu"), 4)
-    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
-        assert (ours.pixels[0].cpu().int() - theirs.pixels[0].int()).abs().float().mean() < 2
+    gpu_loader = EvalLoader(index, views, 100, GPU, 4, decoder=decoder)
+    cpu_loader = EvalLoader(index, views, 100, torch.device("cpu"), 4)
+    for on_gpu, on_cpu in zip(gpu_loader, cpu_loader, strict=True):
+        assert (on_gpu.pixels[0].cpu().int() - on_cpu.pixels[0].int()).abs().float().mean() < 2
 
 
-STEPS_ALIKE = 4  # steps until rounding, which every update amplifies, shows in a loss
+COMPARED_STEPS = 4  # every update amplifies rounding, which shows in the losses of later steps
 SCRATCH = InitConfig(force_scratch=True)
 STRONG = AugmentConfig(autoaugment="none", randaugment=2, erase=0.25)
 
@@ -97,20 +97,20 @@ STRONG = AugmentConfig(autoaugment="none", randaugment=2, erase=0.25)
     ],
 )
 def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
-    """torch raises at any synchronisation between a batch's arrival and the log point at the epoch's end."""
-    honest_batches, honest_read = training.batches, meter.Meter.read
+    """torch raises at any synchronization between the arrival of a batch and the log point at the end of the epoch."""
+    original_batches, original_read = training.batches, meter.Meter.read
 
-    def watched(*args, **settings):
-        for batch in honest_batches(*args, **settings):
+    def batches_in_error_mode(*args, **settings):
+        for batch in original_batches(*args, **settings):
             torch.cuda.set_sync_debug_mode("error")
             yield batch
             torch.cuda.set_sync_debug_mode("default")
 
     def read(self, ranks):
         torch.cuda.set_sync_debug_mode("default")
-        return honest_read(self, ranks)
+        return original_read(self, ranks)
 
-    monkeypatch.setattr(training, "batches", watched)
+    monkeypatch.setattr(training, "batches", batches_in_error_mode)
     monkeypatch.setattr(meter.Meter, "read", read)
     recipe = tiny(**changes)
     start = open_run(tmp_path / "run", "auto", toml.to_toml(recipe))
@@ -122,34 +122,34 @@ def test_no_step_waits_for_the_device(index, tmp_path, monkeypatch, changes):
 
 
 @pytest.mark.parametrize("micro_batch", [0, 10])
-@pytest.mark.parametrize("how", ["on", "graphs"])
-def test_a_compiled_run_computes_what_an_uncompiled_one_does(index, tmp_path, monkeypatch, how, micro_batch):
-    """Losses of the first steps, in float32 without TF32; also with two views, an averaged network that answers, and
-    weights of losses that follow the epoch."""
+@pytest.mark.parametrize("compile_mode", ["on", "graphs"])
+def test_compiled_losses_equal_uncompiled_ones(index, tmp_path, monkeypatch, compile_mode, micro_batch):
+    """Losses of the first steps, in float32 without TF32, with two views, an averaged network as a teacher, and loss
+    weights that depend on the epoch."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     losses = (SymmetricCrossEntropy(), Contrastive(), MeanTeacher())
-    told, steps = [], []
+    terms, steps = [], []
     monkeypatch.setattr(prepare, "Step", lambda *args: steps.append(Step(*args)) or steps[-1])
-    for compiled in ("off", how):
-        machine = MachineConfig(compile=compiled, log_steps=1)
+    for mode in ("off", compile_mode):
+        machine = MachineConfig(compile=mode, log_steps=1)
         recipe = tiny(losses=losses, ema=EmaConfig(0.9), micro_batch=micro_batch)
         recipe = replace(recipe, precision="fp32", machine=machine, epochs=2)
-        start = open_run(tmp_path / compiled, "never", toml.to_toml(recipe))
-        training.train(recipe, tmp_path / compiled, index, None, Ranks(0, 1, 0, 1, GPU), start)
-        lines = map(json.loads, (tmp_path / compiled / "log.jsonl").read_text().splitlines())
-        told.append([line["terms"] for line in lines if line["event"] == "train"])
-    for plain, compiled in list(zip(*told, strict=True))[:STEPS_ALIKE]:
+        start = open_run(tmp_path / mode, "never", toml.to_toml(recipe))
+        training.train(recipe, tmp_path / mode, index, None, Ranks(0, 1, 0, 1, GPU), start)
+        lines = map(json.loads, (tmp_path / mode / "log.jsonl").read_text().splitlines())
+        terms.append([line["terms"] for line in lines if line["event"] == "train"])
+    for plain, compiled in list(zip(*terms, strict=True))[:COMPARED_STEPS]:
         assert compiled == pytest.approx(plain, rel=2e-3)
     graphs = steps[-1].graphs
-    assert (graphs is None) == (how == "on") and (graphs is None or graphs.complete)
+    assert (graphs is None) == (compile_mode == "on") and (graphs is None or graphs.complete)
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"losses": (CrossEntropy(0.1), Triplet(), ArcFace()), "images_per_class": 5, "ema": EmaConfig(0.9)}]
 )
-def test_replayed_steps_wait_for_nothing(index, changes):
-    """torch raises at any wait once both kinds of steps are recorded."""
+def test_replayed_steps_do_not_wait(index, changes):
+    """torch raises at any synchronization once both kinds of steps are recorded."""
     recipe = tiny(mix=MixConfig(cutmix=0.5), **changes)
     recipe = replace(recipe, epochs=4, machine=replace(recipe.machine, compile="graphs"))
     plan = Plan.of(recipe, index)
@@ -169,4 +169,4 @@ def test_replayed_steps_wait_for_nothing(index, changes):
         replayed += 1
     assert replayed >= 20
     reading = step.meter.read(step.ranks)
-    assert reading.means.keys() >= {loss.name for loss in recipe.losses} and not reading.failed
+    assert reading.means.keys() >= {loss.name for loss in recipe.losses} and not reading.failures

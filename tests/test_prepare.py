@@ -1,4 +1,4 @@
-"""What `auto` stands for on each device, without a GPU at hand."""
+"""How `auto` is resolved for each device; needs no GPU."""
 
 from dataclasses import replace
 
@@ -21,13 +21,13 @@ def has_bf16(request, monkeypatch):
     return request.param
 
 
-def test_a_gpu_gets_half_precision_compiled_and_decodes(has_bf16):
+def test_auto_on_a_gpu(has_bf16):
     resolved = resolve_auto(recipes.for_arch("resnest101e"), GPU)
     assert resolved.precision == ("bf16" if has_bf16 else "fp16") and resolved.machine.compile == "on"
     assert resolved.machine.decoder == decoders.rule().auto == decoder_of(resolved, GPU).kind
 
 
-def test_a_cpu_gets_float32_uncompiled():
+def test_auto_on_a_cpu():
     resolved = resolve_auto(recipes.for_arch("tresnet_xl"), CPU)
     assert resolved.precision == "fp32"
     assert (resolved.machine.compile, resolved.machine.decoder, resolved.machine.align) == ("off", "cpu", "off")
@@ -44,19 +44,19 @@ def test_a_cpu_gets_float32_uncompiled():
         ("tresnet_xl", "fp32", "on", "on"),
     ],
 )
-def test_widths_are_aligned_where_tensor_cores_want_it(has_bf16, arch, precision, align, expected):
+def test_widths_are_aligned_for_tensor_cores(has_bf16, arch, precision, align, expected):
     recipe = replace(recipes.for_arch(arch), precision=precision, machine=MachineConfig(align=align))
     assert resolve_auto(recipe, GPU).machine.align == expected
 
 
 @pytest.mark.parametrize(("written", "read"), [("true", "on"), ("false", "off"), ('"auto"', "auto"), ('"on"', "on")])
-def test_align_was_true_or_false_and_may_still_be_written_so(written, read):
+def test_align_also_takes_true_and_false(written, read):
     text = f'arch = "tresnet_xl"\n[machine]\nalign = {written}\n'
     assert toml.from_toml(text).machine.align == read
     assert toml.override(recipes.for_arch("tresnet_xl"), f"machine.align={written}").machine.align == read
 
 
-def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monkeypatch):
+def test_a_decoder_that_is_known_to_crash_is_refused(has_bf16, monkeypatch):
     monkeypatch.setattr(decoders, "nvimagecodec", lambda: "0.9.0")
     recipe = replace(recipes.for_arch("resnet18"), machine=MachineConfig(decoder="gpu-region"))
     with pytest.raises(UserError, match="nvImageCodec#55"):
@@ -64,7 +64,7 @@ def test_a_decoder_that_crashes_is_refused_before_anything_starts(has_bf16, monk
     assert resolve_auto(recipe, CPU).machine.decoder == "cpu"
 
 
-def test_a_recipe_that_was_not_resolved_or_elsewhere_decodes_on_a_cpu_all_the_same():
+def test_on_a_cpu_every_recipe_decodes_on_the_cpu():
     for decoder in ("auto", "gpu", "gpu-hardware"):
         recipe = replace(recipes.for_arch("resnet18"), machine=MachineConfig(decoder=decoder))
         assert decoder_of(recipe, CPU).kind == "cpu"

@@ -1,4 +1,4 @@
-"""Two stages: what --init takes and refuses, distillation and averaged weights in the loop, collapse in the log."""
+"""Training in two stages: --init, distillation and averaged weights in the loop, collapsed losses in the log."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 from fasttrain.prepare import resolve_auto
-from fasttrain.training.ema import Ema as Average
+from fasttrain.training.ema import Ema
 from fasttrain.utils.errors import UserError
 
 ARCFACE = (CrossEntropy(0.1), ArcFace())
@@ -29,59 +29,59 @@ TRIPLET = (CrossEntropy(0.1), Triplet())
 
 
 @pytest.fixture(scope="module")
-def first(index, tmp_path_factory):
-    """A run of stage 1."""
+def stage1_run(index, tmp_path_factory):
+    """A finished run of stage 1."""
     out = tmp_path_factory.mktemp("stage1") / "run"
     run(tiny(epochs=1), out, index)
     return out
 
 
-def stage2(first, losses=ARCFACE, **changes):
-    settings = {"losses": losses, "epochs": 1, "init": InitConfig(str(first)), "images_per_class": 2}
+def stage2_recipe(stage1_run, losses=ARCFACE, **changes):
+    settings = {"losses": losses, "epochs": 1, "init": InitConfig(str(stage1_run)), "images_per_class": 2}
     return tiny(**(settings | changes))
 
 
 @pytest.mark.parametrize("losses", [ARCFACE, TRIPLET])
-def test_stage_two_does_not_start_from_scratch_unless_forced(index, tmp_path, losses):
-    scratch = stage2("", losses, init=InitConfig())
+def test_stage_two_needs_trained_weights_unless_forced(index, tmp_path, losses):
+    scratch = stage2_recipe("", losses, init=InitConfig())
     with pytest.raises(UserError, match=rf"{losses[1].name} does not converge from random .* --init RUN"):
         run(scratch, tmp_path / "run", index)
     assert not (tmp_path / "run" / "last").exists()
     run(replace(scratch, init=InitConfig(force_scratch=True)), tmp_path / "run", index)
-    # What was forced goes on without being forced again.
+    # A resumed run need not be forced again.
     run(scratch, tmp_path / "run", index)
 
 
-def test_all_but_the_new_head_is_taken_and_named(first, index):
+def test_init_loads_all_but_the_new_head(stage1_run, index):
     torch.manual_seed(5)
-    model = Classifier.of(stage2(first), 10)
+    model = Classifier.of(stage2_recipe(stage1_run), 10)
     head = model.cosine.weight.detach().clone()  # type: ignore[union-attr]
-    said = initialize(model, InitConfig(str(first)), "test_resnet", index.classes)
-    stored = weights(first)
-    for name, each in model.state_dict().items():
-        assert torch.equal(each, head if name == "cosine.weight" else stored[name]), name
+    message = initialize(model, InitConfig(str(stage1_run)), "test_resnet", index.classes)
+    stored = weights(stage1_run)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, head if name == "cosine.weight" else stored[name]), name
     total = len(model.state_dict())
-    assert f"{total - 1} of {total} tensors" in said and said.endswith("starting random: cosine.weight")
+    assert f"{total - 1} of {total} tensors" in message and message.endswith("starting random: cosine.weight")
 
 
-def test_other_classes_start_with_another_classifier(first, index):
+def test_init_with_other_classes_skips_the_classifier(stage1_run, index):
     for classes in (["a", "b", "c"], [*index.classes[:-1], "zebra"]):
         model = Classifier("test_resnet", len(classes))
-        fresh = {name: each.clone() for name, each in model.state_dict().items()}
-        said = initialize(model, InitConfig(str(first)), "test_resnet", classes)
-        assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
-        for name, each in model.state_dict().items():
-            assert torch.equal(each, fresh[name] if "fc" in name else weights(first)[name]), name
+        fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        message = initialize(model, InitConfig(str(stage1_run)), "test_resnet", classes)
+        assert message.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, fresh[name] if "fc" in name else weights(stage1_run)[name]), name
 
 
-# ---- a projection head
+# ---- the projection head
 
 CONTRASTIVE = (SymmetricCrossEntropy(), Contrastive())
 
 
 @pytest.fixture(scope="module")
-def projected(index, tmp_path_factory):
-    """A run of a network with a projection head, with averaged weights. All steps mix, so nothing reads the head."""
+def projected_run(index, tmp_path_factory):
+    """A run with a projection head and averaged weights. All steps mix images, so no loss uses the head."""
     out = tmp_path_factory.mktemp("projected") / "run"
     run(
         tiny(losses=CONTRASTIVE, epochs=1, mix=MixConfig(cutmix=0.999), ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5)),
@@ -91,23 +91,23 @@ def projected(index, tmp_path_factory):
     return out
 
 
-def test_a_projection_head_is_saved_averaged_and_loaded(projected):
-    stored = weights(projected)
+def test_the_projection_head_is_saved_averaged_and_loaded(projected_run):
+    stored = weights(projected_run)
     for averaged, prefix in ((None, "ema."), (True, "ema."), (False, "")):
-        model, recipe, _ = checkpoint.network(projected / "last", averaged)
+        model, recipe, _ = checkpoint.network(projected_run / "last", averaged)
         assert recipe.losses == CONTRASTIVE
-        heads = {name: each for name, each in model.named_parameters() if name.startswith("projection.")}
-        assert len(heads) == 4 and all(torch.equal(each, stored[prefix + name]) for name, each in heads.items())
+        head = {name: p for name, p in model.named_parameters() if name.startswith("projection.")}
+        assert len(head) == 4 and all(torch.equal(p, stored[prefix + name]) for name, p in head.items())
         assert model(torch.zeros(1, 3, 32, 32)).embedding is None
-    # Decay and momentum go on in steps whose loss does not read it.
+    # Weight decay and momentum also apply in steps whose losses do not use it.
     assert stored["momentum.projection.out.weight"].any()
 
 
-def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, index):
+def test_init_with_and_without_a_projection_head(stage1_run, projected_run, index):
     def start(recipe, init, classes=index.classes):
         torch.manual_seed(5)
         model = Classifier.of(recipe, len(classes))
-        fresh = {name: each.clone() for name, each in model.state_dict().items()}
+        fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         return (
             model.state_dict(),
             fresh,
@@ -116,97 +116,97 @@ def test_a_projection_head_may_be_new_taken_or_left_behind(first, projected, ind
 
     names = ["projection.hidden.bias", "projection.hidden.weight", "projection.out.bias", "projection.out.weight"]
     with_head, without = tiny(losses=CONTRASTIVE), tiny()
-    own, fresh, said = start(with_head, first)
-    assert said.endswith(f"starting random: {', '.join(names)}")
-    assert all(torch.equal(own[name], fresh[name]) for name in names)
-    own, _, said = start(with_head, projected)
-    assert said.endswith("starting random: none")
-    assert all(torch.equal(each, weights(projected)[name]) for name, each in own.items())
-    own, _, said = start(without, projected)
-    assert said.endswith("starting random: none") and not own.keys() & set(names)
-    assert all(torch.equal(each, weights(projected)[name]) for name, each in own.items())
-    # It knows nothing of classes: where they are others, it is taken all the same.
-    own, fresh, said = start(with_head, projected, ["a", "b", "c"])
-    assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
-    assert all(torch.equal(own[name], weights(projected)[name]) for name in names)
+    state, fresh, message = start(with_head, stage1_run)
+    assert message.endswith(f"starting random: {', '.join(names)}")
+    assert all(torch.equal(state[name], fresh[name]) for name in names)
+    state, _, message = start(with_head, projected_run)
+    assert message.endswith("starting random: none")
+    assert all(torch.equal(tensor, weights(projected_run)[name]) for name, tensor in state.items())
+    state, _, message = start(without, projected_run)
+    assert message.endswith("starting random: none") and not state.keys() & set(names)
+    assert all(torch.equal(tensor, weights(projected_run)[name]) for name, tensor in state.items())
+    # The head does not depend on the classes, so it is loaded even if they differ.
+    state, fresh, message = start(with_head, projected_run, ["a", "b", "c"])
+    assert message.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
+    assert all(torch.equal(state[name], weights(projected_run)[name]) for name in names)
 
 
-def test_what_does_not_fit_is_refused_by_name(first, index, tmp_path):
+def test_init_refuses_weights_that_do_not_fit(stage1_run, index, tmp_path):
     with pytest.raises(UserError, match=r"holds a test_resnet, and this run trains a resnet18"):
-        initialize(Classifier("resnet18", 10), InitConfig(str(first)), "resnet18", index.classes)
+        initialize(Classifier("resnet18", 10), InitConfig(str(stage1_run)), "resnet18", index.classes)
     other = Classifier("resnet18", 10)
     with pytest.raises(UserError, match=r"backbone\.\S+ is .* in it and .* in this network"):
-        initialize(other, InitConfig(str(first)), "test_resnet", index.classes)
+        initialize(other, InitConfig(str(stage1_run)), "test_resnet", index.classes)
     with pytest.raises(UserError, match="is no checkpoint"):
-        run(stage2(tmp_path / "none"), tmp_path / "run", index)
+        run(stage2_recipe(tmp_path / "none"), tmp_path / "run", index)
 
 
-def test_stage_two_starts_where_stage_one_ended(first, index, tmp_path):
-    """One step at a rate of 0 (warm-up) leaves the weights where --init put them; momentum starts afresh."""
-    recipe = stage2(first, batch_size=100, images_per_class=10)
+def test_stage_two_starts_with_the_weights_of_stage_one(stage1_run, index, tmp_path):
+    """One step at a learning rate of 0 (warm-up) does not change the loaded weights."""
+    recipe = stage2_recipe(stage1_run, batch_size=100, images_per_class=10)
     run(recipe, tmp_path / "run", index)
-    stored, found = weights(first), weights(tmp_path / "run")
-    taken = [name for name in found if name in stored and "running" not in name and name.startswith("backbone.")]
-    assert taken and all(torch.equal(stored[name], found[name]) for name in taken if "num_batches" not in name)
-    notes = [each["text"] for each in events(tmp_path / "run") if each["event"] == "note"]
+    before, after = weights(stage1_run), weights(tmp_path / "run")
+    loaded = [name for name in after if name in before and "running" not in name and name.startswith("backbone.")]
+    assert loaded and all(torch.equal(before[name], after[name]) for name in loaded if "num_batches" not in name)
+    notes = [event["text"] for event in events(tmp_path / "run") if event["event"] == "note"]
     assert (
         notes[0].startswith("init: ") and notes[1] == "batches of 10 classes x 10 images; 100 of 100 images per epoch"
     )
 
 
-def test_triplet_tells_its_stats_and_leaves_mixed_steps_out(first, index, tmp_path):
-    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "plain", index)
-    points = [each for each in events(tmp_path / "plain") if each["event"] == "train"]
-    assert all(each["stats"].keys() == {"triplet/active", "triplet/d_ap", "triplet/d_an"} for each in points)
-    assert all(each["loss"] == pytest.approx(sum(each["terms"].values()), rel=1e-5) for each in points)
-    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0.999)), tmp_path / "mixed", index)
-    points = [each for each in events(tmp_path / "mixed") if each["event"] == "train"]
-    assert all(each["terms"].keys() == {"cross_entropy"} and "stats" not in each for each in points)
+def test_triplet_logs_its_stats_and_skips_mixed_steps(stage1_run, index, tmp_path):
+    run(stage2_recipe(stage1_run, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "plain", index)
+    points = [event for event in events(tmp_path / "plain") if event["event"] == "train"]
+    assert all(point["stats"].keys() == {"triplet/active", "triplet/d_ap", "triplet/d_an"} for point in points)
+    assert all(point["loss"] == pytest.approx(sum(point["terms"].values()), rel=1e-5) for point in points)
+    run(stage2_recipe(stage1_run, TRIPLET, mix=MixConfig(cutmix=0.999)), tmp_path / "mixed", index)
+    points = [event for event in events(tmp_path / "mixed") if event["event"] == "train"]
+    assert all(point["terms"].keys() == {"cross_entropy"} and "stats" not in point for point in points)
 
 
-def test_mining_by_micro_batch_is_said(first, index, tmp_path):
-    run(stage2(first, TRIPLET, micro_batch=10), tmp_path / "run", index)
-    notes = [each["text"] for each in events(tmp_path / "run") if each["event"] == "note"]
+def test_mining_within_micro_batches_is_noted(stage1_run, index, tmp_path):
+    run(stage2_recipe(stage1_run, TRIPLET, micro_batch=10), tmp_path / "run", index)
+    notes = [event["text"] for event in events(tmp_path / "run") if event["event"] == "note"]
     assert "mined within each micro-batch of 10" in notes[1]
 
 
-def test_a_collapsed_loss_is_said_in_the_log_and_on_screen(first, index, tmp_path, monkeypatch, capsys):
-    class Dead(Classifier):
+def test_a_collapsed_loss_is_logged_and_printed(stage1_run, index, tmp_path, monkeypatch, capsys):
+    class ZeroFeatures(Classifier):
         def forward(self, images):
             output = super().forward(images)
             return output._replace(features=output.features * 0)
 
-    monkeypatch.setattr(prepare, "Classifier", Dead)
-    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "dead", index)
-    said = [each for each in events(tmp_path / "dead") if each["event"] == "collapsed"]
-    assert [each["loss"] for each in said] == ["triplet"] and "triplet has collapsed" in capsys.readouterr().err
+    monkeypatch.setattr(prepare, "Classifier", ZeroFeatures)
+    run(stage2_recipe(stage1_run, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "dead", index)
+    collapsed = [event for event in events(tmp_path / "dead") if event["event"] == "collapsed"]
+    assert [event["loss"] for event in collapsed] == ["triplet"] and "triplet has collapsed" in capsys.readouterr().err
     monkeypatch.undo()
-    run(stage2(first, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "alive", index)
-    assert not [each for each in events(tmp_path / "alive") if each["event"] == "collapsed"]
+    run(stage2_recipe(stage1_run, TRIPLET, mix=MixConfig(cutmix=0)), tmp_path / "alive", index)
+    assert not [event for event in events(tmp_path / "alive") if event["event"] == "collapsed"]
 
 
-# ---- a teacher
+# ---- the teacher
 
 
-def test_a_student_that_is_its_teacher_has_no_loss(index, tmp_path):
-    """A network without BatchNorm, whose training mode would differ; the first two steps, at rates 0 and nearly 0."""
+def test_a_student_with_the_weights_of_its_teacher_has_no_loss(index, tmp_path):
+    """In the first step, with a network without BatchNorm, whose training mode would differ."""
     tiny_net = tiny(arch="test_convnext", epochs=1, machine=replace(tiny().machine, log_steps=1))
     run(tiny_net, tmp_path / "teacher", index)
-    alone = (Distillation(teacher=str(tmp_path / "teacher"), temperature=1.0),)
-    run(replace(tiny_net, losses=alone, init=InitConfig(str(tmp_path / "teacher"))), tmp_path / "same", index)
-    run(replace(tiny_net, losses=alone, seed=7), tmp_path / "other", index)
+    losses = (Distillation(teacher=str(tmp_path / "teacher"), temperature=1.0),)
+    run(replace(tiny_net, losses=losses, init=InitConfig(str(tmp_path / "teacher"))), tmp_path / "same", index)
+    run(replace(tiny_net, losses=losses, seed=7), tmp_path / "other", index)
     same, other = (
-        next(each["terms"]["distillation"] for each in events(tmp_path / name) if each["event"] == "train")
+        next(event["terms"]["distillation"] for event in events(tmp_path / name) if event["event"] == "train")
         for name in ("same", "other")
     )
     assert abs(same) < 1e-6 and other > 1e-3
 
 
-def test_the_teacher_is_frozen_and_checked(first, index, tmp_path):
-    recipe = tiny(losses=(Distillation(teacher=str(first)),))
+def test_the_teacher_is_frozen_and_its_classes_are_checked(stage1_run, index, tmp_path):
+    recipe = tiny(losses=(Distillation(teacher=str(stage1_run)),))
     teacher = prepare.load_teacher(recipe, index.classes, CPU.device)
     assert teacher is not None and not teacher.training
-    assert not any(each.requires_grad for each in teacher.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
     assert prepare.load_teacher(tiny(), index.classes, CPU.device) is None
     with pytest.raises(UserError, match="class 'zebra' is in the training images but not in"):
         prepare.load_teacher(recipe, [*index.classes, "zebra"], CPU.device)
@@ -217,41 +217,41 @@ def test_the_teacher_is_frozen_and_checked(first, index, tmp_path):
 # ---- averaged weights
 
 
-def test_the_average_follows_its_rule():
+def test_the_average_follows_its_formula():
     torch.manual_seed(0)
     linear, norm = torch.nn.Linear(3, 2).double(), torch.nn.BatchNorm1d(2).double()
     model = torch.nn.Sequential(linear, norm)
-    average = Average(model, 0.9)
-    its_linear: Any = average.model.get_submodule("0")
-    its_norm: Any = average.model.get_submodule("1")
+    average = Ema(model, 0.9)
+    ema_linear: Any = average.model.get_submodule("0")
+    ema_norm: Any = average.model.get_submodule("1")
     expected = linear.weight.detach().clone()
-    seen = []
+    history = []
     for step in range(1, 30):
         with torch.no_grad():
             linear.weight += torch.randn(2, 3).double()
             norm.get_buffer("running_mean").add_(1)
         average.update(step)
-        seen.append(linear.weight.detach().clone())
+        history.append(linear.weight.detach().clone())
         share = min(1 - 1 / step, 0.9)
-        expected = share * expected + (1 - share) * seen[-1]
-        torch.testing.assert_close(its_linear.weight, expected)
+        expected = share * expected + (1 - share) * history[-1]
+        torch.testing.assert_close(ema_linear.weight, expected)
         if step <= 10:
-            torch.testing.assert_close(its_linear.weight, torch.stack(seen).mean(0))
-    assert torch.equal(its_norm.running_mean, norm.running_mean)  # type: ignore[arg-type]
-    assert not any(each.requires_grad for each in average.model.parameters())
+            torch.testing.assert_close(ema_linear.weight, torch.stack(history).mean(0))
+    assert torch.equal(ema_norm.running_mean, norm.running_mean)  # type: ignore[arg-type]
+    assert not any(p.requires_grad for p in average.model.parameters())
 
 
 def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monkeypatch):
     recipe = tiny(epochs=2, ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5))
-    result = run(recipe, tmp_path / "whole", index, index)
-    tests = [each for each in events(tmp_path / "whole") if each["event"] == "eval"]
-    assert all(each["ema"].keys() == {"top1", "top5", "images"} for each in tests)
-    assert result.scores is not None and result.scores.top1 == tests[-1]["ema"]["top1"]
-    assert result.best == max(each["ema"]["top1"] for each in tests)
+    result = run(recipe, tmp_path / "full", index, index)
+    evals = [event for event in events(tmp_path / "full") if event["event"] == "eval"]
+    assert all(event["ema"].keys() == {"top1", "top5", "images"} for event in evals)
+    assert result.scores is not None and result.scores.top1 == evals[-1]["ema"]["top1"]
+    assert result.best == max(event["ema"]["top1"] for event in evals)
 
     plain = tiny(epochs=2, optim=OptimConfig(lr=0.5))
     run(plain, tmp_path / "plain", index, index)
-    raw, averaged = weights(tmp_path / "plain"), weights(tmp_path / "whole")
+    raw, averaged = weights(tmp_path / "plain"), weights(tmp_path / "full")
     assert all(torch.equal(raw[name], averaged[name]) for name in raw), "averaging changed the training"
     moved = [name for name in raw if f"ema.{name}" in averaged]
     assert moved and any(not torch.equal(averaged[f"ema.{name}"], averaged[name]) for name in moved)
@@ -263,28 +263,28 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(index, tmp_path, monke
         with pytest.raises(Stop):
             run(recipe, tmp_path / "stopped", index, index)
     run(recipe, tmp_path / "stopped", index, index)
-    again = weights(tmp_path / "stopped")
-    assert all(torch.equal(again[name], averaged[name]) for name in averaged)
+    resumed = weights(tmp_path / "stopped")
+    assert all(torch.equal(resumed[name], averaged[name]) for name in averaged)
 
-    chosen, _, _ = checkpoint.network(tmp_path / "whole" / "last")
-    assert all(torch.equal(each, averaged[f"ema.{name}"]) for name, each in chosen.named_parameters())
-    plainly, _, _ = checkpoint.network(tmp_path / "whole" / "last", averaged=False)
-    assert all(torch.equal(each, averaged[name]) for name, each in plainly.named_parameters())
+    ema_model, _, _ = checkpoint.network(tmp_path / "full" / "last")
+    assert all(torch.equal(p, averaged[f"ema.{name}"]) for name, p in ema_model.named_parameters())
+    raw_model, _, _ = checkpoint.network(tmp_path / "full" / "last", averaged=False)
+    assert all(torch.equal(p, averaged[name]) for name, p in raw_model.named_parameters())
     with pytest.raises(UserError, match="has no averaged weights"):
         checkpoint.network(tmp_path / "plain", averaged=True)
 
 
-def test_init_takes_averaged_weights_unless_told_otherwise(index, tmp_path):
+def test_init_takes_averaged_weights_by_default(index, tmp_path):
     run(tiny(epochs=1, ema=EmaConfig(0.8), optim=OptimConfig(lr=0.5)), tmp_path / "run", index)
     stored = weights(tmp_path / "run")
     for averaged, prefix in ((True, "ema."), (False, "")):
         model = Classifier("test_resnet", 10)
         init = InitConfig(str(tmp_path / "run"), averaged=averaged)
-        said = initialize(model, init, "test_resnet", index.classes)
-        assert ("averaged weights" in said) == averaged
-        assert all(torch.equal(each, stored[prefix + name]) for name, each in model.named_parameters())
+        message = initialize(model, init, "test_resnet", index.classes)
+        assert ("averaged weights" in message) == averaged
+        assert all(torch.equal(p, stored[prefix + name]) for name, p in model.named_parameters())
 
 
-def test_the_recipe_in_a_checkpoint_is_whole(first):
-    meta = json.loads((first / "last" / "meta.json").read_text())
+def test_a_checkpoint_has_the_full_recipe(stage1_run):
+    meta = json.loads((stage1_run / "last" / "meta.json").read_text())
     assert toml.from_dict(meta["recipe"], "meta") == resolve_auto(tiny(epochs=1), torch.device("cpu"))

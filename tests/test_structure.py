@@ -1,4 +1,4 @@
-"""The layout: one import name for each part, and imports that run downward only."""
+"""The layout: every module belongs to one part, and imports only from its own part or those below."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-# From the top: a room may import from the rooms below it, and from itself.
-ROOMS = [
+# From top to bottom. A part may import from itself and from the parts below it.
+PARTS = [
     "__main__",
     "cli",
     "benchmarks",
@@ -32,49 +32,49 @@ ROOMS = [
 ]
 
 
-def room_of(module: str) -> str:
-    """`fasttrain.pipelines.plan` is in the room `pipelines`, `fasttrain` itself in ``."""
+def part_of_module(module: str) -> str:
+    """`pipelines` for `fasttrain.pipelines.plan`, the empty string for `fasttrain`."""
     return [*module.split("."), ""][1]
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    paths = {}
     for path in (ROOT / "fasttrain").rglob("*.py"):
-        found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
-    for folder in ("pipelines", "kernels"):  # rglob does not follow links
+        paths[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    for folder in ("pipelines", "kernels"):  # rglob does not follow symlinks
         for path in (ROOT / folder).glob("*.py"):
-            found[f"fasttrain.{folder}.{path.stem}"] = path
-    return found
+            paths[f"fasttrain.{folder}.{path.stem}"] = path
+    return paths
 
 
-def imports(path: Path, known: set[str], everywhere: bool) -> set[str]:
-    """fasttrain modules that a file imports: at its top, or everywhere in it."""
+def imports(path: Path, known: set[str], anywhere: bool) -> set[str]:
+    """The fasttrain modules that a file imports at its top level, or anywhere."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = set()
-    for node in ast.walk(tree) if everywhere else tree.body:
+    imported = set()
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
-            found |= {each.name for each in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{each.name}" for each in node.names}
-            found |= {name if name in known else node.module for name in names}
-    return {each for each in found if each.split(".")[0] == "fasttrain"}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {name if name in known else node.module for name in names}
+    return {name for name in imported if name.split(".")[0] == "fasttrain"}
 
 
-def test_the_rooms_are_those_that_there_are():
-    assert sorted(ROOMS) == sorted({room_of(module) for module in modules()})
+def test_every_part_is_listed():
+    assert sorted(PARTS) == sorted({part_of_module(module) for module in modules()})
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
-def test_imports_run_downward(module):
+def test_modules_import_only_from_parts_below(module):
     known = modules()
-    for imported in imports(known[module], set(known), everywhere=True):
-        below = ROOMS.index(room_of(imported)) >= ROOMS.index(room_of(module))
-        assert below, f"{module} imports {imported}, whose room is above its own"
+    for imported in imports(known[module], set(known), anywhere=True):
+        below = PARTS.index(part_of_module(imported)) >= PARTS.index(part_of_module(module))
+        assert below, f"{module} imports {imported}, which belongs to a part above"
 
 
-def test_no_import_is_circular():
+def test_no_imports_are_circular():
     known = modules()
-    graph = {module: imports(path, set(known), everywhere=False) & set(known) for module, path in known.items()}
+    graph = {module: imports(path, set(known), anywhere=False) & set(known) for module, path in known.items()}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -88,14 +88,14 @@ def test_no_import_is_circular():
         visit(module, ())
 
 
-def test_kernels_import_nothing_of_the_rest():
+def test_kernels_import_no_other_part():
     for path in (ROOT / "kernels").glob("*.py"):
-        above = {each for each in imports(path, set(), everywhere=True) if room_of(each) != "kernels"}
-        assert not above, f"{path.name} imports {above}"
+        others = {name for name in imports(path, set(), anywhere=True) if part_of_module(name) != "kernels"}
+        assert not others, f"{path.name} imports {others}"
 
 
 @pytest.mark.parametrize("folder", ["pipelines", "kernels"])
-def test_top_level_folders_are_reached_through_links(folder):
+def test_top_level_folders_are_linked_into_the_package(folder):
     link = ROOT / "fasttrain" / folder
     assert link.is_symlink() and link.resolve() == ROOT / folder
     assert not (ROOT / folder / "__init__.py").exists()

@@ -1,1 +1,1 @@
-"""Benchmarks, one file each; `common` has what they share."""
+"""Benchmarks, one per file; `common` has the code that they share."""

@@ -1,5 +1,4 @@
-"""The project's kernels, and its averaging of weights, compared with eager, compiled and library versions of the same
-work."""
+"""Fasttrain's kernels and weight averaging, compared with eager, compiled and library implementations."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fasttrain.benchmarks.common import OWN, Row, chosen, race, row
+from fasttrain.benchmarks.common import FASTTRAIN, Row, race, row, select
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.kernels import mix, triplet
 from fasttrain.training.ema import Ema
@@ -27,9 +26,8 @@ SIZE = 224
 
 
 def kernels(device: torch.device, rounds: int = 15, only: Sequence[str] = ()) -> Iterator[list[Row]]:
-    """The project's kernels, forward (mix) and forward with backward (triplet), and the averaging of a network's
-    weights, compared with eager, compiled and library versions of the same work, on one device: a list of rows per
-    case, as soon as it is measured. only: patterns of cases, such as `mix 256*`."""
+    """Measure on one device: mix (forward), triplet (forward and backward) and the averaging of a network's weights.
+    Yields the rows of each case as soon as it is measured. only: patterns of cases, such as `mix 256*`."""
     on_gpu = device.type == "cuda"
     cases: dict[str, Callable[[], list[Row]]] = {}
     for batch in BATCHES_GPU if on_gpu else BATCHES_CPU:
@@ -40,20 +38,21 @@ def kernels(device: torch.device, rounds: int = 15, only: Sequence[str] = ()) ->
             cases[f"triplet {batch} x {width} {name}"] = partial(_triplet, batch, width, dtype, device, rounds)
     for arch in AVERAGED_GPU if on_gpu else AVERAGED_CPU:
         cases[f"averaging {arch}"] = partial(_averaging, arch, device, rounds)
-    for name in chosen(cases, only):
+    for name in select(cases, only):
         yield cases[name]()
 
 
 def _mix(batch: int, device: torch.device, rounds: int) -> list[Row]:
-    """With the share of a plain copy's bandwidth that the bytes of each contender's work, in and out, come to."""
-    contenders, least = _mix_contenders(batch, device)
+    """Rows with `of_copy_bandwidth`: the time of a plain copy of the bytes that mix must read and write, as a share of
+    the contender's time."""
+    contenders, needed = _mix_contenders(batch, device)
     rows = _race("mix", f"{batch} x {SIZE}²", contenders, device, rounds)
-    # One pass: images in, images out, and a few bytes of parameters, partners and shares per image.
+    # One pass reads and writes each image once, plus a few bytes of parameters, partners and shares per image.
     moved = rows[0].details["bytes"]
-    if not least <= moved <= least + 64 * batch:
-        raise RuntimeError(f"mix moves {moved} bytes, of which {least} are needed")
-    copy = rows[-1].seconds
-    return [replace(each, details={**each.details, "of_copy_bandwidth": copy / each.seconds}) for each in rows]
+    if not needed <= moved <= needed + 64 * batch:
+        raise RuntimeError(f"mix moves {moved} bytes; it should move {needed}, plus up to 64 per image")
+    copy_seconds = rows[-1].seconds
+    return [replace(row, details={**row.details, "of_copy_bandwidth": copy_seconds / row.seconds}) for row in rows]
 
 
 def _triplet(batch: int, width: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:
@@ -66,7 +65,7 @@ def _averaging(arch: str, device: torch.device, rounds: int) -> list[Row]:
 
 
 def _mix_contenders(batch: int, device: torch.device) -> tuple[dict[str, Callable[[], Any]], int]:
-    """CutMix of a whole batch to bf16 channels_last from uint8 NHWC, and the bytes that it must read and write."""
+    """CutMix of a batch from uint8 NHWC to bf16 channels_last, and the number of bytes that it must read and write."""
     from timm.data import Mixup
     from torchvision.transforms import v2
 
@@ -77,102 +76,103 @@ def _mix_contenders(batch: int, device: torch.device) -> tuple[dict[str, Callabl
     table[:, mix.MODE] = mix.CUTMIX
     table[:, mix.BOX] = torch.tensor([30.0, 170.0, 40.0, 190.0])
     table = table.to(device)
-    mean, std = (torch.tensor(each, device=device)[:, None, None] * 255 for each in (IMAGENET_MEAN, IMAGENET_STD))
-    timms = Mixup(mixup_alpha=0, cutmix_alpha=1.0, prob=1.0, label_smoothing=0.1, num_classes=1000)
-    torchvisions = v2.CutMix(num_classes=1000)
+    mean, std = (torch.tensor(value, device=device)[:, None, None] * 255 for value in (IMAGENET_MEAN, IMAGENET_STD))
+    timm_mixup = Mixup(mixup_alpha=0, cutmix_alpha=1.0, prob=1.0, label_smoothing=0.1, num_classes=1000)
+    torchvision_cutmix = v2.CutMix(num_classes=1000)
 
-    def normalised() -> Tensor:
+    def normalized() -> Tensor:
         return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
 
     def with_timm() -> Tensor:
-        mixed, _ = timms(normalised(), labels)
+        mixed, _ = timm_mixup(normalized(), labels)
         return mixed.to(torch.bfloat16, memory_format=torch.channels_last)
 
     def with_torchvision() -> Tensor:
-        mixed, _ = torchvisions(normalised(), labels)
+        mixed, _ = torchvision_cutmix(normalized(), labels)
         return mixed.to(torch.bfloat16, memory_format=torch.channels_last)
 
     arguments = (images, table, IMAGENET_MEAN, IMAGENET_STD, torch.bfloat16)
     compiled = torch.compile(mix.reference, dynamic=False)
     expected = mix.reference(*arguments).images
     if not torch.equal(mix.mix(*arguments).images, expected):
-        raise RuntimeError("mix differs from its reference; its time means nothing")
+        raise RuntimeError("mix differs from its reference, so its time means nothing")
     contenders = {
-        OWN: lambda: mix.mix(*arguments),
+        FASTTRAIN: lambda: mix.mix(*arguments),
         "reference, compiled": lambda: compiled(*arguments),
         "reference": lambda: mix.reference(*arguments),
         "timm: normalise + Mixup": with_timm,
         "torchvision v2: normalise + CutMix": with_torchvision,
     }
-    least = images.nbytes + expected.nbytes
-    half = torch.empty(2, least // 2, dtype=torch.uint8, device=device)
-    return contenders | {"floor: a copy of as many bytes": lambda: half[0].copy_(half[1])}, least
+    needed = images.nbytes + expected.nbytes
+    halves = torch.empty(2, needed // 2, dtype=torch.uint8, device=device)
+    return contenders | {"floor: a copy of as many bytes": lambda: halves[0].copy_(halves[1])}, needed
 
 
 def _triplet_contenders(
     batch: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """Loss and gradient of batch-hard triplet mining, four images of each class."""
-    torch.compiler.reset()  # or the shapes of cases before would count
-    rows = torch.randn(batch, width, device=device).to(dtype).requires_grad_()
+    """Loss and gradient of batch-hard triplet mining, with four images per class."""
+    torch.compiler.reset()  # or dynamo would count the shapes of earlier cases
+    features = torch.randn(batch, width, device=device).to(dtype).requires_grad_()
     labels = torch.arange(batch, device=device) // 4
 
     def gradient(loss: Callable[[], Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(loss(), rows)
+        return lambda: torch.autograd.grad(loss(), features)
 
     def eager() -> Tensor:
-        """The usual few lines, through a matrix of all distances."""
-        square = rows.float().square().sum(1)
-        distance = (square[:, None] + square[None] - 2 * rows.float() @ rows.float().T).clamp(min=1e-12).sqrt()
+        """The usual few lines, with a matrix of all distances."""
+        square = features.float().square().sum(1)
+        distance = (square[:, None] + square[None] - 2 * features.float() @ features.float().T).clamp(min=1e-12).sqrt()
         same = labels[:, None] == labels[None]
-        far = distance.masked_fill(~same, 0).amax(1)
-        near = distance.masked_fill(same, torch.inf).amin(1)
-        return (far - near + 0.3).relu().mean()
+        positive = distance.masked_fill(~same, 0).amax(1)
+        negative = distance.masked_fill(same, torch.inf).amin(1)
+        return (positive - negative + 0.3).relu().mean()
 
     def ours() -> Tensor:
-        return triplet.batch_hard_triplet(rows, labels).loss
+        return triplet.batch_hard_triplet(features, labels).loss
 
-    # Distances of this eager form are rounded; the losses still agree to a few digits.
+    # The eager form rounds its distances; the losses still agree to a few digits.
     if abs(ours().item() - eager().item()) > 0.02 * abs(eager().item()) + 0.02:
-        raise RuntimeError("triplet differs from the eager form; its time means nothing")
+        raise RuntimeError("triplet differs from the eager form, so its time means nothing")
     contenders = {
-        OWN: gradient(ours),
+        FASTTRAIN: gradient(ours),
         "eager": gradient(eager),
         "eager, compiled": gradient(torch.compile(eager, dynamic=False)),
     }
-    still = rows.detach()
-    contenders["floor: the matrix product alone"] = lambda: still @ still.T
+    detached = features.detach()
+    contenders["floor: the matrix product alone"] = lambda: detached @ detached.T
     try:
         from pytorch_metric_learning import distances, losses, miners, reducers
     except ImportError:
         return contenders
-    space = distances.LpDistance(normalize_embeddings=False)
-    function = losses.TripletMarginLoss(0.3, distance=space, reducer=reducers.MeanReducer())
-    miner = miners.BatchHardMiner(distance=space)
-    return contenders | {"pytorch-metric-learning": gradient(lambda: function(rows, labels, miner(rows, labels)))}
+    distance = distances.LpDistance(normalize_embeddings=False)
+    loss_function = losses.TripletMarginLoss(0.3, distance=distance, reducer=reducers.MeanReducer())
+    miner = miners.BatchHardMiner(distance=distance)
+    contenders["pytorch-metric-learning"] = gradient(lambda: loss_function(features, labels, miner(features, labels)))
+    return contenders
 
 
 def _averaging_contenders(arch: str, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """The moving average of all weights of a network, and the copies of its buffers, after a step."""
+    """The moving average of all weights of a network and the copies of its buffers, as after a training step."""
     import timm
     from timm.utils import ModelEmaV3
 
     network = timm.create_model(arch, num_classes=1000).to(device)
     ours, step = Ema(network, decay=0.999), 10_000
-    timms = ModelEmaV3(network, decay=0.999)
-    loops = timm.create_model(arch, num_classes=1000).to(device).requires_grad_(False)
+    timm_ema = ModelEmaV3(network, decay=0.999)
+    average = timm.create_model(arch, num_classes=1000).to(device).requires_grad_(False)
 
     def one_by_one() -> None:
         """The usual loop over tensors."""
         with torch.no_grad():
-            for mean, now in zip(loops.parameters(), network.parameters(), strict=True):
-                mean.lerp_(now, 1e-3)
-            for mean, now in zip(loops.buffers(), network.buffers(), strict=True):
-                mean.copy_(now)
+            for mean, current in zip(average.parameters(), network.parameters(), strict=True):
+                mean.lerp_(current, 1e-3)
+            for mean, current in zip(average.buffers(), network.buffers(), strict=True):
+                mean.copy_(current)
 
     return {
-        OWN: lambda: ours.update(step),
-        "timm: ModelEmaV3": lambda: timms.update(network, step),
+        FASTTRAIN: lambda: ours.update(step),
+        "timm: ModelEmaV3": lambda: timm_ema.update(network, step),
         "one tensor at a time": one_by_one,
     }
 
@@ -180,15 +180,15 @@ def _averaging_contenders(arch: str, device: torch.device) -> dict[str, Callable
 def _race(
     work: str, case: str, contenders: dict[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> list[Row]:
-    """Launches are those of GPU kernels, on a CPU operations; bytes are read and written by them. Both are counted by
-    a trace; compiled code does not show in it, and has neither."""
+    """Rows with `launches` (GPU kernels; on a CPU, operations) and `bytes` (read and written), which a trace counts.
+    Compiled code does not appear in a trace, so its rows have neither."""
     for function in contenders.values():
         for _ in range(3):
             function()
-    turns = {name: partial(partial, _seconds, each, device) for name, each in contenders.items()}
-    *_, whole = race(f"{work} {case}", turns, rounds)
-    traces = {name: {} if "compiled" in name else _trace(each, device) for name, each in contenders.items()}
-    return [row(work, case, name, times, **traces[name]) for name, times in whole.timed.items()]
+    makers = {name: partial(partial, _seconds, function, device) for name, function in contenders.items()}
+    *_, timings = race(f"{work} {case}", makers, rounds)
+    traces = {name: {} if "compiled" in name else _trace(function, device) for name, function in contenders.items()}
+    return [row(work, case, name, times, **traces[name]) for name, times in timings.times.items()]
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -202,7 +202,7 @@ def _seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations that compute something (views launch nothing) and the bytes that they read and write."""
+    """Counts the operations that compute something (views do not) and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,13 +213,13 @@ class _Operations(TorchDispatchMode):
         if not func.is_view and "empty" not in func.name():
             self.count += 1
             read = args[1:] if func is torch.ops.aten.copy_.default else args  # a copy does not read its target
-            touched = tree_leaves((read, kwargs, result))
-            self.bytes += sum(each.nbytes for each in touched if isinstance(each, Tensor))
+            leaves = tree_leaves((read, kwargs, result))
+            self.bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
         return result
 
 
 def _trace(function: Callable[[], Any], device: torch.device) -> dict[str, int]:
-    """`launches` (on a CPU: operations) and `bytes` moved by the operations that torch dispatches, of one call."""
+    """`launches` (on a CPU: operations) of one call, and `bytes` moved by the operations that torch dispatches."""
     with _Operations() as operations:
         function()
     if device.type == "cpu":
@@ -228,5 +228,5 @@ def _trace(function: Callable[[], Any], device: torch.device) -> dict[str, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()
-    launches = sum(each.device_type == torch.autograd.DeviceType.CUDA for each in profile.events())
+    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
     return {"launches": launches, "bytes": operations.bytes}

@@ -1,8 +1,8 @@
-"""The training step alone, on a batch that is on the device: the project's compared with timm's loop, in each memory
-format, eager and compiled.
+"""The training step alone, on a batch that is already on the device, compared with timm's loop in each memory format,
+eager and compiled.
 
-A step is everything from the pipeline's pixels on: mixing, network, losses with their mining, gradients, optimizer and
-meters. What either loop does at its log points is left out.
+A step includes everything after the pipeline: mixing, network, losses with their mining, gradients, optimizer and
+meters. It excludes the work of either loop at its log points.
 """
 
 import gc
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fasttrain import recipes
 from fasttrain.benchmarks import common
-from fasttrain.benchmarks.common import OWN, Row, race, require_even, row, seconds, synchronize
+from fasttrain.benchmarks.common import FASTTRAIN, Row, race, require_even, row, seconds, synchronize
 from fasttrain.config import toml
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, EmaConfig, InitConfig, Recipe
 from fasttrain.data.index import Index
@@ -43,11 +43,11 @@ REPLAYED = "fasttrain, replayed"
 TIMM = "timm"
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 T = TypeVar("T")
-FEATURES = 3  # of the network of one parameter: one a colour, and as many classes
+FEATURES = 3  # of the network with one parameter: one per color channel; also its number of classes
 
 
 def recipe_of(
-    found: Recipe,
+    recipe: Recipe,
     device: torch.device,
     *,
     batch_size: int | None = None,
@@ -57,28 +57,31 @@ def recipe_of(
     workers: int = 0,
     settings: Sequence[str] = (),
 ) -> Recipe:
-    """A recipe resolved for the device, from random weights; with another size, precision and compile (auto, on, off
-    or graphs) where given, and settings as `--set` has them, which its name tells. It never ends. Raises UserError
-    where the batch is odd, since timm's Mixup takes even ones only, and for a recipe that distils: there is no teacher
-    here."""
-    if any(isinstance(loss, Distillation) for loss in found.losses):
-        raise UserError(f"recipe {found.name!r} distils from a teacher, which benchmarks do not have; name another")
+    """The recipe resolved for the device, with the given changes and random initial weights. It has so many epochs that
+    it does not end.
+
+    compiled: auto, on, off or graphs. settings: as in `--set`; they become part of the recipe's name. Raises UserError
+    where the batch size is odd, because timm's Mixup needs even batches, and for a recipe with distillation, because
+    benchmarks have no teacher.
+    """
+    if any(isinstance(loss, Distillation) for loss in recipe.losses):
+        raise UserError(f"recipe {recipe.name!r} needs a teacher, which benchmarks do not have; name another recipe")
     changed = replace(
-        found,
-        batch_size=batch_size or found.batch_size,
-        image_size=image_size or found.image_size,
-        precision=precision or found.precision,
+        recipe,
+        batch_size=batch_size or recipe.batch_size,
+        image_size=image_size or recipe.image_size,
+        precision=precision or recipe.precision,
         epochs=10**6,
         init=InitConfig(force_scratch=True),
-        machine=replace(found.machine, compile=compiled or found.machine.compile, workers=workers),
+        machine=replace(recipe.machine, compile=compiled or recipe.machine.compile, workers=workers),
     )
     changed = toml.override(changed, *settings)
     require_even([changed.batch_size])
-    return resolve_auto(replace(changed, name=", ".join([found.name, *settings])), device)
+    return resolve_auto(replace(changed, name=", ".join([recipe.name, *settings])), device)
 
 
 def step(
-    chosen: list[Recipe],
+    recipes_to_measure: list[Recipe],
     device: torch.device,
     *,
     classes: int = 1000,
@@ -88,135 +91,144 @@ def step(
     only: Sequence[str] = (),
     also: Sequence[str] = (),
 ) -> Iterator[list[Row]]:
-    """Seconds per step of each resolved recipe, over `steps` steps in each round, after `warm_up` steps that compile
-    and tune: the rows of a recipe, again after every turn. timm's loop trains with cross entropy whatever the
-    recipe's losses are. only: patterns of the contenders' names. also: settings, as `--set` takes them, each of which
-    makes the project's step once more with it.
+    """Seconds per step of each resolved recipe, over `steps` steps per round, after `warm_up` steps of compilation and
+    tuning. Yields the rows of a recipe after every turn. timm's loop trains with cross entropy, whatever the recipe's
+    losses are. only: patterns of the contenders' names. also: settings as in `--set`; fasttrain's step is also measured
+    with each of them.
 
-    On a GPU a row also has `host_ms`, the median time until the call of one step returns, and `peak_gib`, the memory
-    that the contender's tensors take at most; that of CUDA graphs is their own and not known.
+    On a GPU a row also has `host_ms`, the median time until the call of one step returns, and `peak_gib`, the peak
+    memory of the contender's tensors. CUDA graphs have memory of their own, whose peak is unknown.
     """
-    for recipe in chosen:
-        torch.compiler.reset()  # so that shapes of another case do not count as dynamic ones
-        made: dict[str, Turns] = {}
+    for recipe in recipes_to_measure:
+        torch.compiler.reset()  # so that dynamo does not treat the shapes of another case as dynamic
+        timers: dict[str, StepTimer] = {}
 
-        def turns(name: str, make: Callable[[], Ours | Timm], made: dict[str, Turns] = made) -> Turns:
-            made[name] = Turns(make, device, steps, warm_up)
-            return made[name]
+        def make_timer(
+            name: str, make: Callable[[], FasttrainStep | TimmStep], timers: dict[str, StepTimer] = timers
+        ) -> StepTimer:
+            timers[name] = StepTimer(make, device, steps, warm_up)
+            return timers[name]
 
         makers = contenders(recipe, device, classes, also)
-        wanted = {name: partial(turns, name, makers[name]) for name in common.chosen(makers, only)}
+        selected = {name: partial(make_timer, name, makers[name]) for name in common.select(makers, only)}
         case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
-        for so_far in race(case, wanted, rounds):
+        for timings in race(case, selected, rounds):
             rows = [
-                row("step", case, name, times, recipe.batch_size, **made[name].told())
-                for name, times in so_far.timed.items()
+                row("step", case, name, times, recipe.batch_size, **timers[name].details())
+                for name, times in timings.times.items()
             ]
-            yield common.compared_with_best(rows, f"{TIMM}*", so_far.left_out)
-        del made, makers, wanted
+            yield common.compared_with_best(rows, f"{TIMM}*", timings.left_out)
+        del timers, makers, selected
         gc.collect()
 
 
 def contenders(
     recipe: Recipe, device: torch.device, classes: int, also: Sequence[str] = ()
-) -> dict[str, Callable[[], "Ours | Timm"]]:
-    """What makes each contender; compiled ones where the recipe is compiled. also: see `step`."""
+) -> dict[str, Callable[[], "FasttrainStep | TimmStep"]]:
+    """A function that builds each contender; compiled ones only if the recipe is compiled. also: see `step`."""
     index = synthetic(recipe, classes)
     plan = Plan.of(recipe, index)
-    numbers = torch.from_numpy(plan.images(0, 0).copy())
+    indices = torch.from_numpy(plan.images(0, 0).copy())
     rows = recipe.batch_size * plan.views_total
     pixels = torch.randint(0, 256, (rows, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8).to(device)
-    planes = pixels[: recipe.batch_size].permute(0, 3, 1, 2).contiguous()  # the layout that timm's loader gives
-    labels = torch.from_numpy(index.labels)[numbers].to(device)
+    planes = pixels[: recipe.batch_size].permute(0, 3, 1, 2).contiguous()  # the memory format of timm's loader
+    labels = torch.from_numpy(index.labels)[indices].to(device)
 
-    def ours(each: Recipe) -> Ours:
-        torch.manual_seed(each.seed)
-        plan = Plan.of(each, index)
-        batch = Images(pixels[: each.batch_size * plan.views_total], numbers)
-        return Ours(each, Classifier.of(each, classes), plan, index, device, forever(batch))
+    def fasttrain_step(variant: Recipe) -> FasttrainStep:
+        torch.manual_seed(variant.seed)
+        plan = Plan.of(variant, index)
+        batch = Images(pixels[: variant.batch_size * plan.views_total], indices)
+        return FasttrainStep(variant, Classifier.of(variant, classes), plan, index, device, forever(batch))
 
-    def timms(**how: Any) -> Timm:
+    def timm_step(**options: Any) -> TimmStep:
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.arch, num_classes=classes)
-        return Timm(recipe, model, classes, device, prefetched(planes, labels), item=False, fused=True, **how)
+        feed = prefetched(planes, labels)
+        return TimmStep(recipe, model, classes, device, feed, item=False, fused=True, **options)
 
     compiled = recipe.machine.compile != "off"
-    made: dict[str, Callable[[], Ours | Timm]] = {OWN: partial(ours, recipe)}
+    makers: dict[str, Callable[[], FasttrainStep | TimmStep]] = {FASTTRAIN: partial(fasttrain_step, recipe)}
     for setting in also:
-        made[f"{OWN}, {setting}"] = partial(ours, resolve_auto(toml.override(recipe, setting), device))
+        variant = resolve_auto(toml.override(recipe, setting), device)
+        makers[f"{FASTTRAIN}, {setting}"] = partial(fasttrain_step, variant)
     if rows > recipe.batch_size:
-        plain = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=EmaConfig())
-        made["fasttrain, CE on one view"] = partial(ours, plain)
+        variant = replace(recipe, losses=recipes.COMBINATIONS["ce"], ema=EmaConfig())
+        makers["fasttrain, CE on one view"] = partial(fasttrain_step, variant)
     if compiled:
         if recipe.machine.compile == "graphs":
-            made["fasttrain, compiled"] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="on")))
-        made[EAGER] = partial(ours, replace(recipe, machine=replace(recipe.machine, compile="off")))
+            variant = replace(recipe, machine=replace(recipe.machine, compile="on"))
+            makers["fasttrain, compiled"] = partial(fasttrain_step, variant)
+        makers[EAGER] = partial(fasttrain_step, replace(recipe, machine=replace(recipe.machine, compile="off")))
     if device.type == "cuda" and importlib.util.find_spec("apex"):
-        made["fasttrain, apex's SGD"] = partial(ours, replace(recipe, optim=replace(recipe.optim, impl="apex")))
+        variant = replace(recipe, optim=replace(recipe.optim, impl="apex"))
+        makers["fasttrain, apex's SGD"] = partial(fasttrain_step, variant)
     for mode in ("eager", "compiled") if compiled else ("eager",):
         for layout, memory_format in LAYOUTS.items():
-            made[f"{TIMM}, {layout}, {mode}"] = partial(timms, compiled=mode == "compiled", layout=memory_format)
-    return made
+            options = {"compiled": mode == "compiled", "layout": memory_format}
+            makers[f"{TIMM}, {layout}, {mode}"] = partial(timm_step, **options)
+    return makers
 
 
 def forever(value: Any) -> Iterator[Any]:
-    """The same value again and again."""
+    """Yield the same value without end."""
     while True:
         yield value
 
 
 def prefetched(pixels: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A batch as timm's PrefetchLoader gives it, normalised anew each time. pixels: uint8 [B, 3, H, W]."""
+    """Yield the same batch without end, each time normalized as timm's PrefetchLoader does. pixels: uint8 [B, 3, H,
+    W]."""
     mean, std = (
-        torch.tensor(each, device=pixels.device).view(1, 3, 1, 1) * 255 for each in (IMAGENET_MEAN, IMAGENET_STD)
+        torch.tensor(value, device=pixels.device).view(1, 3, 1, 1) * 255 for value in (IMAGENET_MEAN, IMAGENET_STD)
     )
     while True:
         yield pixels.float().sub_(mean).div_(std), labels
 
 
 def synthetic(recipe: Recipe, classes: int) -> Index:
-    """An index of labels only, with images enough for the recipe's batches. The files do not exist."""
-    each = max(2 * recipe.images_per_class, -(-recipe.batch_size // classes))
-    count = each * classes
+    """An index with labels only and enough images for the recipe's batches. Its files do not exist."""
+    per_class = max(2 * recipe.images_per_class, -(-recipe.batch_size // classes))
+    count = per_class * classes
     sizes = np.full((count, 2), recipe.image_size, np.int32)
-    labels = np.repeat(np.arange(classes), each)
+    labels = np.repeat(np.arange(classes), per_class)
     return Index(("",) * count, ("",) * count, labels, sizes, tuple(f"{label:08}" for label in range(classes)))
 
 
-class Ours:
-    """The project's step on one device, again and again. `feed` gives the micro-batches, one after another; the model
-    comes from the CPU. Calling it trains one step and gives its loss, a scalar on the device."""
+class FasttrainStep:
+    """Fasttrain's step on one device. model: on the CPU. feed: yields the micro-batches. A call trains one step and
+    returns its loss, a scalar on the device."""
 
-    cudnn_benchmark = True  # as the loop sets it
+    cudnn_benchmark = True  # like in the training loop
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, plan: Plan, index: Index, device: torch.device, feed: Iterator[Images]
     ) -> None:
-        alone = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=device)
-        self.train = Step(recipe, plan, model, torch.from_numpy(index.labels), alone)
-        self.feed, self.done = feed, 0
+        ranks = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=device)
+        self.train = Step(recipe, plan, model, torch.from_numpy(index.labels), ranks)
+        self.feed, self.steps_done = feed, 0
         self.allocates = recipe.machine.compile != "graphs"
 
     @property
     def warm(self) -> bool:
-        """Whether all that is to be replayed has been recorded."""
+        """Whether every CUDA graph has been recorded."""
         return self.train.graphs is None or self.train.graphs.complete
 
     def __call__(self) -> Tensor:
-        loss = self.train(self.done, self.feed)
-        self.done += 1
+        loss = self.train(self.steps_done, self.feed)
+        self.steps_done += 1
         return loss
 
 
-class Timm:
-    """A step of timm's training script: Mixup (as CutMix) on the device, autocast, soft-target cross entropy, SGD, a
-    schedule by updates, and, with `item`, a wait for the loss in every step.
+class TimmStep:
+    """A step of timm's training script: Mixup (as CutMix) on the device, autocast, soft-target cross entropy, SGD and a
+    schedule by updates.
 
-    `feed` gives normalised float32 images [B, 3, H, W] and labels int64 [B] on the device. fused: torch's fused SGD,
-    which timm does not take by itself. layout: the memory format of weights and images.
+    feed: yields normalized float32 images [B, 3, H, W] and labels int64 [B] on the device. item: wait for the loss in
+    every step. fused: use torch's fused SGD, which is not timm's default. layout: the memory format of weights and
+    images.
     """
 
-    cudnn_benchmark = True  # as the script sets it
+    cudnn_benchmark = True  # like in the script
     allocates = warm = True
 
     def __init__(
@@ -270,10 +282,10 @@ class Timm:
         self.losses, self.times, self.updates = AverageMeter(), AverageMeter(), 0
         self.network: Callable[[Tensor], Tensor] = model.train()
         if compiled:
-            # Without `dynamic`, dynamo takes a second layout of the same network for a dynamic one.
+            # By default, dynamo treats a second memory format of the same network as dynamic strides.
             self.network = torch.compile(self.network, dynamic=False)
         self.optimizer.zero_grad()
-        self.since = time.time()
+        self.step_start = time.time()
 
     def __call__(self) -> Tensor:
         images, targets = next(self.feed)
@@ -292,64 +304,66 @@ class Timm:
             self.losses.update(loss.item(), images.size(0))
         self.updates += 1
         self.optimizer.zero_grad()
-        self.times.update(time.time() - self.since)
-        self.since = time.time()
+        self.times.update(time.time() - self.step_start)
+        self.step_start = time.time()
         self.schedule.step_update(num_updates=self.updates, metric=self.losses.avg)
         return loss.detach()
 
 
 @contextmanager
-def cudnn_benchmark(wanted: bool) -> Iterator[None]:
-    """Whether cuDNN tries its algorithms at the first call of each shape, meanwhile."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = wanted
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Set torch.backends.cudnn.benchmark in the block: whether cuDNN tries its algorithms once per shape."""
+    previous = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = enabled
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = previous
 
 
-class Turns:
-    """A contender's turns, of so many steps each, and what they took."""
+class StepTimer:
+    """Builds and warms up a contender. A call is one turn of `steps` steps and returns the seconds per step."""
 
-    def __init__(self, make: Callable[[], "Ours | Timm"], device: torch.device, steps: int, warm_up: int) -> None:
+    def __init__(
+        self, make: Callable[[], "FasttrainStep | TimmStep"], device: torch.device, steps: int, warm_up: int
+    ) -> None:
         self.device, self.steps = device, steps
         before = self._allocated()
         self.step = make()
         with cudnn_benchmark(self.step.cudnn_benchmark):
-            warmed(self.step, warm_up)
+            warm_up_step(self.step, warm_up)
         synchronize(device)
         gc.collect()
-        self.state = self._allocated() - before
-        self.most = 0
-        self.host: list[float] = []
+        self.state_bytes = self._allocated() - before
+        self.peak_bytes = 0  # allocated in a step, without the state
+        self.host_seconds: list[float] = []
 
     def __call__(self) -> float:
         with cudnn_benchmark(self.step.cudnn_benchmark):
             if self.device.type != "cuda":
                 return seconds(self.step, self.device, self.steps)
-            torch.cuda.empty_cache()  # what another contender left could be too fragmented to use
+            torch.cuda.empty_cache()  # memory of another contender may be too fragmented to reuse
             self.step()
-            self.host.append(returned(self.step, self.device, 1))
+            self.host_seconds.append(host_seconds(self.step, self.device, 1))
             before = self._allocated()
             torch.cuda.reset_peak_memory_stats(self.device)
-            spent = seconds(self.step, self.device, self.steps)
-            self.most = max(self.most, torch.cuda.max_memory_allocated(self.device) - before)
-            return spent
+            elapsed = seconds(self.step, self.device, self.steps)
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device) - before)
+            return elapsed
 
-    def told(self) -> dict[str, float]:
-        """What is known besides the time; nothing on a CPU."""
+    def details(self) -> dict[str, float]:
+        """Host time and peak memory; empty on a CPU."""
         if self.device.type != "cuda":
             return {}
-        peak = {"peak_gib": (self.state + self.most) / 2**30} if self.step.allocates else {}
-        return {"host_ms": statistics.median(self.host) * 1e3, **peak}
+        peak = {"peak_gib": (self.state_bytes + self.peak_bytes) / 2**30} if self.step.allocates else {}
+        return {"host_ms": statistics.median(self.host_seconds) * 1e3, **peak}
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
-def warmed(step: "Ours | Timm", steps: int) -> None:
-    """So many steps, and more until the contender is warm, or has had time enough for that."""
+def warm_up_step(step: "FasttrainStep | TimmStep", steps: int) -> None:
+    """Run `steps` steps, and at most 2 * PATIENCE more until the contender is warm."""
     for _ in range(steps):
         step()
     for _ in range(2 * PATIENCE):
@@ -358,20 +372,21 @@ def warmed(step: "Ours | Timm", steps: int) -> None:
         step()
 
 
-def returned(function: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Seconds until a call returns, the device being idle at first and not waited for."""
+def host_seconds(function: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Seconds until a call returns, the mean over `calls` calls. The device is idle at the start; nothing waits for
+    it."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         function()
-    spent = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     synchronize(device)
-    return spent / calls
+    return elapsed / calls
 
 
-class HostAlone:
-    """In place of a GPU's recorder: it does what it records, and what it replays does nothing, so that only the host's
-    part of a step is left."""
+class HostOnlyRecorder:
+    """Replaces the recorder of CUDA graphs. It runs the work when it records, and its replays do nothing, so that only
+    the host's part of a step remains."""
 
     def run(self, work: Callable[[], T]) -> T:
         return work()
@@ -381,7 +396,8 @@ class HostAlone:
 
 
 class OneParameter(nn.Module):
-    """Images [B, 3, H, W] to FEATURES logits, their mean colours times one parameter: a network that costs nothing."""
+    """A network that costs almost nothing. Images [B, 3, H, W] to FEATURES logits: their mean colors times one
+    parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -392,7 +408,7 @@ class OneParameter(nn.Module):
 
 
 class OneParameterOutput(OneParameter):
-    """The same in the form in which the project's networks answer."""
+    """The same, with the output type of fasttrain's networks."""
 
     def forward(self, images: Tensor) -> Any:
         logits = super().forward(images)
@@ -402,37 +418,37 @@ class OneParameterOutput(OneParameter):
 def host(
     device: torch.device, *, rounds: int = 15, steps: int = 100, warm_up: int = 20, only: Sequence[str] = ()
 ) -> Iterator[list[Row]]:
-    """Seconds until the call of a step returns, with a network of one parameter and eight images of 8 x 8 pixels, so
-    that hardly anything else is measured: what the loops themselves ask of the host. That of the project's replayed
-    step is of the real one on a GPU. On a CPU, which does a GPU's work too, it is without that work."""
+    """Seconds until the call of a step returns: the loops' own cost on the host. The network has one parameter and the
+    batch is eight images of 8 x 8 pixels, which add almost nothing. On a GPU, fasttrain's replayed step is the real
+    one. On a CPU, which would also do the GPU's work, it is replayed without that work."""
     recipe = recipe_of(recipes.for_arch("resnet18"), device, batch_size=8, image_size=8, compiled="off")
     index = synthetic(recipe, FEATURES)
     plan = Plan.of(recipe, index)
-    numbers = torch.from_numpy(plan.images(0, 0).copy())
+    indices = torch.from_numpy(plan.images(0, 0).copy())
     pixels = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8, device=device)
     planes = pixels.permute(0, 3, 1, 2).contiguous()
-    labels = torch.from_numpy(index.labels)[numbers].to(device)
+    labels = torch.from_numpy(index.labels)[indices].to(device)
 
-    def timms(**how: Any) -> Timm:
-        return Timm(recipe, OneParameter(), FEATURES, device, prefetched(planes, labels), **how)
+    def timm_step(**options: Any) -> TimmStep:
+        return TimmStep(recipe, OneParameter(), FEATURES, device, prefetched(planes, labels), **options)
 
-    def ours(each: Recipe) -> Ours:
-        return Ours(each, OneParameterOutput(), plan, index, device, forever(Images(pixels, numbers)))
+    def fasttrain_step(variant: Recipe) -> FasttrainStep:
+        return FasttrainStep(variant, OneParameterOutput(), plan, index, device, forever(Images(pixels, indices)))
 
-    alone = device.type == "cpu"
-    replayed = ours(recipe if alone else replace(recipe, machine=replace(recipe.machine, compile="graphs")))
-    if alone:
-        replayed.train.graphs = Graphs(device, recipe.mix.kinds, HostAlone())
-    made: dict[str, Ours | Timm] = {
-        OWN: ours(recipe),
-        f"{REPLAYED}, without its work" if alone else REPLAYED: replayed,
-        f"{TIMM}, .item() each step": timms(),
-        f"{TIMM}, no .item()": timms(item=False),
-        f"{TIMM}, no .item(), fused SGD": timms(item=False, fused=True),
+    on_cpu = device.type == "cpu"
+    replayed = fasttrain_step(recipe if on_cpu else replace(recipe, machine=replace(recipe.machine, compile="graphs")))
+    if on_cpu:
+        replayed.train.graphs = Graphs(device, recipe.mix.kinds, HostOnlyRecorder())
+    all_steps: dict[str, FasttrainStep | TimmStep] = {
+        FASTTRAIN: fasttrain_step(recipe),
+        f"{REPLAYED}, without its work" if on_cpu else REPLAYED: replayed,
+        f"{TIMM}, .item() each step": timm_step(),
+        f"{TIMM}, no .item()": timm_step(item=False),
+        f"{TIMM}, no .item(), fused SGD": timm_step(item=False, fused=True),
     }
-    wanted = {name: made[name] for name in common.chosen(made, only)}
-    for each in wanted.values():
-        warmed(each, warm_up)
-    turns = {name: partial(partial, returned, each, device, steps) for name, each in wanted.items()}
-    for so_far in race("host", turns, rounds):
-        yield [row("host", "one parameter", name, times) for name, times in so_far.timed.items()]
+    selected = {name: all_steps[name] for name in common.select(all_steps, only)}
+    for contender in selected.values():
+        warm_up_step(contender, warm_up)
+    makers = {name: partial(partial, host_seconds, contender, device, steps) for name, contender in selected.items()}
+    for timings in race("host", makers, rounds):
+        yield [row("host", "one parameter", name, times) for name, times in timings.times.items()]

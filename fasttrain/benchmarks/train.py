@@ -1,7 +1,7 @@
-"""Training end to end: the real `train`, compared with the two things that it is made of and with timm's.
+"""Training end to end: the real `train`, compared with its two parts and with timm's loader and loop.
 
-C is the step alone on a batch that is on the device, D the pipeline alone, its output normalised on the device, and E
-the run; what E reaches of the slower of the two is eta = E / min(C, D), in images a second.
+C is the step alone, on a batch that is already on the device. D is the pipeline alone, with normalization on the
+device. E is the full run. Its efficiency relative to the slower part is eta = E / min(C, D), in images per second.
 """
 
 import gc
@@ -19,8 +19,8 @@ import timm
 import torch
 
 from fasttrain.benchmarks import common, pipeline
-from fasttrain.benchmarks.common import OWN, Row, race, row, wall
-from fasttrain.benchmarks.step import LAYOUTS, TIMM, Timm, Turns, contenders, cudnn_benchmark
+from fasttrain.benchmarks.common import FASTTRAIN, Row, race, row, wall_seconds
+from fasttrain.benchmarks.step import LAYOUTS, TIMM, StepTimer, TimmStep, contenders, cudnn_benchmark
 from fasttrain.checkpoints.run_dir import open_run
 from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
@@ -34,7 +34,7 @@ STEP, PIPELINE = "C: its step alone", "D: its pipeline alone"
 
 
 def end_to_end(
-    chosen: list[Recipe],
+    recipes: list[Recipe],
     index: Index,
     ranks: Ranks,
     *,
@@ -43,119 +43,121 @@ def end_to_end(
     warm_up: int = 20,
     only: Sequence[str] = (),
 ) -> Iterator[list[Row]]:
-    """Seconds per step of the real loop, with `eta`; of its parts; and of timm's loader with timm's loop, compiled
-    where the recipe is: the rows of a recipe, again after every turn. Each over `steps` steps in each round,
-    after `warm_up` steps; the run has LEAST_STEPS at least. The index is taken as often as that takes, and for batches
-    of P x K images as if of other classes. only: patterns of the contenders' names.
+    """Seconds per step of the real loop, with `eta`; of its parts; and of timm's loader with timm's loop, which is
+    compiled if the recipe is. Each is measured over `steps` steps per round, after `warm_up` steps. Yields the rows of
+    a recipe after every turn.
 
-    The recipes are resolved ones; `machine.workers` says how many threads, or processes, all loaders have (0: the
-    project's default, and one per core for timm's).
+    recipes: resolved ones; their `machine.workers` is the number of threads or processes of all loaders (0: fasttrain's
+    default, and one per core for timm). index: its images are repeated until an epoch has enough steps, at least
+    MIN_STEPS, and are relabeled for batches of P x K images. only: patterns of the contenders' names.
     """
-    for recipe in chosen:
+    for recipe in recipes:
         torch.compiler.reset()
-        images = whole(index, recipe, warm_up + steps)
+        images = epoch_index(index, recipe, warm_up + steps)
         case = f"{recipe.name}, {recipe.batch_size} x {recipe.image_size}², {recipe.precision}"
-        makers = turns(recipe, images, ranks, steps, warm_up)
-        wanted = {name: makers[name] for name in common.chosen(makers, only)}
-        for so_far in race(case, wanted, rounds):
-            medians = {name: statistics.median(times) for name, times in so_far.timed.items()}
+        makers = contender_makers(recipe, images, ranks, steps, warm_up)
+        selected = {name: makers[name] for name in common.select(makers, only)}
+        for timings in race(case, selected, rounds):
+            medians = {name: statistics.median(times) for name, times in timings.times.items()}
             parts = [medians[name] for name in (STEP, PIPELINE) if name in medians]
             rows = []
-            for name, times in so_far.timed.items():
-                eta = {"eta": max(parts) / medians[name]} if name == OWN and len(parts) == 2 else {}
+            for name, times in timings.times.items():
+                eta = {"eta": max(parts) / medians[name]} if name == FASTTRAIN and len(parts) == 2 else {}
                 rows.append(row("train", case, name, times, recipe.batch_size, **eta))
-            yield common.compared_with_best(rows, f"{TIMM}*", so_far.left_out)
+            yield common.compared_with_best(rows, f"{TIMM}*", timings.left_out)
         gc.collect()
 
 
-def whole(index: Index, recipe: Recipe, steps: int) -> Index:
-    """Images for one epoch of so many steps, and of LEAST_STEPS at least."""
-    images = pipeline.repeated(index, recipe.batch_size * max(steps, pipeline.LEAST_STEPS))
-    return pipeline.relabelled(images, 2 * recipe.images_per_class) if recipe.images_per_class else images
+def epoch_index(index: Index, recipe: Recipe, steps: int) -> Index:
+    """Images for one epoch of `steps` steps, or of MIN_STEPS if that is more."""
+    images = pipeline.repeated(index, recipe.batch_size * max(steps, pipeline.MIN_STEPS))
+    return pipeline.relabeled(images, 2 * recipe.images_per_class) if recipe.images_per_class else images
 
 
-def turns(
+def contender_makers(
     recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int
 ) -> dict[str, Callable[[], Callable[[], float]]]:
-    """What makes each contender's turns, which give seconds per step."""
+    """For each contender, a function that builds its turn; a turn returns seconds per step."""
     device, classes = ranks.device, len(index.classes)
-    work = pipeline.Work(
+    work = pipeline.Workload(
         index=index,
         batch=recipe.batch_size,
         size=recipe.image_size,
         policy=recipe.augment.autoaugment,
-        cutmix=False,  # it is part of the step
+        cutmix=False,  # the step does it
         device=device,
         dtype=DTYPES[recipe.precision],
         workers=ranks.threads(recipe.machine.workers),
         processes=recipe.machine.workers or ranks.cores,
     )
 
-    def timms(layout: torch.memory_format) -> Callable[[], float]:
+    def timm_turn(layout: torch.memory_format) -> Callable[[], float]:
         model = timm.create_model(recipe.arch, num_classes=classes)
         compiled = recipe.machine.compile != "off"
         options: dict[str, Any] = {"compiled": compiled, "item": False, "fused": True, "layout": layout}
-        return partial(timms_run, Timm(recipe, model, classes, device, iter(()), **options), work, steps, warm_up)
+        step = TimmStep(recipe, model, classes, device, iter(()), **options)
+        return partial(timm_seconds_per_step, step, work, steps, warm_up)
 
-    own = partial(
-        pipeline.ours,
+    loader = partial(
+        pipeline.fasttrain_batches,
         images_per_class=recipe.images_per_class,
         augment=recipe.augment,
         decoder=decoder_of(recipe, device),
     )
     return {
-        OWN: lambda: partial(run, recipe, index, ranks, steps, warm_up),
-        STEP: lambda: Turns(contenders(recipe, device, classes)[OWN], device, steps, warm_up),
-        PIPELINE: lambda: partial(pipeline.turn, own, work, steps),
-        **{f"{TIMM}, {name}": partial(timms, layout) for name, layout in LAYOUTS.items()},
+        FASTTRAIN: lambda: partial(run_seconds_per_step, recipe, index, ranks, steps, warm_up),
+        STEP: lambda: StepTimer(contenders(recipe, device, classes)[FASTTRAIN], device, steps, warm_up),
+        PIPELINE: lambda: partial(pipeline.seconds_per_batch, loader, work, steps),
+        **{f"{TIMM}, {name}": partial(timm_turn, layout) for name, layout in LAYOUTS.items()},
     }
 
 
-def run(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) -> float:
-    """Seconds a step of a real run of one epoch, into a folder that is gone afterwards: from the rates in its log,
-    at log points `steps` apart at most, after at least `warm_up` steps. Its checkpoint comes after the last of them."""
+def run_seconds_per_step(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) -> float:
+    """Seconds per step of a real run of one epoch in a temporary folder. They come from the rates in its log, after at
+    least `warm_up` steps. Log points are at most `steps` steps apart, and the checkpoint comes after the last one."""
     machine = replace(recipe.machine, log_steps=min(recipe.machine.log_steps, steps), tensorboard=False)
-    short = replace(recipe, epochs=1, machine=machine)
+    one_epoch = replace(recipe, epochs=1, machine=machine)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        open_run(out, "never", toml.to_toml(short))
-        train(short, out, index, None, ranks)
+        open_run(out, "never", toml.to_toml(one_epoch))
+        train(one_epoch, out, index, None, ranks)
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     gc.collect()
-    return seconds_a_step([told for told in map(json.loads, lines) if told["event"] == "train"], recipe, warm_up)
+    log_points = [event for event in map(json.loads, lines) if event["event"] == "train"]
+    return seconds_per_step(log_points, recipe, warm_up)
 
 
-def seconds_a_step(points: list[dict[str, Any]], recipe: Recipe, warm_up: int) -> float:
-    """The mean over all steps between log points that follow the first `warm_up` steps."""
-    spent, counted, before = 0.0, 0, 0
-    for point in points:
-        count = point["step"] - before
-        if before >= warm_up:
-            spent += count * recipe.batch_size / point["images_per_s"]
+def seconds_per_step(log_points: list[dict[str, Any]], recipe: Recipe, warm_up: int) -> float:
+    """Mean over the steps between log points, from the first log point after `warm_up` steps."""
+    elapsed, counted, previous = 0.0, 0, 0
+    for point in log_points:
+        count = point["step"] - previous
+        if previous >= warm_up:
+            elapsed += count * recipe.batch_size / point["images_per_s"]
             counted += count
-        before = point["step"]
-    return spent / counted
+        previous = point["step"]
+    return elapsed / counted
 
 
-def timms_run(step: Timm, work: pipeline.Work, steps: int, warm_up: int) -> float:
-    """Seconds a step of timm's loop over timm's loader, which is made for this and gone afterwards."""
+def timm_seconds_per_step(step: TimmStep, work: pipeline.Workload, steps: int, warm_up: int) -> float:
+    """Seconds per step of timm's loop over timm's loader, which is built for this call and closed."""
 
     def train_on(count: int) -> None:
         for _ in range(count):
             step()
 
-    with closing(endless(work)) as stream, cudnn_benchmark(step.cudnn_benchmark):
+    with closing(timm_stream(work)) as stream, cudnn_benchmark(step.cudnn_benchmark):
         step.feed = stream
         train_on(warm_up)
-        spent = wall(partial(train_on, steps), work.device)
+        elapsed = wall_seconds(partial(train_on, steps), work.device)
     step.feed = iter(())
     del stream
     gc.collect()
-    return spent / steps
+    return elapsed / steps
 
 
-def endless(work: pipeline.Work) -> pipeline.Stream:
-    """timm's loader, epoch after epoch."""
+def timm_stream(work: pipeline.Workload) -> pipeline.Stream:
+    """The batches of timm's loader, epoch after epoch without end."""
     loader = pipeline.timm_loader(work)
     while True:
         yield from loader

@@ -48,8 +48,8 @@ _COMPILE = {None: None, True: "on", False: "off"}
 
 
 def _benchmark(rounds: int) -> Callable[[_Command], _Command]:
-    """Decorates a benchmark, which takes this process as `here` and returns Figures: adds the options that all have,
-    and prints and writes the figures. Put it next to the function; decorators above it add more options."""
+    """Decorates a benchmark, which takes a Ranks and returns Figures: adds the options that all benchmarks have, and
+    prints and writes the figures. Put it next to the function; decorators above it add more options."""
     options = (
         machine_option("--device", type=click.Choice(DEVICES), default="auto", show_default=True,
                        help="auto: a GPU where there is one."),
@@ -67,9 +67,9 @@ def _benchmark(rounds: int) -> Callable[[_Command], _Command]:
             from fasttrain.distributed.ranks import ranks
 
             _require_outputs(json_path, plot)
-            with ranks(device) as here:
-                cases, settings = command(here, **options)
-                _report(cases, here.device, json_path, plot, settings)
+            with ranks(device) as rank:
+                cases, settings = command(rank, **options)
+                _report(cases, rank.device, json_path, plot, settings)
 
         for option in reversed(options):
             measure = option(measure)
@@ -79,7 +79,7 @@ def _benchmark(rounds: int) -> Callable[[_Command], _Command]:
 
 
 def _require_outputs(json_path: Path | None, plot: Path | None) -> None:
-    """UserError, before anything is measured, where `_report` could not write the figures."""
+    """Check before the measurement that `_report` can write the figures. Raises UserError if not."""
     from fasttrain.benchmarks import common
 
     if json_path:
@@ -96,31 +96,31 @@ def _report(
     plot: Path | None,
     settings: dict[str, Any],
 ) -> None:
-    """Print a benchmark's figures, case by case. Files are written again after every round, so that a benchmark that is
-    interrupted leaves what it has measured. cases: the rows of a case; the same case comes again with more rounds."""
+    """Print a benchmark's figures, case by case. Files are written again after every round, so that an
+    interrupted benchmark keeps its rounds so far. cases: the rows of a case; a case is repeated with more rounds."""
     from fasttrain.benchmarks import common
 
-    found: dict[tuple[str, str], list[Row]] = {}
+    rows_of: dict[tuple[str, str], list[Row]] = {}
     for case in cases:
         name = case[0].work, case[0].case
-        if found and name not in found:
-            click.echo(common.table([*found.values()][-1]) + "\n")
-        found[name] = case
-        rows = [row for each in found.values() for row in each]
+        if rows_of and name not in rows_of:
+            click.echo(common.table([*rows_of.values()][-1]) + "\n")
+        rows_of[name] = case
+        rows = [row for case_rows in rows_of.values() for row in case_rows]
         if json_path:
             common.write_json(json_path, device, rows, settings)
         if plot:
             common.write_plot(plot, rows, PNG_SOFTWARE)
-    click.echo(common.table([*found.values()][-1]))
+    click.echo(common.table([*rows_of.values()][-1]))
 
 
 @bench.command("kernels", cls=GroupedCommand)
 @_benchmark(rounds=15)
-def bench_kernels(here: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
+def bench_kernels(rank: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
     """The kernels (mix, triplet, averaging of weights), compared with eager, compiled and library versions."""
     from fasttrain.benchmarks.kernels import kernels
 
-    return kernels(here.device, rounds, only), {"rounds": rounds}
+    return kernels(rank.device, rounds, only), {"rounds": rounds}
 
 
 @bench.command("pipeline", cls=GroupedCommand)
@@ -142,7 +142,7 @@ def bench_kernels(here: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
 @benchmark_option("--profile", is_flag=True, help="Also measure the parts of fasttrain's own pipeline.")
 @_benchmark(rounds=5)
 def bench_pipeline(
-    here: "Ranks", data: str, precision: str, workers: int, profile: bool, decoder: str, **options: Any
+    rank: "Ranks", data: str, precision: str, workers: int, profile: bool, decoder: str, **options: Any
 ) -> Figures:
     """The training pipeline, compared with timm's loader, torchvision v2 and DALI's stock pipeline on the same
     images."""
@@ -152,12 +152,12 @@ def bench_pipeline(
     from fasttrain.pipelines import decoders
 
     index, _ = open_data(DataConfig(train=(data,)))
-    options |= {"workers": here.threads(workers), "processes": workers or here.cores}
-    dtype = pipeline.dtype_of(precision, here.device)
-    kind = decoders.resolve(decoder, here.device)
+    options |= {"workers": rank.threads(workers), "processes": workers or rank.cores}
+    dtype = pipeline.dtype_of(precision, rank.device)
+    kind = decoders.resolve(decoder, rank.device)
     rows = pipeline.pipeline(
         index,
-        here.device,
+        rank.device,
         dtype,
         profile=profile,
         decoder=decoders.Decoder(kind, MachineConfig().hardware_load),
@@ -225,7 +225,7 @@ def _losses(chosen: "list[Recipe]") -> dict[str, list[str]]:
 @benchmark_option("--host", is_flag=True, help="Only what the loops cost the host, with a network of one parameter.")
 @_benchmark(rounds=5)
 def bench_step(
-    here: "Ranks",
+    rank: "Ranks",
     classes: int,
     steps: int,
     peers: bool,
@@ -242,13 +242,13 @@ def bench_step(
     from fasttrain.benchmarks import step
 
     if host:
-        return step.host(here.device, rounds=rounds, only=only), {"rounds": rounds}
-    chosen = _chosen_networks(here.device, **options)
+        return step.host(rank.device, rounds=rounds, only=only), {"rounds": rounds}
+    chosen = _chosen_networks(rank.device, **options)
     if not peers:
         if only:
             raise UserError("--only and --no-peers exclude each other: --no-peers is --only fasttrain")
-        only = (step.OWN, f"{step.OWN}, *") if also else (step.OWN,)
-    rows = step.step(chosen, here.device, classes=classes, rounds=rounds, steps=steps, only=only, also=also)
+        only = (step.FASTTRAIN, f"{step.FASTTRAIN}, *") if also else (step.FASTTRAIN,)
+    rows = step.step(chosen, rank.device, classes=classes, rounds=rounds, steps=steps, only=only, also=also)
     return rows, {"losses": _losses(chosen), "classes": classes, "steps": steps, "rounds": rounds}
 
 
@@ -261,7 +261,7 @@ def bench_step(
 @benchmark_option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before each round.")
 @_benchmark(rounds=3)
 def bench_train(
-    here: "Ranks", data: str, workers: int, steps: int, warm_up: int, rounds: int, only: tuple[str, ...], **options: Any
+    rank: "Ranks", data: str, workers: int, steps: int, warm_up: int, rounds: int, only: tuple[str, ...], **options: Any
 ) -> Figures:
     """Whole runs, compared with their step alone, their pipeline alone, and timm's loader and loop."""
     from fasttrain.benchmarks.train import end_to_end
@@ -269,8 +269,8 @@ def bench_train(
     from fasttrain.data.index import open_data
 
     index, _ = open_data(DataConfig(train=(data,)))
-    threads = here.threads(workers)
-    chosen = _chosen_networks(here.device, workers=workers, **options)
-    turns = {"steps": steps, "warm_up": warm_up, "rounds": rounds}
-    rows = end_to_end(chosen, index, here, only=only, **turns)
-    return rows, {"images": len(index), "losses": _losses(chosen), "workers": threads, **turns}
+    threads = rank.threads(workers)
+    chosen = _chosen_networks(rank.device, workers=workers, **options)
+    counts = {"steps": steps, "warm_up": warm_up, "rounds": rounds}
+    rows = end_to_end(chosen, index, rank, only=only, **counts)
+    return rows, {"images": len(index), "losses": _losses(chosen), "workers": threads, **counts}

@@ -48,7 +48,7 @@ def data_check(folder: str, quarantine: str | None, out: Path | None, workers: i
     if out:
         check.require_writable(out)
     if quarantine:
-        quarantines.require_place(folder, quarantine)
+        quarantines.check_quarantine_folder(folder, quarantine)
     report = check.examine(folder, workers)
     if out:
         check.write_report(report, out)

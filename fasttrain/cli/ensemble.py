@@ -19,7 +19,7 @@ from fasttrain.utils.errors import UserError
     multiple=True,
     type=FILE,
     metavar="VAL.npz",
-    help="Fit the weights greedily on the same models' probabilities of labelled images. Once per file, in order.",
+    help="Fit the weights greedily on the same models' probabilities of labeled images. Once per file, in order.",
 )
 @click.option("--out", type=FILE, metavar="FILE.npz", help="Write the averaged probabilities.")
 @click.option("--submission", "submission_path", type=FILE, metavar="FILE.csv", help="Write the challenge's CSV.")
@@ -35,7 +35,7 @@ def ensemble(
     Prints each file's accuracy and the ensemble's, where labels are known, and how often two files agree.
     """
     from fasttrain.evaluation import predictions, submission
-    from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_alike
+    from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_members
     from fasttrain.utils.text import printable
 
     if weights and fit_files:
@@ -49,13 +49,13 @@ def ensemble(
     if fit_files:
         if len(fit_files) != len(files):
             raise UserError(f"--fit is given {len(fit_files)} times for {len(files)} files; name one for each of them")
-        val = load_alike(fit_files)
+        val = load_members(fit_files)
         if val[0].labels is None:
             raise UserError(f"--fit {printable(fit_files[0])} has no labels; use files that `eval` wrote")
         shares = greedy_weights([member.probs for member in val], val[0].labels)
         fitted_classes = val[0].classes.tolist()
         del val
-    members = load_alike(files)
+    members = load_members(files)
     first = members[0]
     if fitted_classes is not None and fitted_classes != first.classes.tolist():
         raise UserError("--fit: its files have other classes than the files to average")

@@ -63,8 +63,8 @@ def _predict(
     from fasttrain.predict import predict
 
     pixels = () if sizes is None else _parse_sizes(sizes)
-    with ranks(device) as here:
-        return predict(checkpoint_path, open_index, here, sizes=pixels, **options)
+    with ranks(device) as rank:
+        return predict(checkpoint_path, open_index, rank, sizes=pixels, **options)
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:
@@ -77,20 +77,20 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 @click.command("eval", cls=GroupedCommand)
 @_network_command
 @data_option("--data", required=True, type=FOLDER, metavar="DIR",
-             help="Labelled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
+             help="Labeled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
 @output_option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
 @output_option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
 def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path: Path | None, **options: Any) -> None:
-    """Top-1 and top-5 of a checkpoint on labelled images, the worst classes and the most confused pairs.
+    """Top-1 and top-5 of a checkpoint on labeled images, the worst classes and the most confused pairs.
 
     CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
-    from fasttrain.data.index import open_labelled, require_classes
+    from fasttrain.data.index import open_labeled, require_classes
     from fasttrain.evaluation import confusion, predictions
     from fasttrain.utils.text import printable
 
     def open_index(recipe: "Recipe", classes: list[str]) -> "Index":
-        index = open_labelled(data)
+        index = open_labeled(data)
         require_classes(classes, checkpoint_path, index.classes, data)
         return index
 
@@ -99,20 +99,20 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
     if confusion_path and writes_files():
         require_png(confusion_path, "--confusion")
         confusion.require_matplotlib()
-    found = _predict(checkpoint_path, open_index, **options)
-    if found is None or found.labels is None:
+    predicted = _predict(checkpoint_path, open_index, **options)
+    if predicted is None or predicted.labels is None:
         return
-    counts = confusion.matrix(found.labels, found.probs.argmax(1), len(found.classes))
-    classes = [str(name) for name in found.classes]
+    counts = confusion.matrix(predicted.labels, predicted.probs.argmax(1), len(predicted.classes))
+    classes = [str(name) for name in predicted.classes]
     if out:
-        predictions.save(found, out)
+        predictions.save(predicted, out)
     if confusion_path:
         confusion.draw(counts, classes, confusion_path, PNG_SOFTWARE)
-    for size, probs in found.per_size.items():
-        of_size = predictions.scores(probs, found.labels)
-        click.echo(f"{size:>5} px: top-1 {of_size.top1:.2%}, top-5 {of_size.top5:.2%}")
-    scores = predictions.scores(found.probs, found.labels)
-    fused = "   fused: " if found.per_size else ""
+    for size, probs in predicted.per_size.items():
+        scores = predictions.scores(probs, predicted.labels)
+        click.echo(f"{size:>5} px: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}")
+    scores = predictions.scores(predicted.probs, predicted.labels)
+    fused = "   fused: " if predicted.per_size else ""
     click.echo(f"{fused}top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
     click.echo(confusion.summary(counts, classes))
     for path in filter(None, (out, confusion_path)):
@@ -128,13 +128,13 @@ def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> No
 
     CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
-    from fasttrain.data.index import scan_unlabelled
+    from fasttrain.data.index import scan_unlabeled
     from fasttrain.evaluation import predictions
     from fasttrain.utils.text import printable
 
     if writes_files():
         predictions.check_overwritable(out)
-    found = _predict(checkpoint_path, lambda recipe, classes: scan_unlabelled(images), **options)
-    if found is not None:
-        predictions.save(found, out)
-        click.echo(f"wrote {printable(out)}: {len(found)} images, {len(found.classes)} classes")
+    predicted = _predict(checkpoint_path, lambda recipe, classes: scan_unlabeled(images), **options)
+    if predicted is not None:
+        predictions.save(predicted, out)
+        click.echo(f"wrote {printable(out)}: {len(predicted)} images, {len(predicted.classes)} classes")

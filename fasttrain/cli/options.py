@@ -30,27 +30,23 @@ class GroupedCommand(click.Command):
     """A command whose help lists its options by group."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(getattr(param, "group", "Other"), []).append(record)
-        for name, records in groups.items():
-            with formatter.section(name):
-                formatter.write_dl(records)
+        for group in GROUPS:
+            options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
+            chosen = [option for option in options if getattr(option, "group", "Other") == group]
+            records = [record for option in chosen if (record := option.get_help_record(ctx)) is not None]
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
 
 
-def _grouped(name: str) -> Any:
-    return partial(click.option, cls=GroupedOption, group=name)
-
-
-model_option, data_option, training_option = _grouped("Model"), _grouped("Data"), _grouped("Training")
-evaluation_option, benchmark_option = _grouped("Evaluation"), _grouped("Benchmark")
-machine_option, output_option = _grouped("Machine"), _grouped("Output")
+GROUPS = ("Model", "Data", "Training", "Evaluation", "Benchmark", "Machine", "Output", "Other")
+model_option, data_option, training_option, evaluation_option, benchmark_option, machine_option, output_option = (
+    partial(click.option, cls=GroupedOption, group=group) for group in GROUPS[:-1]
+)
 
 
 def require_png(path: Path, option: str) -> None:
-    """UserError where an option's path cannot be a picture, or holds a file that is not our picture."""
+    """Raises UserError where an option's path cannot be a picture, or is a file that fasttrain did not draw."""
     from fasttrain.utils.text import printable
 
     if path.suffix.lower() != ".png" or not path.parent.is_dir():

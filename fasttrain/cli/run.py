@@ -63,7 +63,9 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     """Train a network.
 
     Without --data it trains on a small drawn set for a few epochs. A run that was stopped resumes with the same
-    command. Several GPUs: torchrun --nproc-per-node N -m fasttrain run …
+    command. With several GPUs:
+
+        torchrun --nproc-per-node N -m fasttrain run …
     """
     if not dry_run:
         signals.install()
@@ -81,23 +83,23 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     toml.to_toml(recipe)  # raises now for what recipe.toml could not hold
     folder = Path(out or Path("runs", recipe.name))
 
-    with ranks(recipe.machine.device, recipe.machine.hang_timeout) as here:
-        if on_demo and here.first:
+    with ranks(recipe.machine.device, recipe.machine.hang_timeout) as rank:
+        if on_demo and rank.first:
             click.echo(
                 f"no --data: training on the demo set, {recipe.image_size} px, {recipe.epochs} epochs. "
                 f"Your own images: {program()} run --arch {recipe.arch} --data DIR  (DIR/<class>/<image>)",
                 err=True,
             )
-        recipe = resolve_auto(recipe, here.device)
-        train_index, val_index = here.in_turn(lambda: open_data(recipe.data))
+        recipe = resolve_auto(recipe, rank.device)
+        train_index, val_index = rank.in_turn(lambda: open_data(recipe.data))
         if dry_run:
-            if here.first:
-                click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, here, folder)}")
+            if rank.first:
+                click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder)}")
             return
-        with lock(folder) if here.first else nullcontext():
-            start = here.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
-            result = train(recipe, folder, train_index, val_index, here, start)
-        if here.first:
+        with lock(folder) if rank.first else nullcontext():
+            start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
+            result = train(recipe, folder, train_index, val_index, rank, start)
+        if rank.first:
             print_result(result, recipe, folder, val_index)
 
 
@@ -149,7 +151,7 @@ def recipe_of(
     ]
     for option, key, value in changes:
         if value is not None:
-            recipe = toml.override(recipe, (key, value), by=option)
+            recipe = toml.override(recipe, (key, value), option=option)
     return toml.override(recipe, *settings), on_demo
 
 

@@ -1,4 +1,4 @@
-"""Every setting, as frozen dataclasses. `Recipe` is the whole run; the others are its parts.
+"""All settings, as frozen dataclasses. `Recipe` has the settings of a run; the others are its parts.
 
 The line under each field documents it; `fasttrain recipes NAME` prints these lines.
 """
@@ -11,9 +11,9 @@ from fasttrain.losses.base import Loss
 
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
 SCHEDULES = ("cosine", "step")
-RANDAUGMENT_OPERATIONS = 8  # most operations per image
-IMAGE_SIZES = (8, 4096)  # least and most pixels of a square image's side
-# Of pixels scaled to 0 … 1. Every network is trained and evaluated on pixels normalized by these.
+RANDAUGMENT_OPERATIONS = 8  # the maximum per image
+IMAGE_SIZES = (8, 4096)  # minimum and maximum side of a square image, in pixels
+# For pixels scaled to [0, 1]. Every network is trained and evaluated on pixels normalized with these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -21,8 +21,8 @@ def _one_of(choices: tuple[str, ...]) -> str:
     return f"one of {', '.join(choices)}"
 
 
-def _require(holds: bool, key: str, rule: str, value: object) -> None:
-    if not holds:
+def _require(condition: bool, key: str, rule: str, value: object) -> None:
+    if not condition:
         raise ValueError(f"{key} must be {rule}, not {value!r}")
 
 
@@ -48,7 +48,7 @@ class OptimConfig:
     lr: float = 0.1
     """Peak learning rate for a batch of lr_batch images; it scales linearly with the batch."""
     lr_batch: int = 256
-    """Batch size for which lr holds; 0: lr is used as it is."""
+    """Batch size that lr is for; 0: lr does not scale with the batch."""
     lr_scale: float = 1.0
     """Factor of the learning rate."""
     momentum: float = 0.9
@@ -58,24 +58,24 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay (L2, added to the gradient)."""
     decay_norm_bias: bool = True
-    """Whether biases and the weights of norms decay too."""
+    """Apply weight decay to biases and to the weights of norms too."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up from 0."""
     schedule: str = "cosine"
     """After the warm-up: cosine (down to 0) or step (times step_factor at each of step_epochs)."""
     step_epochs: tuple[int, ...] = (30, 60, 90)
-    """Epochs, counted from the start of the run, at whose start schedule=step lowers the rate."""
+    """Epochs at whose start schedule=step lowers the learning rate, counted from the start of the run."""
     step_factor: float = 0.1
-    """Factor of schedule=step."""
+    """Factor of the learning rate at each of step_epochs."""
     impl: str = "torch"
-    """Whose fused SGD kernel: torch, or apex where NVIDIA's apex is installed. Both compute the same."""
+    """Fused SGD kernel: torch, or apex, which needs NVIDIA's apex. Both compute the same."""
 
     def __post_init__(self) -> None:
         _require(self.impl in ("torch", "apex"), "impl", "torch or apex", self.impl)
         _require(self.lr > 0, "lr", "above 0", self.lr)
         _require(self.lr_scale > 0, "lr_scale", "above 0", self.lr_scale)
         _require(self.schedule in SCHEDULES, "schedule", _one_of(SCHEDULES), self.schedule)
-        _require(all(epoch >= 1 for epoch in self.step_epochs), "step_epochs", "epochs from 1 on", self.step_epochs)
+        _require(all(epoch >= 1 for epoch in self.step_epochs), "step_epochs", "epochs of 1 or more", self.step_epochs)
         _require(0 < self.step_factor < 1, "step_factor", "in (0, 1)", self.step_factor)
         _require(self.lr_batch >= 0, "lr_batch", "0 or more", self.lr_batch)
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
@@ -88,9 +88,9 @@ class AugmentConfig:
     """Per image: a random resized crop, a horizontal flip, a policy (AutoAugment or RandAugment), random erasing."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Area of the crop, as a share of the image's: least and most."""
+    """Minimum and maximum area of the crop, as a fraction of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of the crop, log-uniform: least and most."""
+    """Minimum and maximum width / height of the crop; the draw is log-uniform."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     autoaugment: str = "imagenet"
@@ -104,25 +104,25 @@ class AugmentConfig:
     erase: float = 0.0
     """Probability of random erasing: a rectangle is filled with ImageNet's mean color."""
     erase_area: tuple[float, float] = (0.02, 0.33)
-    """Area of the rectangle, as a share of the crop's: least and most."""
+    """Minimum and maximum area of the rectangle, as a fraction of the crop's area."""
     erase_ratio: tuple[float, float] = (0.3, 3.3)
-    """Height to width of the rectangle, log-uniform: least and most."""
+    """Minimum and maximum height / width of the rectangle; the draw is log-uniform."""
 
     def __post_init__(self) -> None:
         for part in ("crop", "erase"):
             low, high = getattr(self, f"{part}_area")
-            _require(0 < low <= high <= 1, f"{part}_area", "two rising shares in (0, 1]", (low, high))
+            _require(0 < low <= high <= 1, f"{part}_area", "two increasing fractions in (0, 1]", (low, high))
             low, high = getattr(self, f"{part}_ratio")
-            _require(0 < low <= high, f"{part}_ratio", "two rising numbers above 0", (low, high))
+            _require(0 < low <= high, f"{part}_ratio", "two increasing numbers above 0", (low, high))
         for key in ("flip", "erase"):
             _require(0 <= getattr(self, key) <= 1, key, "in [0, 1]", getattr(self, key))
         rule = _one_of(AUTOAUGMENT_POLICIES)
         _require(self.autoaugment in AUTOAUGMENT_POLICIES, "autoaugment", rule, self.autoaugment)
         _require(self.warps in ("nearest", "linear"), "warps", "nearest or linear", self.warps)
-        most = RANDAUGMENT_OPERATIONS
-        _require(0 <= self.randaugment <= most, "randaugment", f"0 to {most} operations", self.randaugment)
-        is_magnitude = 0 <= self.randaugment_magnitude <= 30
-        _require(is_magnitude, "randaugment_magnitude", "0 to 30", self.randaugment_magnitude)
+        maximum = RANDAUGMENT_OPERATIONS
+        _require(0 <= self.randaugment <= maximum, "randaugment", f"0 to {maximum} operations", self.randaugment)
+        valid_magnitude = 0 <= self.randaugment_magnitude <= 30
+        _require(valid_magnitude, "randaugment_magnitude", "0 to 30", self.randaugment_magnitude)
         one_policy = self.autoaugment == "none" or not self.randaugment
         _require(one_policy, "autoaugment", "none where randaugment is used instead", self.autoaugment)
 
@@ -132,7 +132,7 @@ class MixConfig:
     """Per batch: CutMix, or mixup, or neither."""
 
     cutmix: float = 0.5
-    """Probability that a batch is CutMixed."""
+    """Probability that a batch gets CutMix."""
     cutmix_alpha: float = 1.0
     """λ of CutMix is drawn from Beta(cutmix_alpha, cutmix_alpha)."""
     mixup: float = 0.0
@@ -145,13 +145,12 @@ class MixConfig:
             _require(0 <= getattr(self, key) <= 1, key, "a probability in [0, 1]", getattr(self, key))
             alpha = getattr(self, f"{key}_alpha")
             _require(alpha > 0, f"{key}_alpha", "above 0", alpha)
-        _require(
-            self.cutmix + self.mixup <= 1, "mixup", f"at most {1 - self.cutmix:g}: cutmix has the rest", self.mixup
-        )
+        rule = f"at most {1 - self.cutmix:g} where cutmix is {self.cutmix:g}"
+        _require(self.cutmix + self.mixup <= 1, "mixup", rule, self.mixup)
 
     @property
     def kinds(self) -> set[bool]:
-        """The kinds of batches that occur: True for mixed ones, False for others."""
+        """The kinds of batches in a run: True for mixed ones, False for others."""
         share = self.cutmix + self.mixup
         return {True} if math.isclose(share, 1) else {True, False} if share else {False}
 
@@ -163,7 +162,7 @@ class InitConfig:
     weights: str = ""
     """A run's folder, a checkpoint, or a file of a timm network's weights; empty: random weights."""
     averaged: bool = True
-    """Take a checkpoint's averaged weights where it has them."""
+    """Load a checkpoint's averaged weights where it has them."""
     force_scratch: bool = False
     """Allow random weights for losses that do not converge from them."""
 
@@ -184,15 +183,15 @@ class CheckpointConfig:
     """When to save, and which checkpoints to keep. The last step of a run is always saved."""
 
     every_epochs: int = 1
-    """Save after so many epochs."""
+    """Epochs between two saves."""
     every_steps: int = 0
-    """Also save after so many steps; 0: only at the ends of epochs."""
+    """Also save every N steps; 0: only at the ends of epochs."""
     keep: int = 2
-    """Keep so many of the newest, besides the best."""
+    """Number of newest checkpoints to keep, besides the best."""
     archive_epochs: int = 0
-    """Also keep the checkpoint of every so many epochs for good; 0: none."""
+    """Also keep the checkpoint of every N-th epoch permanently; 0: none."""
     on_error: str = "stop"
-    """A checkpoint that cannot be written: stop ends the run, go_on trains on (the last one must be written)."""
+    """A checkpoint that cannot be written: stop ends the run, go_on continues (the last one must be written)."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
@@ -207,7 +206,7 @@ class EvaluationConfig:
     """Evaluation on the validation images. `best` is the best of the checkpoints whose weights were evaluated."""
 
     every_epochs: int = 1
-    """Evaluate after so many epochs, and after the last."""
+    """Epochs between two evaluations; the last epoch is always evaluated."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
@@ -220,7 +219,7 @@ class GuardConfig:
     patience: int = 10
     """Failed steps in a row after which the run goes back to the checkpoint before them, and skips their images."""
     rewinds: int = 2
-    """How often a run may go back before it ends with a report."""
+    """How many times a run may go back before it ends with a report."""
 
     def __post_init__(self) -> None:
         _require(self.patience >= 1, "patience", "1 or more steps", self.patience)
@@ -242,7 +241,7 @@ class MachineConfig:
     device: str = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
     workers: int = 0
-    """DALI threads per rank; 0: this rank's share of the cores, on a GPU less two."""
+    """DALI threads per rank; 0: this rank's share of the cores, minus two on a GPU."""
     decoder: str = "auto"
     """On a GPU: cpu, gpu (nvJPEG), gpu-region, gpu-hardware (JPEG engine), or auto, the fastest known to be safe."""
     hardware_load: float = 0.65
@@ -273,7 +272,7 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run."""
+    """All settings of a run."""
 
     name: str
     """Name of the recipe; the run's folder is runs/NAME."""
@@ -284,9 +283,9 @@ class Recipe:
     batch_size: int = 128
     """Images per step, over all ranks. With several views per image the network sees more rows."""
     images_per_class: int = 0
-    """Batches of so many images of each of batch_size / images_per_class classes; 0: images at random."""
+    """Images of each class in a batch, which has batch_size / images_per_class classes; 0: random images."""
     micro_batch: int = 0
-    """Images that a rank puts through the network at once; fewer than its share accumulate gradients; 0: its share."""
+    """Images per forward pass of a rank. Fewer than its share of the batch: gradients accumulate. 0: its share."""
     epochs: int = 90
     """Passes over the training images."""
     seed: int = 0
@@ -309,11 +308,12 @@ class Recipe:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        inside = self.name.isprintable() and not {"", ".", ".."} & set(self.name.split("/"))
-        _require(inside, "name", "a printable text, and lead to a folder inside of runs/", self.name)
+        valid_name = self.name.isprintable() and not {"", ".", ".."} & set(self.name.split("/"))
+        _require(valid_name, "name", "printable, and a path inside runs/", self.name)
         _require(bool(self.arch), "arch", "the name of a network", self.arch)
-        least, most = IMAGE_SIZES
-        _require(least <= self.image_size <= most, "image_size", f"{least} to {most} pixels", self.image_size)
+        smallest, largest = IMAGE_SIZES
+        in_range = smallest <= self.image_size <= largest
+        _require(in_range, "image_size", f"{smallest} to {largest} pixels", self.image_size)
         _require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
         _require(self.images_per_class >= 0, "images_per_class", "0 or more", self.images_per_class)
         _require(self.micro_batch >= 0, "micro_batch", "0 or more", self.micro_batch)
@@ -322,7 +322,9 @@ class Recipe:
         _require(self.precision in PRECISIONS, "precision", _one_of(PRECISIONS), self.precision)
         names = [loss.name for loss in self.losses]
         classifies = any(loss.classifies for loss in self.losses)
-        _require(classifies, "losses", "cross_entropy or another that trains the classifier, alone or not", names)
+        _require(
+            classifies, "losses", "cross_entropy or another that trains the classifier, alone or with others", names
+        )
         for loss in self.losses:
             _require(loss.weight >= 0, f"losses.{loss.name}.weight", "0 or more", loss.weight)
             if loss.groups:
@@ -342,10 +344,11 @@ class Recipe:
 
     @property
     def ema_views(self) -> int:
-        """Further views, which are never mixed: the averaged network's, where a loss reads its logits."""
+        """Further views per image, for the averaged network: 1 where a loss reads its logits, else 0. Never mixed."""
         return int(any(loss.reads_ema for loss in self.losses))
 
     @property
     def peak_lr(self) -> float:
+        """The learning rate after the warm-up, for this batch size."""
         scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
         return self.optim.lr_scale * self.optim.lr * scale

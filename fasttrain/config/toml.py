@@ -1,4 +1,4 @@
-"""Recipes as text: TOML in, TOML out, and single settings by dotted key."""
+"""Reads and writes recipes as TOML, and changes single settings by dotted key."""
 
 import ast
 import dataclasses
@@ -23,8 +23,8 @@ from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
 T = TypeVar("T")
-TEXT_LENGTH, _DOTS = 1 << 16, 1000  # most characters of a recipe, and most dots in a line
-_ONCE_BOOLEAN = ("machine.align",)  # settings that used to be true or false, and may still be written so
+TEXT_LENGTH, _DOTS = 1 << 16, 1000  # maximum characters of a recipe, and dots in a line
+_FORMERLY_BOOLEAN = ("machine.align",)  # settings that were booleans in older recipes
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -47,12 +47,12 @@ def to_toml(recipe: Recipe, comments: bool = False) -> str:
     whose name is not UTF-8, which TOML cannot hold.
     """
     table = to_dict(recipe)
-    for text in _texts(table):
+    for text in _strings(table):
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise UserError(
-                f"{printable(text)} is not UTF-8, and a recipe cannot name it; rename it, or name a link to it"
+                f"{printable(text)} is not UTF-8, so a recipe cannot name it; rename it, or name a link to it"
             )
-    import tomli_w  # not needed to train, and not installed everywhere where kernels are measured
+    import tomli_w  # kernels can be measured where it is not installed
 
     text = tomli_w.dumps(table)
     if comments:
@@ -91,27 +91,28 @@ def field_docs(cls: Any) -> dict[str, str]:
     return docs
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _strings(value: Any) -> Iterator[str]:
     """All strings in plain values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def from_toml(text: str, where: str = "recipe") -> Recipe:
-    """Read a recipe. A missing key has its default; an unknown one is an error that names the nearest."""
+    """Read a recipe. A missing key gets its default. Raises UserError where a value is invalid or a key unknown; the
+    error suggests the nearest key. `where` names the source in errors."""
     try:
-        table = _parsed(text)
+        table = _parse(text)
     except ValueError as error:
         raise UserError(f"{where}: not valid TOML: {printable(str(error))}") from None
     return from_dict(table, where)
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """Parse untrusted TOML. ValueError where it is not TOML, or would keep tomllib busy: a key of many parts takes time
-    with the square of their number."""
+def _parse(text: str) -> dict[str, Any]:
+    """Parse untrusted TOML. Raises ValueError where it is not TOML, or is long enough to keep tomllib busy: its time
+    grows with the square of the number of parts of a key."""
     if len(text) > TEXT_LENGTH or any(line.count(".") > _DOTS for line in text.splitlines()):
         raise ValueError("it is too long for a recipe")
     try:
@@ -121,7 +122,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def from_dict(table: dict[str, Any], where: str) -> Recipe:
-    """A recipe from plain values (see `to_dict`). `where` is named in errors."""
+    """A recipe from plain values (see `to_dict`). Raises UserError like `from_toml`."""
     table = dict(table)
     table.setdefault("losses", {CrossEntropy.name: {}})
     table.setdefault("name", Path(where).stem)
@@ -130,31 +131,31 @@ def from_dict(table: dict[str, Any], where: str) -> Recipe:
     return _build(Recipe, table, where, "")
 
 
-def override(recipe: Recipe, *settings: str | tuple[str, object], by: str = "--set") -> Recipe:
+def override(recipe: Recipe, *settings: str | tuple[str, object], option: str = "--set") -> Recipe:
     """`recipe` with settings changed, all at once.
 
     A setting is text such as `optim.weight_decay=5e-5`, whose value is read as TOML and, where it is not TOML, as plain
-    text; or a key and its value. `losses.triplet.margin=0.3` also adds the loss where the recipe does not have it. `by`
-    is the option to name in errors.
+    text; or a key and its value. `losses.triplet.margin=0.3` also adds the loss where the recipe does not have it.
+    Raises UserError where a setting is invalid; the error names `option`.
     """
     table = to_dict(recipe)
     for setting in settings:
-        _set(table, *(_read(setting, by) if isinstance(setting, str) else setting), by)
-    return _build(Recipe, table, by, "")
+        _set(table, *(_parse_setting(setting, option) if isinstance(setting, str) else setting), option)
+    return _build(Recipe, table, option, "")
 
 
-def _read(setting: str, by: str) -> tuple[str, object]:
+def _parse_setting(setting: str, option: str) -> tuple[str, object]:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"{by} {printable(setting)}: expected key=value or part.key=value")
+        raise UserError(f"{option} {printable(setting)}: expected key=value or part.key=value")
     try:
-        return key, _parsed(f"value = {text}")["value"]
+        return key, _parse(f"value = {text}")["value"]
     except ValueError:
         return key, text
 
 
-def _set(table: dict[str, Any], key: str, value: object, by: str) -> None:
+def _set(table: dict[str, Any], key: str, value: object, option: str) -> None:
     """Set a dotted key of a recipe's plain values. A setting of a loss that the recipe does not have adds the loss."""
     *parts, last = key.split(".")
     if len(parts) == 2 and parts[0] == "losses" and parts[1] in LOSSES:
@@ -163,82 +164,84 @@ def _set(table: dict[str, Any], key: str, value: object, by: str) -> None:
     for depth, part in enumerate(parts):
         if not isinstance(inner.get(part), dict):
             known = LOSSES if parts[:depth] == ["losses"] else [name for name in inner if isinstance(inner[name], dict)]
-            raise UserError(f"{by}: no part {'.'.join(parts[: depth + 1])!r}{nearest(part, known)}")
+            raise UserError(f"{option}: no part {'.'.join(parts[: depth + 1])!r}{nearest(part, known)}")
         inner = inner[part]
     if last not in inner:
-        raise UserError(f"{by}: no key {key!r}{nearest(last, inner, prefix=key[: -len(last)])}")
+        raise UserError(f"{option}: no key {key!r}{nearest(last, inner, prefix=key[: -len(last)])}")
     if isinstance(inner[last], dict):
         keys = ", ".join(f"{key}.{name}" for name in inner[last])
-        raise UserError(f"{by}: {key!r} is a part; set one of its keys: {keys}")
+        raise UserError(f"{option}: {key!r} is a part; set one of its keys: {keys}")
     inner[last] = value
 
 
 def nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    """The end of an error line about an unknown name: the nearest known one, or all of them."""
+    """The end of an error line about an unknown name: it suggests the nearest known name, or lists all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix + close[0]!r}?"
-    return f"; there are: {', '.join(prefix + each for each in known)}" if known else ""
+    return f"; there are: {', '.join(prefix + name for name in known)}" if known else ""
 
 
 def _build(cls: type[T], table: dict[str, Any], where: str, prefix: str) -> T:
-    """A frozen dataclass from plain values, each checked against the field's type."""
+    """A frozen dataclass from plain values, which are checked against the types of its fields."""
     hints = typing.get_type_hints(cls)
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in fields:
             raise UserError(f"{where}: no key {prefix + key!r}{nearest(key, fields, prefix)}")
-        if type(value) is bool and prefix + key in _ONCE_BOOLEAN:
+        if type(value) is bool and prefix + key in _FORMERLY_BOOLEAN:
             value = "on" if value else "off"
         if key == "losses":
-            values[key] = _losses(value, where)
+            values[key] = _build_losses(value, where)
         else:
-            values[key] = _typed(hints[key], value, where, prefix + key)
+            values[key] = _convert(hints[key], value, where, prefix + key)
     try:
         return cls(**values)
     except ValueError as error:
         raise UserError(f"{where}: {prefix}{error}") from None
 
 
-def _losses(table: Any, where: str) -> tuple[Any, ...]:
+def _build_losses(table: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(table, dict):
         raise UserError(f"{where}: losses must be tables such as [losses.cross_entropy]")
     for name in table:
         if name not in LOSSES:
             raise UserError(f"{where}: no loss {name!r}{nearest(name, LOSSES)}")
-    return tuple(_typed(LOSSES[name], settings, where, f"losses.{name}") for name, settings in table.items())
+    return tuple(_convert(LOSSES[name], settings, where, f"losses.{name}") for name, settings in table.items())
 
 
-def _typed(hint: Any, value: Any, where: str, key: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
-            raise UserError(f"{where}: {key} must be a table of settings, not {_brief(value)}")
+            raise UserError(f"{where}: {key} must be a table of settings, not {_short_repr(value)}")
         return _build(hint, value, where, key + ".")
     if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        if isinstance(value, list) and (kinds[-1] is types.EllipsisType or kinds[-1] is ...):
-            return tuple(_typed(kinds[0], each, where, key) for each in value)
-        if isinstance(value, list) and len(value) == len(kinds):
-            return tuple(_typed(kind, each, where, key) for kind, each in zip(kinds, value, strict=True))
-        size = "any number" if kinds[-1] is ... else str(len(kinds))
-        raise UserError(f"{where}: {key} must be a list of {size} of {kinds[0].__name__}, not {_brief(value)}")
+        item_types = typing.get_args(hint)
+        if isinstance(value, list) and (item_types[-1] is types.EllipsisType or item_types[-1] is ...):
+            return tuple(_convert(item_types[0], item, where, key) for item in value)
+        if isinstance(value, list) and len(value) == len(item_types):
+            return tuple(_convert(type_, item, where, key) for type_, item in zip(item_types, value, strict=True))
+        size = "any number" if item_types[-1] is ... else str(len(item_types))
+        raise UserError(
+            f"{where}: {key} must be a list of {size} of {item_types[0].__name__}, not {_short_repr(value)}"
+        )
     if hint in (int, float) and type(value) is int and not -(2**63) <= value < 2**63:
-        raise UserError(f"{where}: {key} must be a number of 64 bits, not {_brief(value)}")
+        raise UserError(f"{where}: {key} must be a 64-bit number, not {_short_repr(value)}")
     if hint is float and type(value) is int:
         return float(value)
     if hint is float and type(value) is float and not math.isfinite(value):
         raise UserError(f"{where}: {key} must be a finite number, not {value!r}")
     if type(value) is not hint:
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-        raise UserError(f"{where}: {key} must be {kind}, not {_brief(value)}")
+        kind = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
+        raise UserError(f"{where}: {key} must be {kind}, not {_short_repr(value)}")
     return value
 
 
-def _brief(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits, or lists in lists
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested lists
         return "a value that cannot be printed"
     return text if len(text) <= 200 else f"{text[:199]}…"

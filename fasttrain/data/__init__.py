@@ -1,1 +1,1 @@
-"""Folders of images: indexed, checked, cut, drawn."""
+"""Folders of images: index them, check them, draw subsets and a demo set."""

@@ -1,7 +1,7 @@
-"""Place a set of files by hard link or copy: all checked first, resumable, under its final name only once whole.
+"""Places a set of files in a folder, as hard links or copies: checks everything first, and can resume.
 
-The work is done in `OUT.partial`, which becomes `OUT` in one rename. A marker file in it says which set it is, so that
-nothing is ever written into a folder that holds anything else.
+The files are written to `OUT.partial`, which is renamed to `OUT` once it is complete. A marker file in it identifies
+the set, so nothing is ever written into a folder that holds anything else.
 """
 
 import json
@@ -17,47 +17,47 @@ from fasttrain.utils.errors import RunError, UserError
 from fasttrain.utils.files import atomic, opened, read_json_object
 from fasttrain.utils.text import printable
 
-_BLOCK = 4096  # bytes; what file systems commonly round a file's size up to
+_BLOCK = 4096  # bytes; file systems commonly round a file's size up to a multiple of this
 _MISSING_HEAD = "# source files that are missing\n"
 
 
 @dataclass(frozen=True)
 class Placed:
-    """counts: files of the set by split. new: how many were placed by this call; an interrupted one left the others.
-    made: False where the whole set was there already."""
+    """counts: number of files of the set, by split. new: how many this call placed; earlier calls placed the others.
+    made: False where the set already existed."""
 
     counts: dict[str, int]
     new: int
     made: bool
 
 
-def finished(out: Path, mark: str, stamp: Mapping[str, object]) -> bool:
-    """Whether `out` is this very set, whole.
+def is_finished(out: Path, marker: str, stamp: Mapping[str, object]) -> bool:
+    """Whether `out` already holds the complete set.
 
-    mark: the marker file's name. stamp: its content as JSON values, which tells this set from all others. Raises
+    marker: the marker file's name. stamp: the marker's content as JSON values, which identifies the set. Raises
     UserError where `out` or `out`.partial holds anything else.
     """
     out = Path(os.path.realpath(out))
-    partial = _beside(out, "partial")
-    if read_json_object(out / mark) == stamp:
+    partial = _sibling(out, "partial")
+    if read_json_object(out / marker) == stamp:
         return True
-    what = "is there already and is not the set that was asked for"
+    problem = "already exists and is not the requested set"
     try:
-        if _holds_more(out, set()):
-            raise UserError(f"{printable(out)} {what}; name another --out")
-        # A first run may have been stopped while it wrote the marker.
-        if _holds_more(partial, {mark}) and read_json_object(partial / mark) != stamp:
-            raise UserError(f"{printable(partial)} {what}; remove it or name another --out")
+        if _has_others(out, allowed=set()):
+            raise UserError(f"{printable(out)} {problem}; name another --out")
+        # The first call may have been stopped while it wrote the marker.
+        if _has_others(partial, allowed={marker}) and read_json_object(partial / marker) != stamp:
+            raise UserError(f"{printable(partial)} {problem}; remove it or name another --out")
     except OSError as error:
         raise UserError(f"cannot read the folder {printable(error.filename)}: {error.strerror}") from None
     return False
 
 
-def refuse_inside(out: Path, folder: Path) -> None:
-    """UserError where `out` would lie in a folder that is read from."""
+def require_outside(out: Path, folder: Path) -> None:
+    """Raises UserError where `out` is inside `folder`, which is read from."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise UserError(
-            f"--out {printable(out)} lies inside {printable(folder)}, which is read from; name a folder outside"
+            f"--out {printable(out)} is inside {printable(folder)}, which is read from; name a folder outside it"
         )
 
 
@@ -65,85 +65,85 @@ def place(
     out: Path,
     sources: Mapping[str, str],
     texts: Mapping[str, str],
-    mark: str,
+    marker: str,
     stamp: Mapping[str, object],
     *,
     link: bool,
     progress: bool = True,
 ) -> int:
-    """Make `out`, which `finished` has found to be neither there nor in the way; gives how many files were placed.
+    """Make `out`; call `is_finished` first, which must return False. Returns how many files were placed.
 
-    sources: where each file comes from, by its path in `out`. texts: contents of further files, likewise. Files that
-    an interrupted call left in `out`.partial are kept: those with the source's size (copies) or inode (hard links).
+    sources: each file's source, by its path in `out`. texts: contents of further files, by their path in `out`. Files
+    that an interrupted call left in `out`.partial are kept if they have the source's size (copies) or inode (links).
 
-    Raises UserError, before anything is placed, where sources are missing (all listed in `out`.missing.txt), where
-    the disk has too little room for the copies, or where hard links are impossible; RunError where it fails later.
+    Raises UserError, before anything is placed, where sources are missing (`out`.missing.txt lists them), the disk has
+    too little space for the copies, or hard links are impossible; RunError where placing fails.
     """
     from tqdm import tqdm
 
     out = Path(os.path.realpath(out))
-    partial, missing = _beside(out, "partial"), _beside(out, "missing.txt")
+    partial, missing = _sibling(out, "partial"), _sibling(out, "missing.txt")
     infos = _stat_all(list(sources.values()), progress)
     _refuse_missing(missing, infos)
-    todo = [each for each in sources if not _is_placed(partial / each, infos[sources[each]], link)]
-    base = next(each for each in out.parents if each.is_dir())
+    todo = [path for path, source in sources.items() if not _is_placed(partial / path, infos[source], link)]
+    base = next(parent for parent in out.parents if parent.is_dir())
     if link:
         _require_links(base, {info.st_dev: source for source, info in infos.items() if info})
     else:
-        sizes = [info.st_size for each in todo if (info := infos[sources[each]])]
-        _require_room(base, sum(-(-size // _BLOCK) * _BLOCK for size in sizes))
+        sizes = [info.st_size for path in todo if (info := infos[sources[path]])]
+        _require_space(base, sum(-(-size // _BLOCK) * _BLOCK for size in sizes))
 
-    folders = sorted({(partial / each).parent for each in (*sources, *texts)})
+    folders = sorted({(partial / path).parent for path in (*sources, *texts)})
     if any(os.path.realpath(folder) != str(folder) for folder in (partial, *folders)):
-        raise UserError(f"{printable(partial)} is or holds a link to a folder; remove it or name another --out")
+        raise UserError(f"{printable(partial)} is or contains a link to a folder; remove it or name another --out")
     temporary = partial / f".part-{os.getpid()}"
-    at = ""
+    current = ""  # path in `out`, for the error
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write(partial / mark, json.dumps(stamp, indent=1) + "\n")
+        _write(partial / marker, json.dumps(stamp, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {printable(partial)}: {error.strerror}") from None
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-        for at, text in texts.items():
-            _write(partial / at, text)
+        for current, text in texts.items():
+            _write(partial / current, text)
         bar = tqdm(todo, desc="linking" if link else "copying", unit="file", disable=None if progress else True)
-        for at in bar:
-            with atomic(partial / at, temporary=temporary) as copy:
+        for current in bar:
+            with atomic(partial / current, temporary=temporary) as target:
                 if link:
-                    _hard_link(sources[at], copy)
+                    _hard_link(sources[current], target)
                 else:
-                    shutil.copyfile(sources[at], copy)
+                    shutil.copyfile(sources[current], target)
         stale = [path for path in partial.iterdir() if _is_temporary(path.name) or path.name.startswith(".part-")]
         for path in stale:
             path.unlink()
-        os.rename(partial, out)  # fails, and changes nothing, where `out` has been filled in the meantime
+        os.rename(partial, out)  # fails, and changes nothing, if another process has filled `out` meanwhile
         if _is_our_list(missing):
             missing.unlink()
     except OSError as error:
-        if read_json_object(out / mark) == stamp:  # another process has made the same set in the meantime
+        if read_json_object(out / marker) == stamp:  # another process has made the same set meanwhile
             return 0
         raise RunError(
-            f"cannot write {printable(partial / at)}: {error.strerror}; the same command goes on from there"
+            f"cannot write {printable(partial / current)}: {error.strerror}; the same command resumes"
         ) from None
     return len(todo)
 
 
-def _beside(out: Path, suffix: str) -> Path:
+def _sibling(out: Path, suffix: str) -> Path:
     return out.parent / f"{out.name}.{suffix}"
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether it is the name of a file of `atomic`, left by a process that was killed."""
+    """Whether a file has the name of a temporary file of `atomic`, which a killed process leaves."""
     return re.fullmatch(r"\.\w+\.\d+\.json", name) is not None
 
 
-def _holds_more(folder: Path, than: set[str]) -> bool:
-    """Whether there is something at `folder` that is not a folder with these names at most."""
+def _has_others(folder: Path, allowed: set[str]) -> bool:
+    """Whether `folder` is not a folder but exists, or has entries that are neither allowed nor temporary."""
     if not folder.is_dir():
         return os.path.lexists(folder)
-    return any(name not in than and not _is_temporary(name) for name in os.listdir(folder))
+    return any(name not in allowed and not _is_temporary(name) for name in os.listdir(folder))
 
 
 def _write(path: Path, text: str) -> None:
@@ -152,10 +152,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _stat_all(paths: list[str], progress: bool) -> dict[str, os.stat_result | None]:
-    """Each path's data, links followed; None where it is not a file."""
+    """Each path's stat, following links; None where it is not a file."""
     from tqdm import tqdm
 
-    pool = ThreadPoolExecutor(16)  # a cold network file system answers many questions as fast as one
+    pool = ThreadPoolExecutor(16)  # a network file system with a cold cache answers many requests as fast as one
     try:
         bar = tqdm(
             pool.map(_stat, paths),
@@ -177,34 +177,36 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _is_placed(target: Path, source: os.stat_result | None, link: bool) -> bool:
-    found = _stat(str(target))
-    if not found or not source:
+    info = _stat(str(target))
+    if not info or not source:
         return False
-    same = os.path.samestat(found, source)
-    # A copy must not share the source's bytes, as a link of an earlier call would.
-    return same if link else not same and found.st_size == source.st_size
+    same_file = os.path.samestat(info, source)
+    # A copy must not be a hard link to the source, which an earlier call may have made.
+    return same_file if link else not same_file and info.st_size == source.st_size
 
 
 def _refuse_missing(report: Path, infos: Mapping[str, os.stat_result | None]) -> None:
     absent = [path for path, info in infos.items() if info is None]
     if not absent:
         return
-    some = ", ".join(map(printable, absent[:3])) + (", …" if absent[3:] else "")
-    line = f"{len(absent)} of {len(infos)} source files are missing: {some}"
+    names = ", ".join(map(printable, absent[:3])) + (", …" if absent[3:] else "")
+    line = f"{len(absent)} of {len(infos)} source files are missing: {names}"
     if os.path.lexists(report) and not _is_our_list(report):
-        raise UserError(f"{line}; {printable(report)} is in the way of the whole list")
+        raise UserError(
+            f"{line}; the full list is not written, because {printable(report)} is another file: move or remove it"
+        )
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
         text = _MISSING_HEAD + "".join(f"{path}\n" for path in absent)
         report.write_bytes(os.fsencode(text))
     except OSError as error:
-        raise UserError(f"{line}; cannot write the whole list to {printable(report)}: {error.strerror}") from None
+        raise UserError(f"{line}; cannot write the full list to {printable(report)}: {error.strerror}") from None
     raise UserError(f"{line}; all are listed in {printable(report)}")
 
 
 def _is_our_list(path: Path) -> bool:
     try:
-        if path.is_symlink():  # ours is none, and would be written through
+        if path.is_symlink():  # we never make one, and writing would follow it
             return False
         with opened(path) as file:
             return file.read(len(_MISSING_HEAD)) == _MISSING_HEAD.encode()
@@ -212,18 +214,18 @@ def _is_our_list(path: Path) -> bool:
         return False
 
 
-def _require_room(base: Path, needed: int) -> None:
+def _require_space(base: Path, needed: int) -> None:
     free = shutil.disk_usage(base).free
     if needed > free:
         raise UserError(
             f"the copies need {needed / 1e9:.1f} GB and {printable(base)} has {free / 1e9:.1f} GB free; "
-            "make room, or use hard links (--link)"
+            "free some space, or use hard links (--link)"
         )
 
 
 def _require_links(base: Path, samples: Mapping[int, str]) -> None:
-    """Try one link from each file system. Their numbers do not tell: overlays give folders another than their files,
-    and some systems forbid links to files of other users."""
+    """Raises UserError where a link to one file of each device fails. Comparing device numbers is not enough: on an
+    overlay, a folder and its files have different ones, and some systems forbid links to other users' files."""
     probe = base / f".fasttrain-link-{os.getpid()}"
     for source in samples.values():
         try:
@@ -237,5 +239,5 @@ def _require_links(base: Path, samples: Mapping[int, str]) -> None:
 
 
 def _hard_link(source: str, target: Path) -> None:
-    # link(2) would link to a symbolic link itself.
+    # link(2) would link to the symbolic link itself.
     os.link(os.path.realpath(source) if os.path.islink(source) else source, target)

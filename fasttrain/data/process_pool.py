@@ -1,4 +1,4 @@
-"""Work that may kill its process, shared among processes."""
+"""Runs work that may kill its process in a pool of processes."""
 
 import multiprocessing
 import signal
@@ -13,16 +13,17 @@ from fasttrain.utils.errors import UserError
 T = TypeVar("T")
 
 
-def groups(items: Sequence[T], most: int, cost: Callable[[T], int], most_cost: int) -> Iterator[list[T]]:
-    """The items in order, in groups of at most `most`, which cost at most so much unless one item alone does."""
+def split_by_cost(items: Sequence[T], max_items: int, cost: Callable[[T], int], max_cost: int) -> Iterator[list[T]]:
+    """Split the items, in their order, into groups of at most `max_items` items and at most `max_cost` in total. An
+    item that alone costs more is a group of its own."""
     group: list[T] = []
-    spent = 0
+    group_cost = 0
     for item in items:
-        if group and (len(group) == most or spent + cost(item) > most_cost):
+        if group and (len(group) == max_items or group_cost + cost(item) > max_cost):
             yield group
-            group, spent = [], 0
+            group, group_cost = [], 0
         group.append(item)
-        spent += cost(item)
+        group_cost += cost(item)
     if group:
         yield group
 
@@ -30,17 +31,17 @@ def groups(items: Sequence[T], most: int, cost: Callable[[T], int], most_cost: i
 Work = Callable[[Sequence[Any]], Sequence[T]]
 
 
-def in_processes(work: Work[T], chunks: Iterator[list[Any]], workers: int) -> Iterator[tuple[Any, T | None]]:
-    """Each item of the chunks with what `work` says of it, in the order in which processes finish their chunks.
+def map_in_processes(work: Work[T], chunks: Iterator[list[Any]], workers: int) -> Iterator[tuple[Any, T | None]]:
+    """Each item of the chunks with its result from `work`, in the order in which processes finish their chunks.
 
-    When a process dies, its pool is lost. The chunks that were under way are then done again one item at a time, and
-    an item whose process dies again has None. UserError where a process dies with nothing to do.
+    When a process dies, the pool is lost. The chunks that were running are then done again, one item at a time; the
+    result of an item whose process dies again is None. Raises UserError where a process dies before it has any items.
     """
-    waiting, pool = chunks, None
+    pool = None
     running: dict[Future[Sequence[T]], list[Any]] = {}
     try:
         while True:
-            for chunk in islice(waiting, 2 * workers - len(running)):
+            for chunk in islice(chunks, 2 * workers - len(running)):
                 pool = pool or _pool(work, workers)
                 try:
                     running[pool.submit(work, chunk)] = chunk
@@ -58,7 +59,7 @@ def in_processes(work: Work[T], chunks: Iterator[list[Any]], workers: int) -> It
                 else:
                     yield from zip(chunk, future.result(), strict=True)
             if broken:
-                # The rest of `running` fails too; what is done already is only done again.
+                # The rest of `running` fails too. Chunks of it that are already done are done again.
                 items = [item for chunk in [*broken, *running.values()] for item in chunk]
                 running.clear()
                 pool.shutdown(cancel_futures=True)
@@ -80,11 +81,11 @@ def in_processes(work: Work[T], chunks: Iterator[list[Any]], workers: int) -> It
 
 
 def _pool(work: Work[T], workers: int) -> ProcessPoolExecutor:
-    # An interrupt of the terminal goes to all processes, and the first one ends the others.
+    # Ctrl-C in a terminal interrupts all processes; workers ignore it, and the main process ends them.
     ignore = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, ignore)
     try:
         pool.submit(work, []).result()
     except BrokenProcessPool:
-        raise UserError("the processes that decode do not start; is there too little memory?") from None
+        raise UserError("the decoder processes do not start; the machine may have too little memory") from None
     return pool

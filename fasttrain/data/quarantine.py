@@ -1,4 +1,4 @@
-"""A quarantine: files moved aside in such a way that they can be moved back."""
+"""A quarantine: a folder that bad files are moved to, and from which they can be moved back."""
 
 import errno
 import filecmp
@@ -16,147 +16,155 @@ from fasttrain.utils.text import printable
 _MANIFEST = "restore.json"
 
 
-def quarantine(folder: str | Path, paths: Iterable[str], aside: str | Path) -> int:
-    """Move files of a folder, by their paths in it, to `aside`/<path>; `restore` moves them back. Returns how many.
+def quarantine(folder: str | Path, paths: Iterable[str], quarantine_folder: str | Path) -> int:
+    """Move files of a folder, by their paths in it, to `quarantine_folder`/<path>. Returns how many were moved.
 
-    `aside`/restore.json lists all moves before the first is made: a file is at `to` where that exists, otherwise it is
-    still at `from`. Class folders stay. UserError where `aside` lies in the folder itself or holds other things, or
-    where a file cannot be moved (it is then where it was).
+    `restore` moves them back. `quarantine_folder`/restore.json lists all moves before the first one: a file is at `to`
+    if that exists, else still at `from`. Class folders stay. Raises UserError where `quarantine_folder` is inside the
+    folder or holds anything else, or where a file cannot be moved (it then stays where it was).
     """
-    require_place(folder, aside)
-    root, place = os.path.realpath(folder), Path(os.path.realpath(aside))
-    moves = {to: source for to, source in (_moves(place) or {}).items() if os.path.lexists(place / to)}
+    check_quarantine_folder(folder, quarantine_folder)
+    root, target = os.path.realpath(folder), Path(os.path.realpath(quarantine_folder))
+    moves = {to: source for to, source in (_read_moves(target) or {}).items() if os.path.lexists(target / to)}
     planned: dict[str, str] = {}
     for path in sorted(set(paths)):
         source, to = os.path.join(root, path), path
-        while to in moves:  # a file of the same name was moved before
+        while to in moves:  # a file of the same name was moved earlier
             to += ".again"
         if os.path.lexists(source) and (os.path.islink(source) or not os.path.isdir(source)):
             planned[to] = source
     if not planned:
         return 0
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        _write_moves(place, moves | planned)
+        target.mkdir(parents=True, exist_ok=True)
+        _write_moves(target, moves | planned)
         for to, source in planned.items():
-            if os.path.lexists(source):  # else it was reached twice, through a link
-                _move(source, str(place / to))
+            if os.path.lexists(source):  # False if two paths lead to one file, through a link
+                _move(source, str(target / to))
     except OSError as error:
-        why = f"{printable(error.filename or '')} {error.strerror or error}".strip()
-        raise UserError(f"cannot move bad files to {printable(aside)}: {why}") from None
-    return sum(os.path.lexists(place / to) for to in planned)
+        reason = f"{printable(error.filename or '')} {error.strerror or error}".strip()
+        raise UserError(f"cannot move bad files to {printable(quarantine_folder)}: {reason}") from None
+    return sum(os.path.lexists(target / to) for to in planned)
 
 
-def require_place(folder: str | Path, aside: str | Path) -> None:
-    """UserError unless `aside` can be a quarantine for files of `folder`."""
-    root, place = os.path.realpath(folder), Path(os.path.realpath(aside))
-    if f"{place}/".startswith(f"{root}/"):
-        raise UserError(f"{printable(aside)} is inside {printable(root)}; name a folder elsewhere")
-    if os.path.lexists(place) and not (place.is_dir() and (_moves(place) is not None or not any(place.iterdir()))):
-        raise UserError(f"{printable(aside)} is neither empty nor a quarantine; name another folder")
+def check_quarantine_folder(folder: str | Path, quarantine_folder: str | Path) -> None:
+    """Raises UserError where files of `folder` cannot be moved to `quarantine_folder`: it is inside `folder`, or is
+    neither new, nor empty, nor a quarantine."""
+    root, target = os.path.realpath(folder), Path(os.path.realpath(quarantine_folder))
+    if f"{target}/".startswith(f"{root}/"):
+        raise UserError(f"{printable(quarantine_folder)} is inside {printable(root)}; name a folder outside it")
+    usable = target.is_dir() and (_read_moves(target) is not None or not any(target.iterdir()))
+    if os.path.lexists(target) and not usable:
+        raise UserError(f"{printable(quarantine_folder)} is neither empty nor a quarantine; name another folder")
 
 
-def restore(aside: str | Path, folder: str | Path) -> int:
-    """Move the files of a quarantine back and remove what is then empty. Returns how many went back.
+def restore(quarantine_folder: str | Path, folder: str | Path) -> int:
+    """Move the files of a quarantine back, and remove folders that are then empty. Returns how many were moved.
 
-    folder: the one that was checked; a quarantine may be anybody's, and nothing is written outside of it. UserError
-    where there is no quarantine, where a file belongs elsewhere, or where files could not go back: nothing is
-    overwritten, they stay.
+    folder: the one that was checked. A quarantine is untrusted, so nothing outside this folder is written. Nothing is
+    overwritten. Raises UserError where there is no quarantine, a file belongs outside the folder, or some files cannot
+    be moved back; those stay in the quarantine.
     """
-    place = Path(os.path.realpath(aside))
-    moves = _moves(place)
+    root = Path(os.path.realpath(quarantine_folder))
+    moves = _read_moves(root)
     if moves is None:
-        raise UserError(f"{printable(aside)} is no quarantine: {_MANIFEST} is missing or damaged")
-    home = os.path.join(os.path.realpath(folder), "")
+        raise UserError(f"{printable(quarantine_folder)} is not a quarantine: {_MANIFEST} is missing or damaged")
+    allowed = os.path.join(os.path.realpath(folder), "")
     for source in moves.values():
-        if not os.path.join(os.path.realpath(os.path.dirname(source)), "").startswith(home):
+        if not os.path.join(os.path.realpath(os.path.dirname(source)), "").startswith(allowed):
             raise UserError(
-                f"{printable(source)} is where a file of {printable(aside)} belongs, outside of {printable(folder)}"
+                f"{printable(quarantine_folder)} has a file that belongs at {printable(source)}, which is not in "
+                f"{printable(folder)}; name the folder that was checked"
             )
-    count, stay = 0, {}
+    count, failed = 0, {}
     for to, source in moves.items():
-        held = str(place / to)
+        quarantined = str(root / to)
         try:
-            _remove(_partial(held))  # of a move that was killed
-            if not os.path.lexists(held):
-                continue  # it never left, or is back already
+            _remove(_partial_path(quarantined))  # left by a move that was killed
+            if not os.path.lexists(quarantined):
+                continue  # it was never moved, or was moved back already
             if not os.path.lexists(source):
-                _move(held, source)
-            elif not os.path.islink(held) and os.path.isfile(source) and filecmp.cmp(held, source, shallow=False):
-                os.unlink(held)  # the move was cut short between the copy and the removal
+                _move(quarantined, source)
+            elif (
+                not os.path.islink(quarantined)
+                and os.path.isfile(source)
+                and filecmp.cmp(quarantined, source, shallow=False)
+            ):
+                os.unlink(quarantined)  # the move was interrupted between the copy and the removal
             else:
-                raise FileExistsError(errno.EEXIST, "the place is taken", source)
+                raise FileExistsError(errno.EEXIST, "another file exists there", source)
             count += 1
         except OSError as error:
-            stay[to] = (source, error.strerror or str(error))
+            failed[to] = (source, error.strerror or str(error))
     try:
-        if stay:
-            _write_moves(place, {to: source for to, (source, _) in stay.items()})
+        if failed:
+            _write_moves(root, {to: source for to, (source, _) in failed.items()})
         else:
-            (place / _MANIFEST).unlink()
+            (root / _MANIFEST).unlink()
     except OSError as error:
-        raise UserError(f"cannot write {printable(place / _MANIFEST)}: {error.strerror}") from None
-    for inside, _, _ in os.walk(place, topdown=False):
+        raise UserError(f"cannot write {printable(root / _MANIFEST)}: {error.strerror}") from None
+    for subfolder, _, _ in os.walk(root, topdown=False):
         with suppress(OSError):  # not empty
-            os.rmdir(inside)
-    if stay:
-        source, why = next(iter(stay.values()))
+            os.rmdir(subfolder)
+    if failed:
+        source, reason = next(iter(failed.values()))
         raise UserError(
-            f"{len(stay)} files stay in {printable(aside)}; the first belongs at {printable(source)}: {why}"
+            f"{len(failed)} files stay in {printable(quarantine_folder)}; the first belongs at {printable(source)}: "
+            f"{reason}"
         )
     return count
 
 
-def _moves(place: Path) -> dict[str, str] | None:
-    """The moves of a quarantine: {path relative to it: absolute path before}, or None where there are none to read."""
+def _read_moves(folder: Path) -> dict[str, str] | None:
+    """A quarantine's moves, {path in it: absolute path before}; None where restore.json is missing or damaged."""
     try:
         rows = [(os.fsdecode(bytes.fromhex(row["to_bytes"])), row["from_bytes"])
-                for row in read_json_object(place / _MANIFEST)["moves"]]  # fmt: skip
+                for row in read_json_object(folder / _MANIFEST)["moves"]]  # fmt: skip
         moves = {to: os.fsdecode(bytes.fromhex(source)) for to, source in rows}
     except (KeyError, TypeError, ValueError):
         return None
-    return moves if all(_is_possible(place, to, source) for to, source in moves.items()) else None
+    return moves if all(_is_possible(folder, to, source) for to, source in moves.items()) else None
 
 
-def _is_possible(place: Path, to: str, source: str) -> bool:
-    """Whether `quarantine` can have made such a move: of a visible file, to the same path in the quarantine."""
-    held, was = str(place / to), to
-    while was.endswith(".again") and not source.endswith(f"/{was}"):
-        was = was.removesuffix(".again")
+def _is_possible(folder: Path, to: str, source: str) -> bool:
+    """Whether `quarantine` can have made this move: of a visible file, to the same path in the quarantine."""
+    quarantined, original = str(folder / to), to
+    while original.endswith(".again") and not source.endswith(f"/{original}"):
+        original = original.removesuffix(".again")
     return (
         "\0" not in to + source
         and to != _MANIFEST
         and all(part and not part.startswith(".") for part in to.split("/"))
         and os.path.isabs(source)
         and os.path.normpath(source) == source
-        and source.endswith(f"/{was}")
-        and os.path.realpath(os.path.dirname(held)) == os.path.dirname(held)  # not through a link
-        and (os.path.islink(held) or not os.path.isdir(held))
+        and source.endswith(f"/{original}")
+        and os.path.realpath(os.path.dirname(quarantined)) == os.path.dirname(quarantined)  # not through a link
+        and (os.path.islink(quarantined) or not os.path.isdir(quarantined))
     )
 
 
-def _write_moves(place: Path, moves: dict[str, str]) -> None:
-    """Paths are there twice: escaped, to be read by people, and as their bytes in hexadecimal."""
+def _write_moves(folder: Path, moves: dict[str, str]) -> None:
+    """Write restore.json. It has each path twice: escaped, for people, and as its bytes in hexadecimal."""
     rows = [
         {"from": printable(source), "to": printable(to), "from_bytes": os.fsencode(source).hex(),
          "to_bytes": os.fsencode(to).hex()}
         for to, source in moves.items()
     ]  # fmt: skip
-    with atomic(place / _MANIFEST, sync=True) as temporary:
+    with atomic(folder / _MANIFEST, sync=True) as temporary:
         temporary.write_text(json.dumps({"moves": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def _move(source: str, to: str) -> None:
-    """Move one file, link or pipe: it is whole in one of both places at any time, and nothing is overwritten."""
+    """Move one file, link or pipe. It is complete in one of the two places at any time; nothing is overwritten."""
     os.makedirs(os.path.dirname(to), exist_ok=True)
     if os.path.lexists(to):
-        raise FileExistsError(errno.EEXIST, "the place is taken", to)
+        raise FileExistsError(errno.EEXIST, "another file exists there", to)
     try:
         os.rename(source, to)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        partial = _partial(to)
+        partial = _partial_path(to)
         try:
             shutil.copy2(source, partial, follow_symlinks=False)
             os.rename(partial, to)
@@ -165,8 +173,8 @@ def _move(source: str, to: str) -> None:
         os.unlink(source)
 
 
-def _partial(to: str) -> str:
-    """Where a copy grows. No file of that name is ever quarantined: it is hidden."""
+def _partial_path(to: str) -> str:
+    """Where a copy is written. The name is hidden, and hidden files are never quarantined."""
     return os.path.join(os.path.dirname(to), f".{os.path.basename(to)}.partial")
 
 

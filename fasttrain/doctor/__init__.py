@@ -1,1 +1,1 @@
-"""What a machine has and lacks, and which decoders work on its GPU."""
+"""Checks what is installed on a machine, and which decoders work on its GPU."""

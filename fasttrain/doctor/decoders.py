@@ -1,9 +1,9 @@
-"""Tries every decoder on a GPU: `fasttrain doctor --gpu`. A decoder may crash the process, so each has one of its own:
-`python -m fasttrain.doctor.machine.decoders SETTINGS.json RESULT.json`.
+"""Tries every decoder on a GPU: `fasttrain doctor --gpu`. A decoder may crash its process, so each one has its own:
+`python -m fasttrain.doctor.decoders SETTINGS.json RESULT.json`.
 
-Each decodes the same crops of the same files through the training pipeline, without AutoAugment. What is measured: how
-many images per second; how far its pixels are from those of the host's decoder, on the same GPU; and whether 20
-batches have the same pixels three times, twice while matrix products keep the GPU busy.
+All decoders decode the same crops of the same files in the training pipeline, without AutoAugment. Each trial measures
+the images per second, how much the pixels differ from those of the `cpu` decoder on the same GPU, and whether three
+passes over 20 batches give the same pixels; in two of the passes, matrix products keep the GPU busy.
 """
 
 import json
@@ -23,7 +23,7 @@ from PIL import Image
 
 from fasttrain import recipes
 from fasttrain.config.schema import AugmentConfig, DataConfig
-from fasttrain.data.index import Index, open_data, scan_unlabelled
+from fasttrain.data.index import Index, open_data, scan_unlabeled
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import Plan
@@ -32,18 +32,18 @@ from fasttrain.utils.text import printable
 
 BATCH, SIZE = 64, 224
 HASHED_BATCHES, WARM_UP, TIMED_BATCHES = 20, 6, 60
-LIMIT_S = 90  # a decoder's process is ended after so many seconds
-# Of 255: mean differences to the host's decoder up to which pixels count as the same picture, over all files and for
-# each of them. On an H200 they were 0.02 and 0.04.
+LIMIT_S = 90  # after which a decoder's process is killed
+# The largest mean differences from the `cpu` decoder, of 255, with which a decoder is good: over all files, and of any
+# single file. On an H200 they were 0.02 and 0.04.
 CLOSE, CLOSE_FILE = 1.0, 3.0
 _SET = "--set machine.decoder="
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one decoder. status: its process's exit status; negative: the signal that ended it. same: whether
-    all passes had the same pixels. mean, most: the difference of its pixels to the host's decoder's, of 255; worst:
-    the file with the largest mean. reason: why there is no more, or nothing."""
+    """The result for one decoder. status: the exit status of its process; negative: the signal that ended it. same:
+    whether all passes gave the same pixels. mean, most: the mean and the largest difference of its pixels from those of
+    the `cpu` decoder, of 255. worst: the file with the largest mean. reason: why the trial failed, or empty."""
 
     kind: str
     status: int
@@ -61,44 +61,44 @@ class Trial:
 
 
 def run(data: str | None, limit_s: float = LIMIT_S) -> Iterator[Trial]:
-    """Try the decoders one after another, over the class folders in `data`, or drawn files, and a few drawn ones of
-    rare kinds."""
+    """Try the decoders one after another, on the class folders in `data` or else on synthetic images, and on synthetic
+    files of rare kinds."""
     with tempfile.TemporaryDirectory() as folder:
-        draw(Path(folder, "drawn"), photos=0 if data else 160)
+        write_images(Path(folder, "drawn"), photos=0 if data else 160)
         for kind in ("cpu", "gpu", "gpu-hardware", "gpu-region"):
             settings = {"kind": kind, "data": data, "drawn": f"{folder}/drawn", "device": "cuda"}
-            yield _apart(settings, Path(folder), limit_s)
+            yield _run_process(settings, Path(folder), limit_s)
 
 
-def _apart(settings: dict[str, Any], folder: Path, limit_s: float) -> Trial:
-    """A trial in a process of its own."""
+def _run_process(settings: dict[str, Any], folder: Path, limit_s: float) -> Trial:
+    """Run `main` in its own process."""
     kind = settings["kind"]
-    asked, told = folder / "settings.json", folder / f"{kind}.json"
-    asked.write_text(json.dumps(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "fasttrain.doctor.decoders", str(asked), str(told)]
+    settings_path, result_path = folder / "settings.json", folder / f"{kind}.json"
+    settings_path.write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "fasttrain.doctor.decoders", str(settings_path), str(result_path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s)
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return Trial(kind, 124, reason=f"not done after {limit_s:.0f} s")
-    if done.returncode == 0 and told.exists():
-        return Trial(kind, 0, **json.loads(told.read_text(encoding="utf-8")))
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return Trial(kind, done.returncode, reason=lines[-1][:200] if lines else "it says nothing")
+        return Trial(kind, 124, reason=f"not finished after {limit_s:.0f} s")
+    if process.returncode == 0 and result_path.exists():
+        return Trial(kind, 0, **json.loads(result_path.read_text(encoding="utf-8")))
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    return Trial(kind, process.returncode, reason=lines[-1][:200] if lines else "no error message")
 
 
-def draw(folder: Path, photos: int, seed: int = 0) -> None:
-    """Write class folders: `photos` JPEGs like photographs (500 x 375), and in the class `rare` one file each that is
-    grey, CMYK, progressive, not subsampled, rotated by EXIF, a PNG of 16 bits and a WebP."""
+def write_images(folder: Path, photos: int, seed: int = 0) -> None:
+    """Write class folders of synthetic images: `photos` photo-like JPEGs (500 x 375), and in the class `rare` one file
+    of each rare kind: gray, CMYK, progressive, not subsampled and EXIF-rotated JPEGs, a 16-bit PNG and a WebP."""
     rng = np.random.default_rng(seed)
     for number in range(photos):
-        inside = folder / f"photos{number % 2}"
-        inside.mkdir(parents=True, exist_ok=True)
-        _picture(rng).save(inside / f"{number:03}.jpg", quality=90)
+        class_folder = folder / f"photos{number % 2}"
+        class_folder.mkdir(parents=True, exist_ok=True)
+        _picture(rng).save(class_folder / f"{number:03}.jpg", quality=90)
     rare = folder / "rare"
     rare.mkdir(parents=True)
     picture = _picture(rng)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     picture.convert("L").save(rare / "grey.jpg", quality=90)
     picture.convert("CMYK").save(rare / "cmyk.jpg", quality=90)
     picture.save(rare / "progressive.jpg", quality=90, progressive=True)
@@ -110,7 +110,7 @@ def draw(folder: Path, photos: int, seed: int = 0) -> None:
 
 
 def _picture(rng: np.random.Generator) -> Image.Image:
-    """Shapes of all sizes in many colours: random pixels at several scales, enlarged smoothly and added."""
+    """Shapes of all sizes in many colors: random pixels at several scales, upsampled smoothly and added."""
     total = np.zeros((375, 500, 3))
     for cells, weight in ((4, 1.0), (16, 0.5), (64, 0.25), (250, 0.12)):
         coarse = Image.fromarray(rng.integers(0, 256, (cells * 3 // 4, cells, 3)).astype(np.uint8))
@@ -118,24 +118,24 @@ def _picture(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(total / 1.87, 0, 255).astype(np.uint8))
 
 
-# ------------------------------------------------------------------------------- in a process for each decoder
+# ------------------------------------------------------------------------------- in each decoder's process
 
 
-def files(data: str | None, drawn: str) -> tuple[Index, Index]:
-    """The images to time, and the rare kinds, of one index each."""
-    drawn_index = scan_unlabelled(drawn, progress=False)
-    is_rare = np.array([each.startswith("rare/") for each in drawn_index.ids])
-    photos = open_data(DataConfig(train=(data,)))[0] if data else _some(drawn_index, np.flatnonzero(~is_rare))
-    return photos, _some(drawn_index, np.flatnonzero(is_rare))
+def load_images(data: str | None, drawn: str) -> tuple[Index, Index]:
+    """Two indices: the images to time, and the files of rare kinds. drawn: the folder of `write_images`."""
+    drawn_index = scan_unlabeled(drawn, progress=False)
+    is_rare = np.array([id_.startswith("rare/") for id_ in drawn_index.ids])
+    photos = open_data(DataConfig(train=(data,)))[0] if data else _subset(drawn_index, np.flatnonzero(~is_rare))
+    return photos, _subset(drawn_index, np.flatnonzero(is_rare))
 
 
-def _some(index: Index, numbers: np.ndarray[Any, Any]) -> Index:
+def _subset(index: Index, indices: np.ndarray[Any, Any]) -> Index:
     return replace(
         index,
-        paths=tuple(index.paths[each] for each in numbers),
-        ids=tuple(index.ids[each] for each in numbers),
-        labels=np.zeros(len(numbers), np.int64),
-        sizes=index.sizes[numbers],
+        paths=tuple(index.paths[number] for number in indices),
+        ids=tuple(index.ids[number] for number in indices),
+        labels=np.zeros(len(indices), np.int64),
+        sizes=index.sizes[indices],
         classes=("all",),
     )
 
@@ -149,34 +149,36 @@ def stream(index: Index, decoder: Decoder, device: torch.device, batch: int, thr
     return batches(Plan.of(recipe, index), index, device, threads, decoder=decoder)
 
 
-def trial(kind: str, photos: Index, rare: Index, device: torch.device, threads: int) -> dict[str, Any]:
-    """What `Trial` has of a decoder that works."""
+def measure(kind: str, photos: Index, rare: Index, device: torch.device, threads: int) -> dict[str, Any]:
+    """The fields of `Trial` for a decoder that works."""
     decoder = Decoder(kind, hardware_load=0.65)
     batch = min(BATCH, len(photos))
     hashes = []
     for busy in (False, True, True):
-        seen = stream(photos, decoder, device, batch, threads)
-        few = next(stream(rare, decoder, device, len(rare), threads))
-        hashes.append([_hash(few.pixels, busy), *(_hash(next(seen).pixels, busy) for _ in range(HASHED_BATCHES))])
-    for _ in range(WARM_UP):  # so that none of the timed ones was ready before
-        next(seen)
+        photo_batches = stream(photos, decoder, device, batch, threads)
+        rare_batch = next(stream(rare, decoder, device, len(rare), threads))
+        hashes.append([_hash(rare_batch.pixels, busy)])
+        hashes[-1] += [_hash(next(photo_batches).pixels, busy) for _ in range(HASHED_BATCHES)]
+    for _ in range(WARM_UP):  # uses up the batches that were prefetched
+        next(photo_batches)
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(TIMED_BATCHES):
-        next(seen)
+        next(photo_batches)
     _synchronize(device)
     rate = TIMED_BATCHES * batch / (time.perf_counter() - start)
-    del seen
+    del photo_batches
     means, most = {}, 0
     for index in (photos, rare):
         count = min(batch, len(index))
-        ours, hosts = (stream(index, each, device, count, threads) for each in (decoder, Decoder("cpu")))
+        ours, reference = (stream(index, d, device, count, threads) for d in (decoder, Decoder("cpu")))
         for _ in range(max(1, min(4, len(index) // count))):
-            one, other = next(ours), next(hosts)
-            difference = (one.pixels.cpu().int() - other.pixels.cpu().int()).abs()
+            actual, expected = next(ours), next(reference)
+            difference = (actual.pixels.cpu().int() - expected.pixels.cpu().int()).abs()
             most = max(most, int(difference.max()))
-            for number, each in zip(one.numbers.tolist(), difference.float().mean((1, 2, 3)).tolist(), strict=True):
-                means[index.ids[number]] = each
+            per_image = difference.float().mean((1, 2, 3)).tolist()
+            for number, mean in zip(actual.indices.tolist(), per_image, strict=True):
+                means[index.ids[number]] = mean
     worst = max(means, key=lambda name: means[name])
     return {
         "images_per_s": rate,
@@ -191,7 +193,7 @@ def trial(kind: str, photos: Index, rare: Index, device: torch.device, threads: 
 def _hash(pixels: torch.Tensor, busy: bool) -> str:
     if busy and pixels.is_cuda:
         matrix = torch.randn(4096, 4096, device=pixels.device, dtype=torch.bfloat16)
-        for _ in range(20):  # some milliseconds, in which the pipeline works on the batches after this one
+        for _ in range(20):  # takes some milliseconds, in which the pipeline prepares the next batches
             matrix = matrix @ matrix * 1e-3
     return sha256(pixels.cpu().numpy().tobytes()).hexdigest()
 
@@ -202,12 +204,13 @@ def _synchronize(device: torch.device) -> None:
 
 
 def main(settings_path: str, result_path: str) -> None:
+    """Measure the decoder that a JSON file of settings names, and write the result to a JSON file."""
     from fasttrain.distributed.ranks import ranks
 
     settings = json.loads(Path(settings_path).read_text(encoding="utf-8"))
-    photos, rare = files(settings["data"], settings["drawn"])
-    with ranks(settings["device"]) as here:
-        result = trial(settings["kind"], photos, rare, here.device, here.threads(0))
+    photos, rare = load_images(settings["data"], settings["drawn"])
+    with ranks(settings["device"]) as rank:
+        result = measure(settings["kind"], photos, rare, rank.device, rank.threads(0))
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -215,50 +218,50 @@ def main(settings_path: str, result_path: str) -> None:
 
 
 def line(trial: Trial) -> str:
-    """A line of the report."""
+    """The line of the report on one decoder."""
     name = f"{trial.kind:13}"
     if trial.status:
-        ended = f"ended by signal {-trial.status}" if trial.status < 0 else f"exit status {trial.status}"
-        return f"{name}{ended}: {printable(trial.reason)}"
-    same = "the same pixels each time" if trial.same else "PIXELS THAT DIFFER FROM PASS TO PASS"
+        outcome = f"ended by signal {-trial.status}" if trial.status < 0 else f"exit status {trial.status}"
+        return f"{name}{outcome}: {printable(trial.reason)}"
+    same = "the same pixels each time" if trial.same else "PIXELS DIFFER BETWEEN PASSES"
     worst = f"worst {printable(trial.worst)} {trial.worst_mean:.2f}"
     return (
-        f"{name}{trial.images_per_s:6.0f} img/s, {same}, differs from the host's decoder by {trial.mean:.2f} of 255 on "
+        f"{name}{trial.images_per_s:6.0f} img/s, {same}, differs from the cpu decoder by {trial.mean:.2f} of 255 on "
         f"average, {trial.most} at most; {worst}"
     )
 
 
 def advice(trials: list[Trial]) -> str:
-    """The line to set: the fastest decoder that is good and not known to be unsafe; where that is what `auto` takes
-    here anyway, that nothing has to be set."""
+    """The setting for the fastest decoder that is good and not known to be unsafe. Where `auto` stands for it, the line
+    says that no setting is needed."""
     rule = decoders.rule()
     unsafe = {*rule.refused, "gpu-hardware"}
-    good = [each for each in trials if each.good and each.kind not in unsafe]
+    good = [trial for trial in trials if trial.good and trial.kind not in unsafe]
     if not good:
-        return "no safe decoder works here; the lines above say what each of them reported"
-    best = max(good, key=lambda each: each.images_per_s)
+        return "no safe decoder works here; see the reasons above"
+    best = max(good, key=lambda trial: trial.images_per_s)
     if best.kind == rule.auto:
-        return f"machine.decoder=auto is {best.kind} here, the fastest that is safe: nothing has to be set"
-    if rule.auto not in [each.kind for each in good]:
+        return f"machine.decoder=auto is {best.kind} here, the fastest safe decoder: nothing to set"
+    if rule.auto not in [trial.kind for trial in good]:
         return f"machine.decoder=auto is {rule.auto}, which does not work here: {_SET}{best.kind}"
     return f"machine.decoder=auto is {rule.auto} here; faster and safe: {_SET}{best.kind}"
 
 
 def report(data: str | None) -> Iterator[tuple[str, list[Trial]]]:
-    """Lines for the user, each with the trials up to it; the last is `advice`. Raises UserError where there are no
-    images in `data`."""
+    """Lines for the user, each with the trials so far; the last line is `advice`. Raises UserError where `data` has no
+    images."""
     if data:
-        open_data(DataConfig(train=(data,)))  # before a decoder can be blamed for it
-    known = versions.all_installed()
+        open_data(DataConfig(train=(data,)))  # an error in the data must not look like an error of a decoder
+    installed = versions.all_installed()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if not name:
-        yield "no GPU that torch can use: the host decodes, and there is nothing to try", []
+        yield "no GPU that torch can use: images are decoded on the CPU, and there is no other decoder to try", []
         return
-    yield f"{name}, DALI {known.get('nvidia-dali')}, nvImageCodec {known.get('nvidia-nvimgcodec')}", []
+    yield f"{name}, DALI {installed.get('nvidia-dali')}, nvImageCodec {installed.get('nvidia-nvimgcodec')}", []
     trials: list[Trial] = []
-    for each in run(data):
-        trials.append(each)
-        yield line(each), trials
+    for trial in run(data):
+        trials.append(trial)
+        yield line(trial), trials
     yield advice(trials), trials
 
 

@@ -1,4 +1,4 @@
-"""What a machine has and lacks for training, found without starting anything."""
+"""Checks whether a machine has what training needs, without starting a run."""
 
 import importlib.metadata
 import platform
@@ -16,22 +16,24 @@ from fasttrain.utils.versions import COMPANIONS, DALI, installed
 OLDEST_DRIVER = {13: 580, 12: 525}
 # PyPI's torch 2.10 has CUDA 12 on x86-64 only. On aarch64 its CUDA 12 build comes from PyTorch's own index.
 PYTORCH_INDEX = "https://download.pytorch.org/whl/cu128"
-# The kernel module's own account, for containers and machines without nvidia-smi.
+# The version of the kernel module, for containers and machines without nvidia-smi.
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. needed: whether nothing runs without it. fix: the line that helps, or nothing."""
+    """The result of one check. name: what was checked. status: its version or what is wrong. needed: whether fasttrain
+    cannot run without it. fix: the command or advice that fixes it, or empty."""
 
-    what: str
-    found: str
+    name: str
+    status: str
     good: bool = True
     needed: bool = True
     fix: str = ""
 
 
 def examine() -> list[Finding]:
+    """All findings, in the order to print them."""
     driver = driver_version()
     findings = [_python()]
     torch = _torch(findings, driver)
@@ -46,7 +48,7 @@ def examine() -> list[Finding]:
 
 
 def driver_version() -> str:
-    """The version of the NVIDIA driver, or nothing where there is none."""
+    """The version of the NVIDIA driver; empty where none is installed."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         text = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -57,13 +59,14 @@ def driver_version() -> str:
 
 
 def newest_cuda(driver: str) -> int:
-    """The newest CUDA version that a driver runs; 0 without a driver, or with one that is too old for all."""
+    """The newest CUDA major version that a driver supports; 0 without a driver, or with one too old for all of them."""
     branch = int(driver.split(".")[0]) if driver else 0
     return max((cuda for cuda, oldest in OLDEST_DRIVER.items() if branch >= oldest), default=0)
 
 
 def install_command(cuda: int, remove: tuple[str, ...] = ()) -> str:
-    """The command that installs fasttrain with the builds for a CUDA version, after removing what is in their way."""
+    """The command that installs fasttrain with the builds for a CUDA version, after removing conflicting packages and
+    those in `remove`."""
     command = "FASTTRAIN_CUDA=12 pip install ." if cuda == 12 else "pip install ."
     if cuda == 12 and platform.machine() == "aarch64":
         command += f" --extra-index-url {PYTORCH_INDEX}"
@@ -75,19 +78,19 @@ def install_command(cuda: int, remove: tuple[str, ...] = ()) -> str:
 
 
 def _dali_installed() -> tuple[str, ...]:
-    """The distributions of DALI that are installed. Two overwrite each other's files: one must be removed first."""
+    """The installed DALI distributions. Two of them overwrite each other's files, so they must be removed first."""
     return tuple(name for name in DALI if installed(name))
 
 
 def _cuda_for(driver: str, torch: Any) -> int:
-    """The CUDA version to install for: torch's own where the driver runs it, else the newest that the driver runs."""
-    newest = newest_cuda(driver) or 13  # a driver that is too old for all has to be updated first
-    own = _cuda_of(torch)
-    return own if own in OLDEST_DRIVER and own <= newest else newest
+    """The CUDA version to install for: torch's if the driver supports it, else the newest that it supports."""
+    newest = newest_cuda(driver) or 13  # a driver that is too old for all versions has to be updated first
+    current = _cuda_of(torch)
+    return current if current in OLDEST_DRIVER and current <= newest else newest
 
 
 def _cuda_of(torch: Any) -> int:
-    """The major version of CUDA that torch is built for; 0 without CUDA or without torch."""
+    """The CUDA major version that torch is built for; 0 without CUDA or without torch."""
     version = getattr(getattr(torch, "version", None), "cuda", None)
     return int(version.split(".")[0]) if version else 0
 
@@ -95,11 +98,11 @@ def _cuda_of(torch: Any) -> int:
 def _python() -> Finding:
     machine = platform.machine()
     good = sys.version_info >= (3, 11) and sys.platform == "linux" and machine in ("x86_64", "aarch64")
-    found = f"{platform.python_version()} on {sys.platform} {machine}"
+    status = f"{platform.python_version()} on {sys.platform} {machine}"
     if not good:
-        return Finding("Python", found, good, fix="needs Linux on x86-64 or aarch64, and Python 3.11 or newer")
+        return Finding("Python", status, good, fix="needs Linux on x86-64 or aarch64, and Python 3.11 or newer")
     untested = "all packages have builds for aarch64, but fasttrain has not been run on it yet"
-    return Finding("Python", found, fix=untested if machine == "aarch64" else "")
+    return Finding("Python", status, fix=untested if machine == "aarch64" else "")
 
 
 def _torch(findings: list[Finding], driver: str) -> Any:
@@ -118,7 +121,7 @@ def _torch(findings: list[Finding], driver: str) -> Any:
         fix = install_command(cuda, remove=("torch", "torchvision"))
         findings.append(Finding("torch", f"{version} (a build without CUDA)", good=False, needed=False, fix=fix))
     elif version.endswith("+cpu"):
-        fix = "torchvision and timm cannot be imported beside it: pip install --force-reinstall torch torchvision"
+        fix = "torchvision and timm cannot be imported with it: pip install --force-reinstall torch torchvision"
         findings.append(Finding("torch", f"{version} (a build without CUDA)", good=False, fix=fix))
     else:
         findings.append(Finding("torch", f"{version} (a build without CUDA)"))
@@ -129,22 +132,22 @@ def _package(name: str, fix: str, needed: bool = True) -> Finding:
     try:
         __import__(name)
         return Finding(name, importlib.metadata.version(name))
-    except Exception as error:  # a package beside the wrong torch fails in any way
+    except Exception as error:  # with the wrong torch, a package can raise any exception
         return Finding(name, f"cannot be imported: {str(error).splitlines()[0]}", False, needed, fix)
 
 
 def _driver(driver: str, torch: Any) -> Finding:
     newest = newest_cuda(driver)
-    found = f"{driver}, runs CUDA {newest} and older" if newest else f"{driver}, too old for CUDA 12"
+    status = f"{driver}, runs CUDA {newest} and older" if newest else f"{driver}, too old for CUDA 12"
     if torch is not None and torch.cuda.is_available():
-        return Finding("NVIDIA driver", found)  # whatever its version: NVIDIA's compatibility package helps old ones
+        return Finding("NVIDIA driver", status)  # of any version: NVIDIA's compatibility package supports old ones
     if not newest:
         fix = f"update the driver: CUDA 13 needs {OLDEST_DRIVER[13]} or newer, CUDA 12 {OLDEST_DRIVER[12]} or newer"
-        return Finding("NVIDIA driver", found, good=False, needed=False, fix=fix)
+        return Finding("NVIDIA driver", status, good=False, needed=False, fix=fix)
     if _cuda_of(torch) > newest:
-        found = f"{driver}, too old for torch's CUDA {torch.version.cuda}, which needs {OLDEST_DRIVER[13]} or newer"
-        return Finding("NVIDIA driver", found, good=False, needed=False, fix=install_command(newest))
-    return Finding("NVIDIA driver", found)
+        status = f"{driver}, too old for torch's CUDA {torch.version.cuda}, which needs {OLDEST_DRIVER[13]} or newer"
+        return Finding("NVIDIA driver", status, good=False, needed=False, fix=install_command(newest))
+    return Finding("NVIDIA driver", status)
 
 
 def _dali(torch: Any, driver: str) -> Finding:
@@ -154,16 +157,16 @@ def _dali(torch: Any, driver: str) -> Finding:
         return Finding("DALI", str(error), False, fix=install_command(_cuda_for(driver, torch), _dali_installed()))
     built = getattr(dali, "__cuda_version__", "")
     cuda = int(built) // 1000 if str(built).isdigit() else 0
-    found = f"{dali.__version__}, built for CUDA {cuda or 'of an unknown version'}"
+    status = f"{dali.__version__}, built for CUDA {cuda or 'of an unknown version'}"
     install = install_command(_cuda_for(driver, torch))
     if len(names := _dali_installed()) > 1:
-        found = f"{' and '.join(names)} are both installed and overwrite each other's files"
-        return Finding("DALI", found, good=False, fix=install)
+        status = f"{' and '.join(names)} are both installed and overwrite each other's files"
+        return Finding("DALI", status, good=False, fix=install)
     if tuple(int(part) for part in dali.__version__.split(".")[:2]) < (2, 2):
-        return Finding("DALI", f"{found}; needs 2.2 or newer", good=False, fix=install)
+        return Finding("DALI", f"{status}; needs 2.2 or newer", good=False, fix=install)
     if _cuda_of(torch) and cuda != _cuda_of(torch):
-        return Finding("DALI", f"{found}, but torch is built for CUDA {_cuda_of(torch)}", good=False, fix=install)
-    return Finding("DALI", found)
+        return Finding("DALI", f"{status}, but torch is built for CUDA {_cuda_of(torch)}", good=False, fix=install)
+    return Finding("DALI", status)
 
 
 def _gpu(torch: Any, driver: str) -> list[Finding]:
@@ -177,10 +180,10 @@ def _gpu(torch: Any, driver: str) -> list[Finding]:
         return [Finding("GPU", "none that torch can use", good=False, needed=False, fix=fix)]
     findings = []
     for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, compute capability {about.major}.{about.minor}"
-        findings.append(Finding(f"GPU {number}", found, fix="" if about.major >= 8 else "no bf16: fp16 is used"))
+        gpu = torch.cuda.get_device_properties(number)
+        status = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        findings.append(Finding(f"GPU {number}", status, fix="" if gpu.major >= 8 else "no bf16: fp16 is used"))
     compiler = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
-    fix = "" if compiler else "Triton compiles kernels with it: install gcc"
+    fix = "" if compiler else "Triton needs it to compile kernels: install gcc"
     findings.append(Finding("C compiler", compiler or "none", good=bool(compiler), fix=fix))
     return findings

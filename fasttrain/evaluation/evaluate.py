@@ -1,4 +1,4 @@
-"""What a network says of images: scores over one view while training, probabilities over any views afterwards."""
+"""Runs a network on images: scores over one view during training, probabilities over any views afterwards."""
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -23,8 +23,8 @@ TOP = 5
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ranks, precision: torch.dtype) -> Scores:
-    """Scores of a network (in eval mode meanwhile) over all ranks' batches of one crop. With fewer than five classes
-    top-5 is 1. An answer that is not finite is wrong, and counted as such.
+    """Scores of a network over all ranks' batches of one crop; it is in eval mode meanwhile. With fewer than five
+    classes top-5 is 1. An output that is not finite counts as wrong, and is counted in `Scores.not_finite`.
 
     precision: bfloat16 or float16 for autocast, float32 for none.
     """
@@ -34,9 +34,9 @@ def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ra
     labels = torch.from_numpy(index.labels)
     top = min(TOP, len(index.classes))
     counts = torch.zeros(4, dtype=torch.int64, device=device)
-    for (pixels,), numbers in batches:
-        target = to_device(labels[numbers], device)
-        logits = _logits(model, normalised(pixels, precision), precision)
+    for (pixels,), indices in batches:
+        target = to_device(labels[indices], device)
+        logits = _logits(model, normalize(pixels, precision), precision)
         finite = logits.isfinite().all(1)  # topk ranks nan first
         hits = (logits.topk(top, dim=1).indices == target[:, None]) & finite[:, None]
         counts[0] += hits[:, 0].sum()
@@ -44,8 +44,8 @@ def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ra
         counts[2] += len(target)
         counts[3] += (~finite).sum()
     model.train(training)
-    first, five, images_seen, bad = ranks.sum(counts).tolist()
-    return Scores(first / images_seen, five / images_seen, images_seen, bad)
+    top1_hits, top5_hits, images, bad = ranks.sum(counts).tolist()
+    return Scores(top1_hits / images, top5_hits / images, images, bad)
 
 
 @torch.no_grad()
@@ -57,36 +57,36 @@ def probabilities(
     precision: torch.dtype,
     advance: Callable[[int], object] = lambda images: None,
 ) -> dict[int, NDArray[np.float32]]:
-    """Mean softmax over each size's views, {size: float32 [N, K]}: of all N images of the index on rank 0, and of a
-    rank's own share on the others; classes: K. The network must be in eval mode. RunError where an answer is not
-    finite.
+    """Mean softmax over each size's views, {size: float32 [N, K]}: of all N images of the index on rank 0, and of the
+    rank's own share on other ranks. classes: K. advance: called after each batch with its number of images. The network
+    must be in eval mode. Raises RunError where an output is not finite.
 
-    Views go through the network one after another, so that activations of one batch at the largest size are the most
-    that is held at once. advance: called with the number of images done after each batch.
+    Views go through the network one after another, so memory never holds more activations than those of one batch at
+    the largest size.
     """
     views = batches.source.views
-    count, done = len(batches.source.numbers), 0
-    found = {size: np.empty((count, classes), np.float32) for size in views.sizes}
-    for pixels, numbers in batches:
+    count, done = len(batches.source.indices), 0
+    results = {size: np.empty((count, classes), np.float32) for size in views.sizes}
+    for pixels, indices in batches:
         sums: dict[int, Tensor] = {}
-        for crop, each in zip(views.crops, pixels, strict=True):
-            images = normalised(each, precision)
-            for seen in (images, images.flip(3)) if views.flip else (images,):
-                chances = _logits(model, seen, precision).softmax(1)
-                sums[crop.size] = sums[crop.size] + chances if crop.size in sums else chances
+        for crop, crop_pixels in zip(views.crops, pixels, strict=True):
+            images = normalize(crop_pixels, precision)
+            for view in (images, images.flip(3)) if views.flip else (images,):
+                probs = _logits(model, view, precision).softmax(1)
+                sums[crop.size] = sums[crop.size] + probs if crop.size in sums else probs
         for size, total in sums.items():
-            found[size][done : done + len(numbers)] = (total * (len(views.sizes) / len(views))).cpu().numpy()
-            bad = np.flatnonzero(~np.isfinite(found[size][done : done + len(numbers)]).all(1))
+            results[size][done : done + len(indices)] = (total * (len(views.sizes) / len(views))).cpu().numpy()
+            bad = np.flatnonzero(~np.isfinite(results[size][done : done + len(indices)]).all(1))
             if len(bad):
-                path = batches.source.index.paths[int(numbers[bad[0]])]
+                path = batches.source.index.paths[int(indices[bad[0]])]
                 raise RunError(
-                    f"the network's answer to {printable(path)} at {size} pixels is not finite: it has diverged"
+                    f"the network's output for {printable(path)} at {size} pixels is not finite: it has diverged"
                 )
-        done += len(numbers)
-        advance(len(numbers))
+        done += len(indices)
+        advance(len(indices))
     if ranks.world == 1:
-        return found
-    shares = ranks.gather(found)
+        return results
+    shares = ranks.gather(results)
     return {size: np.concatenate([share.pop(size) for share in shares]) for size in views.sizes}
 
 
@@ -95,11 +95,11 @@ def _logits(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
         return model(images).logits.float()
 
 
-def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """A pipeline's uint8 [B, H, W, 3] as a network's input [B, 3, H, W], channels_last, without any mixing."""
+def normalize(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a pipeline's uint8 [B, H, W, 3] into a network's input [B, 3, H, W], channels_last, without mixing."""
     return mix.mix(pixels, _plain(len(pixels), pixels.device), IMAGENET_MEAN, IMAGENET_STD, dtype).images
 
 
-@lru_cache(maxsize=4)  # a pass has batches of two sizes, on one device
+@lru_cache(maxsize=4)  # an evaluation has batches of at most two sizes, on one device
 def _plain(batch: int, device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(mix.plain_params(batch)), device)

@@ -1,4 +1,4 @@
-"""Files of probabilities: what `eval` and `predict` write, and `ensemble` reads. An .npz without pickles."""
+"""Files of probabilities, which `eval` and `predict` write and `ensemble` reads: .npz without pickles."""
 
 import os
 import re
@@ -18,8 +18,8 @@ from fasttrain.utils.files import opened, replacing
 from fasttrain.utils.text import printable
 
 _REQUIRED = ("ids", "classes", "probs")
-# What numpy and zipfile raise over bytes that they do not expect.
-_DAMAGE = (
+# What numpy and zipfile raise for damaged files.
+_READ_ERRORS = (
     *(ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError, MemoryError, OverflowError),
     *(tokenize.TokenError, AttributeError, KeyError, TypeError, IndexError, RecursionError, zlib.error),
 )
@@ -30,8 +30,8 @@ _SIZE = re.compile(r"probs_(\d{1,4})")
 class Predictions:
     """Probabilities of N images over K classes.
 
-    ids: N texts, paths relative to the images' folder, with `/`. classes: K texts. probs: float32 [N, K], rows sum to
-    1. labels: int64 [N] or None. per_size: {pixels: float32 [N, K]} where several sizes were fused into `probs`.
+    ids: N strings, paths relative to the images' folder, with `/`. classes: K strings. probs: float32 [N, K], rows sum
+    to 1. labels: int64 [N] or None. per_size: {image size: float32 [N, K]} where `probs` is the mean of several sizes.
     """
 
     ids: NDArray[np.str_]
@@ -45,7 +45,8 @@ class Predictions:
 
 
 class Scores(NamedTuple):
-    """Shares in 0 … 1 over `images` images. not_finite: how many of them got an answer that is not; those are wrong."""
+    """top1, top5: shares in 0 … 1 of `images` images. not_finite: how many of them have outputs that are not finite;
+    they count as wrong."""
 
     top1: float
     top5: float
@@ -53,111 +54,112 @@ class Scores(NamedTuple):
     not_finite: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As the log and checkpoints store them; not_finite only where it is above 0."""
-        return {name: each for name, each in self._asdict().items() if each or name != "not_finite"}
+        """The scores as the log and checkpoints store them; not_finite only where it is above 0."""
+        return {name: value for name, value in self._asdict().items() if value or name != "not_finite"}
 
 
 def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
     """Top-1 and top-5 of probabilities [N, K]; with five classes or fewer top-5 is 1."""
-    own = probs[np.arange(len(labels)), labels][:, None]
-    # Among equals the first class counts as the higher, as in argmax; what is not a number is never right.
-    lower = (probs < own) | ((probs == own) & (np.arange(probs.shape[1]) > labels[:, None]))
+    of_label = probs[np.arange(len(labels)), labels][:, None]
+    # On a tie the first class ranks higher, as in argmax. A NaN is never right.
+    lower = (probs < of_label) | ((probs == of_label) & (np.arange(probs.shape[1]) > labels[:, None]))
     rank = probs.shape[1] - 1 - lower.sum(1)
     bad = int((~np.isfinite(probs)).any(1).sum())
     return Scores(float((rank == 0).mean()), float((rank < 5).mean()), len(labels), bad)
 
 
 def save(predictions: Predictions, path: Path) -> None:
-    """Write a file atomically. Raises UserError where `path` is something else than such a file."""
+    """Write a file atomically. Raises UserError like `check_overwritable`, RunError where it cannot be written."""
     check_overwritable(path)
     arrays: dict[str, NDArray] = {
         "ids": predictions.ids,
         "classes": predictions.classes,
         "probs": predictions.probs,
-        **{f"probs_{size}": each for size, each in predictions.per_size.items()},
+        **{f"probs_{size}": probs for size, probs in predictions.per_size.items()},
     }
     if predictions.labels is not None:
         arrays["labels"] = predictions.labels
-    with replacing(path) as aside, aside.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
 def check_overwritable(path: Path) -> None:
-    """UserError unless `path` can be written without losing what fasttrain did not make."""
+    """Raises UserError where `path` does not end in .npz, has no folder, or exists and holds no probabilities."""
     if path.suffix != ".npz":
         raise UserError(f"{printable(path)}: probabilities are kept in a .npz file; end the name in .npz")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")
-    if path.exists() and not _looks_like_ours(path):
-        raise UserError(f"{printable(path)} is there and holds no probabilities; name another file")
+    if path.exists() and not _has_probabilities(path):
+        raise UserError(f"{printable(path)} exists and holds no probabilities; name another file")
 
 
-def _looks_like_ours(path: Path) -> bool:
+def _has_probabilities(path: Path) -> bool:
     try:
         with opened(path) as file, zipfile.ZipFile(file) as archive:
             return {f"{name}.npy" for name in _REQUIRED} <= set(archive.namelist())
-    except (OSError, *_DAMAGE):
+    except (OSError, *_READ_ERRORS):
         return False
 
 
 def load(path: Path, per_size: bool = True) -> Predictions:
-    """Read an untrusted file; without per_size only what is fused. Raises UserError that names the file and what is
-    wrong with it."""
+    """Read an untrusted file; without per_size, only the means. Raises UserError, which says what is wrong with the
+    file."""
     try:
         with opened(path) as file:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
-            # Stored, not compressed, as numpy writes them, and none inside another: then a file cannot unpack to more
-            # than its own size.
-            if any(each.compress_type != zipfile.ZIP_STORED for each in entries):
+            # Entries must be uncompressed, as numpy writes them, and must not overlap: then a file cannot unpack to
+            # more than its own size.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("it is compressed; write it with numpy.savez")
-            if len({each.filename for each in entries}) < len(entries):
-                raise ValueError("it holds something twice")
-            if sum(each.file_size for each in entries) > os.fstat(file.fileno()).st_size:
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise ValueError("two of its entries have the same name")
+            if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
                 raise ValueError("its arrays overlap")
             file.seek(0)
             archive = np.load(file, allow_pickle=False)
             known = {*_REQUIRED, "labels"}
             wanted = [name for name in archive.files if name in known or (per_size and _SIZE.fullmatch(name))]
-            return _checked({name: archive[name] for name in wanted})
+            return _parse({name: archive[name] for name in wanted})
     except OSError as error:
         raise UserError(f"cannot read {printable(path)}: {error.strerror or error}") from None
-    except _DAMAGE as error:
-        gist = str(error).splitlines()[0] if str(error) else "damaged"
-        raise UserError(f"{printable(path)} holds no probabilities: {printable(gist)}") from None
+    except _READ_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else "damaged"
+        raise UserError(f"{printable(path)} holds no probabilities: {printable(reason)}") from None
 
 
-def _checked(arrays: dict[str, NDArray]) -> Predictions:
+def _parse(arrays: dict[str, NDArray]) -> Predictions:
+    """The predictions in a file's arrays. Raises ValueError where an array is missing or wrong."""
     for name in _REQUIRED:
         if not isinstance(arrays.get(name), np.ndarray):
             raise ValueError(f"it has no array {name!r}")
     ids, classes, probs = arrays["ids"], arrays["classes"], arrays["probs"]
-    for name, each in (("ids", ids), ("classes", classes)):
-        if each.dtype.kind != "U" or each.ndim != 1:
-            raise ValueError(f"{name!r} is not a list of texts")
-        letters = np.frombuffer(each.astype(each.dtype.newbyteorder("<")).tobytes(), "<u4")
-        # Halves of surrogate pairs are none, but for those that stand for bytes in names of files.
-        halves = (letters >= 0xD800) & (letters < 0xE000) & ~((letters >= 0xDC80) & (letters < 0xDD00))
-        if (letters > 0x10FFFF).any() or halves.any():
-            raise ValueError(f"{name!r} has letters that there are none of")
-        if len(np.unique(each)) < len(each):
-            raise ValueError(f"{name!r} names something twice")
+    for name, strings in (("ids", ids), ("classes", classes)):
+        if strings.dtype.kind != "U" or strings.ndim != 1:
+            raise ValueError(f"{name!r} is not a list of strings")
+        codes = np.frombuffer(strings.astype(strings.dtype.newbyteorder("<")).tobytes(), "<u4")
+        # Surrogates are invalid, except those that stand for undecodable bytes in file names (surrogateescape).
+        surrogates = (codes >= 0xD800) & (codes < 0xE000) & ~((codes >= 0xDC80) & (codes < 0xDD00))
+        if (codes > 0x10FFFF).any() or surrogates.any():
+            raise ValueError(f"{name!r} has characters that are not Unicode")
+        if len(np.unique(strings)) < len(strings):
+            raise ValueError(f"{name!r} has an entry twice")
     if not len(ids) or not len(classes):
         raise ValueError("it is empty")
-    sizes = {int(found[1]): each for name, each in arrays.items() if (found := _SIZE.fullmatch(name))}
-    for name, each in (("probs", probs), *((f"probs_{size}", each) for size, each in sizes.items())):
-        if not isinstance(each, np.ndarray):
-            raise ValueError(f"{name!r} is no array")
-        if each.dtype != np.float32 or each.shape != (len(ids), len(classes)):
-            raise ValueError(f"{name!r} is {each.dtype} {list(each.shape)}, not float32 {[len(ids), len(classes)]}")
-        if not (np.isfinite(each).all() and (each >= 0).all() and np.allclose(each.sum(1), 1, atol=1e-3)):
-            raise ValueError(f"rows of {name!r} are no probabilities: they must be 0 or more and sum to 1")
+    sizes = {int(match[1]): array for name, array in arrays.items() if (match := _SIZE.fullmatch(name))}
+    for name, array in (("probs", probs), *((f"probs_{size}", array) for size, array in sizes.items())):
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name!r} is not an array")
+        if array.dtype != np.float32 or array.shape != (len(ids), len(classes)):
+            raise ValueError(f"{name!r} is {array.dtype} {list(array.shape)}, not float32 {[len(ids), len(classes)]}")
+        if not (np.isfinite(array).all() and (array >= 0).all() and np.allclose(array.sum(1), 1, atol=1e-3)):
+            raise ValueError(f"rows of {name!r} are not probabilities: they must be 0 or more and sum to 1")
     labels = arrays.get("labels")
     if labels is not None:
         if not isinstance(labels, np.ndarray):
-            raise ValueError("'labels' is no array")
+            raise ValueError("'labels' is not an array")
         if labels.dtype != np.int64 or labels.shape != ids.shape:
             raise ValueError(f"'labels' is {labels.dtype} {list(labels.shape)}, not int64 {[len(ids)]}")
         if (labels < 0).any() or (labels >= len(classes)).any():
-            raise ValueError("'labels' names classes that are not there")
+            raise ValueError("'labels' names classes that do not exist")
     return Predictions(ids, classes, probs, labels, sizes)

@@ -1,4 +1,4 @@
-"""The challenge's submission: a CSV of one predicted class for each test image, and a strict scorer for it."""
+"""The challenge's submission, a CSV of one predicted class per test image, and a strict scorer for it."""
 
 import csv
 import io
@@ -14,22 +14,25 @@ HEADER, LABELS_HEADER = ("Image IDs", "Predictions"), ("Image IDs", "Labels")
 
 
 def check_overwritable(path: Path) -> None:
-    """UserError unless `path` can be written without losing what is no submission."""
+    """Raises UserError where `path` has no folder, or exists and is not a submission."""
     if not path.parent.is_dir():
         raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")
     if path.exists() and not _is_submission(path):
-        raise UserError(f"{printable(path)} is there and is no submission; name another file")
+        raise UserError(f"{printable(path)} exists and is not a submission; name another file")
 
 
 def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
-    """Write predictions, sorted by id as text; ids are the names of the images' files. Raises UserError where two ids
-    end in the same name, or `path` is something else than a submission."""
-    names = [each.rsplit("/", 1)[-1] for each in ids]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"two images are called {printable(twice[0])!r}; a submission needs names that differ")
+    """Write predictions, sorted by id as text. Ids are written without folders. Raises UserError where two are then the
+    same, or like `check_overwritable`; RunError where the file cannot be written."""
+    names = [id_.rsplit("/", 1)[-1] for id_ in ids]
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise UserError(f"two images are called {printable(duplicates[0])!r}; a submission needs unique names")
     check_overwritable(path)
-    with replacing(path) as aside, aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
         writer.writerows(sorted(zip(names, map(int, classes), strict=True)))
@@ -44,11 +47,11 @@ def _is_submission(path: Path) -> bool:
 
 
 def read(path: Path, header: tuple[str, str]) -> dict[str, int]:
-    """{image: class} of a submission or a file of labels: the header line, then rows of an id and a whole number.
+    """{id: class} of a submission or a file of labels: the header line, then rows of an id and an integer.
 
-    Raises UserError that names the line: a row of another shape, an id twice, a class that is no number.
+    Raises UserError, which names the line, for a malformed row, a duplicate id, or a class that is not an integer.
     """
-    found: dict[str, int] = {}
+    classes: dict[str, int] = {}
     try:
         with io.TextIOWrapper(opened(path), encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
@@ -60,27 +63,30 @@ def read(path: Path, header: tuple[str, str]) -> dict[str, int]:
                 if len(row) != 2:
                     raise UserError(f"{where}: a row is an id and a class, not {len(row)} values")
                 name, text = row
-                if name in found:
-                    raise UserError(f"{where}: {printable(name)!r} is named a second time")
+                if name in classes:
+                    raise UserError(f"{where}: {printable(name)!r} is listed a second time")
                 if not (text.isascii() and text.isdigit() and len(text) < 10):
-                    raise UserError(f"{where}: {printable(text)!r} is no class; classes are whole numbers from 0")
-                found[name] = int(text)
+                    raise UserError(f"{where}: {printable(text)!r} is not a class; classes are integers from 0")
+                classes[name] = int(text)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {printable(path)}: {printable(str(error))}") from None
-    return found
+    return classes
 
 
 def score(submission: Path, labels: Path) -> tuple[float, int]:
     """Top-1 of a submission and the number of images.
 
-    Strict, where the challenge's own scorer passes over what is missing: UserError unless each image of the labels is
-    there once and no other is. Any whole number is a class: labels need not have an image of each.
+    Raises UserError unless the submission has each image of the labels once, and no other; the challenge's own scorer
+    skips missing images. Any integer from 0 is a class, since the labels need not have an image of each class.
     """
-    truth, told = read(labels, LABELS_HEADER), read(submission, HEADER)
+    truth, predicted = read(labels, LABELS_HEADER), read(submission, HEADER)
     if not truth:
-        raise UserError(f"{printable(labels)} names no image")
-    for what, names in (("lacks", truth.keys() - told.keys()), ("has the foreign", told.keys() - truth.keys())):
+        raise UserError(f"{printable(labels)} lists no images")
+    for problem, names in (
+        ("lacks", truth.keys() - predicted.keys()),
+        ("has the unknown", predicted.keys() - truth.keys()),
+    ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{printable(submission)} {what} image {printable(min(names))!r}{more}")
-    return sum(told[name] == label for name, label in truth.items()) / len(truth), len(truth)
+            raise UserError(f"{printable(submission)} {problem} image {printable(min(names))!r}{more}")
+    return sum(predicted[name] == label for name, label in truth.items()) / len(truth), len(truth)

@@ -1,14 +1,11 @@
 """The losses, one file each. `LOSSES` maps the name used in recipes and logs to the class."""
 
-from fasttrain.losses.arcface import ArcFace
-from fasttrain.losses.contrastive import Contrastive
-from fasttrain.losses.cross_entropy import CrossEntropy
-from fasttrain.losses.distillation import Distillation
-from fasttrain.losses.mean_teacher import MeanTeacher
-from fasttrain.losses.symmetric import SymmetricCrossEntropy
-from fasttrain.losses.triplet import Triplet
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
-LOSSES = {
-    each.name: each
-    for each in (CrossEntropy, Triplet, ArcFace, Distillation, SymmetricCrossEntropy, Contrastive, MeanTeacher)
-}
+from fasttrain.losses.base import Loss
+
+for _module in iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)
+LOSSES: dict[str, type[Any]] = {loss.name: loss for loss in Loss.__subclasses__()}

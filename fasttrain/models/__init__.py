@@ -1,7 +1,6 @@
-"""Networks: timm's, from random weights only, as classifiers that also return their features."""
+"""timm networks with random weights, as classifiers that also return their features."""
 
 import difflib
-from dataclasses import dataclass
 
 import timm
 import torch
@@ -16,31 +15,18 @@ from fasttrain.models.heads import CosineHead, ProjectionHead, tie
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
-
-@dataclass(frozen=True)
-class Arch:
-    """A network that the DeepBlueAI report trains. parameters: with 1000 classes."""
-
-    parameters: int
-    batch_size: int
-
-
-ARCHS = {
-    "tresnet_xl": Arch(parameters=78_436_244, batch_size=256),
-    "resnest101e": Arch(parameters=48_275_016, batch_size=128),
-    "seresnext101_32x4d": Arch(parameters=48_955_416, batch_size=128),
-}
+ARCHS = ("tresnet_xl", "resnest101e", "seresnext101_32x4d")  # the networks that the DeepBlueAI report trains
 
 
 class Classifier(nn.Module):
     """A timm network with K classes. Takes images [B, 3, H, W] and returns Output(logits [B, K], features [B, D]): the
-    pooled features that enter the classifier (after its dropout, where the network has one).
+    pooled features that enter the classifier (after its dropout, if the network has one).
 
     cosine_head: in training mode, also return `Output.cosine` [B, K] from a second head without bias. projection_head:
-    in training mode, also return `Output.embedding` [B, E]; in a step where no loss reads it, its weights get a
-    gradient of zeros. zero_gamma=False: norms that timm starts at 0 start at 1. aligned: pad a TResNet's widths to
-    multiples of 8 (see `models.aligned`), which changes nothing else. Raises UserError for a network that timm cannot
-    make.
+    in training mode, also return `Output.embedding` [B, E]; in a step where no loss uses it, its weights get a gradient
+    of zeros. zero_gamma=False: norm weights that timm initializes with 0 are initialized with 1. aligned: pad a
+    TResNet's widths to multiples of 8 (see `models.aligned`), which changes nothing else. Raises UserError for a
+    network that timm cannot create.
     """
 
     def __init__(
@@ -56,21 +42,21 @@ class Classifier(nn.Module):
         super().__init__()
         if not timm.is_model(arch):
             close = difflib.get_close_matches(arch, [*ARCHS, *timm.list_models()], n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"the report's are {', '.join(ARCHS)}"
-            raise UserError(f"no network {arch!r} in timm {timm.__version__}; {hint}")
+            hint = f"did you mean {' or '.join(close)}?" if close else f"for example {', '.join(ARCHS)}"
+            raise UserError(f"timm {timm.__version__} has no network {arch!r}; {hint}")
         try:
             self.backbone = timm.create_model(arch, pretrained=False, num_classes=classes)
         except RuntimeError as error:
-            raise UserError(f"timm cannot make {arch!r}: {printable(str(error))}") from None
+            raise UserError(f"timm cannot create {arch!r}: {printable(str(error))}") from None
         classifier = self.backbone.get_classifier()
         if not isinstance(classifier, nn.Linear):
             raise UserError(f"{arch!r} does not end in one linear classifier; choose another network")
         if not zero_gamma:
-            _start_norms_at_one(self.backbone)
+            _init_norms_to_one(self.backbone)
         if aligned and isinstance(self.backbone, TResNet):
             align(self.backbone)
         use_channels_last_forms(self.backbone)
-        # Heads come last, so that a seed gives the same other weights with and without them.
+        # The heads come last: a seed gives the same other weights with and without them.
         self.cosine = CosineHead(classifier.in_features, classes) if cosine_head else None
         self.projection = ProjectionHead(classifier.in_features) if projection_head else None
 
@@ -88,7 +74,7 @@ class Classifier(nn.Module):
 
     @property
     def classifier_prefix(self) -> str:
-        """How the names of the classifier's tensors begin."""
+        """The prefix of the names of the classifier's tensors."""
         last = self.backbone.get_classifier()
         return next(f"{name}." for name, module in self.named_modules() if module is last)
 
@@ -104,27 +90,29 @@ class Classifier(nn.Module):
         return Output(logits, features, cosine, embedding)
 
 
-_SMALLER = "choose another --image-size, --batch-size or micro_batch"
+_ADVICE = "choose another --image-size, --batch-size or micro_batch"
 
 
 def build_on_meta(recipe: Recipe, classes: int) -> Classifier:
-    """The network that a recipe trains, on the meta device: without values, it takes no memory."""
+    """The network that a recipe trains, on the meta device, where it has no values and takes no memory."""
     with torch.device("meta"):
         return Classifier.of(recipe, classes)
 
 
-def check_input_shape(model: Classifier, arch: str, rows: int, size: int, advice: str = _SMALLER) -> Output:
-    """The output of a network of `build_on_meta` in training for `rows` images of size x size. Raises UserError, with
-    this advice, where the network does not take them."""
+def check_input_shape(model: Classifier, arch: str, rows: int, size: int, advice: str = _ADVICE) -> Output:
+    """The training output of a network from `build_on_meta` for `rows` images of size x size. Raises UserError, with
+    `advice`, where the network does not accept them."""
     try:
         return model.train()(torch.empty(rows, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        gist = printable(" ".join(str(error).split())[:200])
+        reason = printable(" ".join(str(error).split())[:200])
         images = "one image" if rows == 1 else f"{rows} images"
-        raise UserError(f"{arch} does not take {images} of {size} x {size} pixels at once ({gist}); {advice}") from None
+        raise UserError(
+            f"{arch} does not take {images} of {size} x {size} pixels at once ({reason}); {advice}"
+        ) from None
 
 
-def _start_norms_at_one(network: nn.Module) -> None:
+def _init_norms_to_one(network: nn.Module) -> None:
     for module in network.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not weight.is_meta and not weight.detach().any():

@@ -1,8 +1,8 @@
-"""Modules of timm that leave the channels_last layout, in forms that keep it and compute the same.
+"""Forms of timm's modules that keep the channels_last layout and compute the same.
 
-Convolutions of half precision are fast in channels_last. Where a module in between answers in the other layout, or its
-gradient does, whole activations are rewritten, forward or backward. `use_channels_last_forms` gives a network's modules
-these forms in place; parameters, buffers and their names stay.
+Half-precision convolutions are fast in channels_last. If a module between them returns another layout, or its gradient
+has another layout, full activations are copied in the forward or backward pass. `use_channels_last_forms` replaces the
+modules in place; parameters, buffers and their names stay the same.
 """
 
 from itertools import starmap
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 
 def use_channels_last_forms(network: nn.Module) -> nn.Module:
-    """Replace the forward of each such module of a network, in place, and give the network back."""
+    """Replace the forward of each of these modules in a network, in place, and return the network."""
     for module in network.modules():
-        for known in _FORMS:
-            if type(module) is known.__base__:
-                module.__class__ = known
+        for form in _FORMS:
+            if type(module) is form.__base__:
+                module.__class__ = form
     return network
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over height and width, [B, C, H, W] to [B, C, 1, 1]. torch's own gradient is a whole tensor in the other
-    layout; this one is a view of B · C numbers."""
+    """Mean over height and width, [B, C, H, W] to [B, C, 1, 1]. torch's own gradient is a full tensor in
+    contiguous layout; this one is an expanded view of B · C values."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Squeeze(SEModule):
 
 
 class Split(SplitAttn):
-    """The radix's parts are ranges of channels, added one to another, and not a dimension to sum over."""
+    """Adds the radix's parts as ranges of channels, instead of summing over a dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act0(self.drop(self.bn0(self.conv(x))))
@@ -72,7 +72,7 @@ def _sum(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 class Depth(SpaceToDepth):
-    """Pixels of a block become channels in one copy, to where channels_last has them."""
+    """Turns the pixels of each block into channels with one copy, directly in channels_last."""
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -83,8 +83,7 @@ class Depth(SpaceToDepth):
 
 
 class _Reflect(torch.autograd.Function):
-    """[B, C, H, W] with a border of one pixel, [B, C, H + 2, W + 2], that mirrors what is inside of the outermost
-    pixels."""
+    """Reflection padding of one pixel, [B, C, H, W] to [B, C, H + 2, W + 2]; the edge pixels are not repeated."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ class _Reflect(torch.autograd.Function):
 
 
 class Blur(BlurPool2d):
-    """On a GPU torch's padding leaves channels_last, and its gradient adds in no fixed order."""
+    """Uses `_Reflect`: on a GPU torch's own padding leaves channels_last, and its gradient is not deterministic."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pad_mode != "reflect" or self.padding != [1] * 4:

@@ -1,4 +1,4 @@
-"""Heads beside the classifier, which only training needs."""
+"""Additional heads, which only training uses."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from fasttrain.losses.base import at_least_float32
 
-TRAINING_HEADS = ("cosine.", "projection.")  # how the names of their tensors begin
+TRAINING_HEADS = ("cosine.", "projection.")  # prefixes of the names of their tensors
 
 
 class CosineHead(nn.Module):
-    """Cosines [B, K] of the angles between features [B, D] and K weights, in float32, also under autocast."""
+    """Cosines [B, K] of the angles between features [B, D] and K weights, in float32 even under autocast."""
 
     def __init__(self, features: int, classes: int) -> None:
         super().__init__()
@@ -27,8 +27,9 @@ class CosineHead(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Unit vectors [B, dimensions] (0 where the projection is 0), in float32, also under autocast, from features
-    [B, D]: two linear layers, D wide in between, with a ReLU (Chen et al. 2020, arXiv 2002.05709)."""
+    """Projects features [B, D] to unit vectors [B, dimensions], or to 0 where the projection is 0. Returns
+    float32 even under autocast. Two linear layers, D wide in between, with a ReLU (Chen et al. 2020, arXiv
+    2002.05709)."""
 
     def __init__(self, features: int, dimensions: int = 128) -> None:
         super().__init__()
@@ -42,15 +43,15 @@ class ProjectionHead(nn.Module):
 
 
 def _no_autocast(values: Tensor) -> AbstractContextManager[object]:
-    """Disables autocast. The meta device has none to disable."""
+    """Disables autocast, which the meta device does not have."""
     return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
 
 
 def tie(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors as they are; if only one of them gets a gradient, the other one gets zeros.
+    """Return both tensors unchanged; if only one of them gets a gradient, the other one gets zeros.
 
-    A loss that reads the embedding may skip a step. DDP waits for a gradient of each parameter, or expects the same
-    parameters in every step, and SGD leaves out parameters without a gradient, with their momentum and decay.
+    A loss that uses the embedding may skip a step. But DDP waits for the gradient of each parameter, or expects the
+    same parameters in every step, and SGD skips parameters without a gradient, with their momentum and decay.
     """
     return _Tie.apply(one, other)
 

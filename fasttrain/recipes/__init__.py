@@ -1,4 +1,4 @@
-"""Recipes by name. There is one file per source, headed by its command and its reference."""
+"""Recipes by name. There is one file per source, headed by its commands, its reference and its results."""
 
 from fasttrain.config.schema import Recipe
 from fasttrain.config.toml import TEXT_LENGTH, from_toml, nearest
@@ -36,8 +36,8 @@ RECIPES: dict[str, Recipe] = {
 
 
 def for_arch(arch: str, combination: str = "ce") -> Recipe:
-    """The report's recipe of a network and a key of COMBINATIONS. Where it has none, the same rules: stage 1 with
-    batch 128 and 90 epochs for a network that is not the report's, and stage 2 from there as in `second_stage`."""
+    """The DeepBlueAI report's recipe for a network and a key of COMBINATIONS. A network that the report does not train
+    has batch 128 and 90 epochs in stage 1; stage 2 follows from it (see `second_stage`)."""
     report = {recipe.name: recipe for recipe in SEVEN}
     name = f"deepblueai/{arch}-{combination}"
     if name in report:
@@ -47,7 +47,7 @@ def for_arch(arch: str, combination: str = "ce") -> Recipe:
 
 
 def by_name(name: str) -> Recipe:
-    """A recipe of `RECIPES`, or of a TOML file when `name` ends in .toml."""
+    """A recipe of `RECIPES`, or of a TOML file if `name` ends in .toml. Raises UserError where there is none."""
     if name.endswith(".toml"):
         try:
             text = read_text(name, TEXT_LENGTH)
@@ -61,7 +61,7 @@ def by_name(name: str) -> Recipe:
 
 
 def table() -> str:
-    """The recipes with what sets them apart, one a line."""
+    """The recipes with their main settings, one per line."""
     rows: list[tuple[str, ...]] = [("recipe", "network", "px", "batch", "peak lr", "epochs", "losses")]
     for recipe in RECIPES.values():
         losses = " + ".join(loss.name for loss in recipe.losses)

@@ -1,8 +1,13 @@
-"""The Bag of Tricks (He et al. 2018, arXiv 1812.01187): ResNet-50 at batch 1024, each recipe one change above another.
+"""The Bag of Tricks (He et al. 2018, arXiv 1812.01187): ResNet-50 with batch 1024; each recipe adds one change.
 
     fasttrain run --recipe bag_of_tricks/cosine --data DIR
+    fasttrain run --recipe bag_of_tricks/distillation --data DIR --set losses.distillation.teacher=RUN
 
-The paper's colour jitter and PCA noise are not there. None of its accuracies has been reproduced here.
+The ladder is baseline, efficient, resnet-d, cosine, smoothing, distillation, mixup and mixup-distillation. The paper's
+color jitter and PCA noise are missing.
+
+Reached there, top-1 on all of ImageNet: efficient 76.21 %, resnet-d 77.16 %, cosine 77.91 %, smoothing 78.31 %,
+distillation 78.67 %, mixup 79.15 %, mixup-distillation 79.29 %. Here: not run at this scale yet.
 """
 
 from dataclasses import replace

@@ -42,7 +42,7 @@ class Feed:
 
     def _hash(self, images: Images) -> list[str]:
         """A hash per row: all views of the first image, then those of the second, and so on."""
-        ids = [self.index.ids[number] for number in images.numbers.tolist()]
+        ids = [self.index.ids[number] for number in images.indices.tolist()]
         rows = hash_rows(images.pixels, ids * self.plan.views_total)
         return [row for image in range(len(ids)) for row in rows[image :: len(ids)]]
 

@@ -134,8 +134,8 @@ class Diverged(Exception):
         plans = [replace(self.plan, rank=rank) for rank in range(self.plan.world)]
         steps = []
         for step, values in self.failures.items():
-            numbers = [n for plan in plans for micro in range(plan.micro_batches) for n in plan.images(step, micro)]
-            steps.append({"step": step + 1, **values, "images": [printable(index.paths[number]) for number in numbers]})
+            indices = [n for plan in plans for micro in range(plan.micro_batches) for n in plan.images(step, micro)]
+            steps.append({"step": step + 1, **values, "images": [printable(index.paths[number]) for number in indices]})
         content = {"step": self.steps_done, "rewinds": self.rewinds, "gradient_norms": self.norms, "steps": steps}
         with replacing(out / REPORT) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -76,7 +76,7 @@ class InputBuilder:
 
     def on_host(self, step: int, micro: int, images: Images) -> HostBatch:
         """Add labels and mix parameters to micro-batch `micro` of `step`."""
-        labels = self.labels[images.numbers]
+        labels = self.labels[images.indices]
         params, mixed = self.plan.mix_params(step, micro)
         rows = labels.repeat(self.plan.views) if self.plan.views > 1 else labels
         return HostBatch(images.pixels, rows, torch.from_numpy(params), mixed)

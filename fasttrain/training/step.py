@@ -102,8 +102,7 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Dropout and the like draw from generators that are seeded by the step, so no generator's state is saved.
-        draw = (step + plan.shift) * self.ranks.world + self.ranks.rank
-        seed_generators((self.recipe.seed << 32) + draw & 0x7FFF_FFFF_FFFF_FFFF, self.ranks.device)
+        seed_generators(generator_seed(self.recipe.seed, step + plan.shift, self.ranks), self.ranks.device)
 
         micro_batches = zip(range(plan.micro_batches), batches)  # noqa: B905 (`batches` may go on after this step)
         on_host = (self.inputs.on_host(step, micro, images) for micro, images in micro_batches)
@@ -164,6 +163,11 @@ def require_replayable(recipe: Recipe, ranks: Ranks) -> None:
     ):
         if not is_met:
             raise UserError(f"machine.compile=graphs replays whole steps and needs {requirement}; leave it at auto")
+
+
+def generator_seed(seed: int, step: int, ranks: Ranks) -> int:
+    """The seed of torch's generators in a step, different for each step and rank."""
+    return (seed << 32) + step * ranks.world + ranks.rank & 0x7FFF_FFFF_FFFF_FFFF
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

@@ -1,1 +1,1 @@
-"""Errors, files, tensors, versions: nothing that knows the trainer."""
+"""Errors, files, tensors, text and versions; independent of the trainer."""

@@ -1,4 +1,4 @@
-"""Many tensors as few: lists of one dtype, and one tensor that holds all of a list's values."""
+"""Groups tensors by dtype, flattens lists of tensors, and copies tensors to the device."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,24 +7,24 @@ from torch import Tensor
 
 
 def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors in a list for each dtype, in their order: what `torch._foreach_…` takes at once is of one."""
-    found: dict[torch.dtype, list[Tensor]] = {}
-    for each in tensors:
-        found.setdefault(each.dtype, []).append(each)
-    return list(found.values())
+    """The tensors as one list per dtype, in their order, so that one `torch._foreach_…` call can take a list."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """A new tensor [total] of all their values, one tensor after another; they are of one dtype."""
-    return torch.cat([each.reshape(-1) for each in tensors])
+    """A new tensor [total] with the values of all tensors, which have one dtype."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def unflatten_into(values: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write back what `flatten` gives of tensors of the same shapes."""
-    parts = values.split([each.numel() for each in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(each) for part, each in zip(parts, tensors, strict=True)])
+    """The inverse of `flatten`: copy its values into tensors of the same shapes."""
+    parts = values.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on the device, without waiting for it."""
+    """Copy a small CPU tensor to the device, without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -5,8 +5,8 @@ from importlib import metadata
 # DALI and nvImageCodec have a distribution for each major version of CUDA.
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 NVIMAGECODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")
-# What DALI brings along. The builds for the two CUDA versions have files of the same paths, so that after a switch pip
-# would take what is overwritten for installed.
+# DALI's dependencies. The builds for the two CUDA versions have files with the same paths, so after a switch pip would
+# count overwritten files as installed.
 COMPANIONS = tuple(
     f"nvidia-{name}-cu{cuda}" for cuda in (13, 12) for name in ("nvimgcodec", "nvjpeg2k", "nvtiff", "libnvcomp")
 )
@@ -14,7 +14,7 @@ OTHERS = ("torch", "triton", "timm", "torchvision", "pytorch-metric-learning", "
 
 
 def installed(*names: str) -> str | None:
-    """The version of the first of these distributions that is installed, or None."""
+    """The version of the first installed one of these distributions, or None."""
     for name in names:
         try:
             return metadata.version(name)
@@ -24,13 +24,13 @@ def installed(*names: str) -> str | None:
 
 
 def nvimagecodec() -> str | None:
-    """The version of the nvImageCodec that belongs to the DALI that is installed, or None."""
+    """The version of the nvImageCodec that the installed DALI uses, or None."""
     cuda12 = installed(DALI[0]) is None and installed(DALI[1]) is not None
     return installed(*(NVIMAGECODEC[::-1] if cuda12 else NVIMAGECODEC))
 
 
 def all_installed() -> dict[str, str]:
-    """The versions of the packages that decide about speed, by name; without those that are not installed."""
-    found = {"nvidia-dali": installed(*DALI), "nvidia-nvimgcodec": nvimagecodec()}
-    found |= {name: installed(name) for name in OTHERS}
-    return {name: version for name, version in found.items() if version}
+    """The versions of the installed packages that affect speed, by name."""
+    versions = {"nvidia-dali": installed(*DALI), "nvidia-nvimgcodec": nvimagecodec()}
+    versions |= {name: installed(name) for name in OTHERS}
+    return {name: version for name, version in versions.items() if version}

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the checkout, which need not be installed."""
+"""Code that this folder's scripts share: the path of the checkout, which need not be installed."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment, in which Python finds the checkout first; more: further variables."""
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment with the checkout first in PYTHONPATH, and with more variables."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path} | more
+    return os.environ | {"PYTHONPATH": path} | variables

@@ -1,8 +1,8 @@
-"""The main job itself: `fasttrain run --arch tresnet_xl` on photographs, with its default settings, for a few steps.
+"""The main job: `fasttrain run --arch tresnet_xl` on photographs, with default settings, for a few steps.
 
     python3 scripts/gpu/main_job.py --data DIR --out OUT --json FILE
 
-The photographs are taken as often as the steps need (hard links). The figures are those of the run's own log.
+The photographs are repeated (as hard links) until there are enough for the steps. The figures come from the run's log.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from fasttrain.config.schema import DataConfig
 from fasttrain.data.index import open_data
 from fasttrain.distributed.ranks import ranks
 
-BATCH = 256  # of the recipe
+BATCH = 256  # the recipe's batch size
 
 
 def main() -> int:
@@ -56,10 +56,10 @@ def main() -> int:
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     keys = ("step", "images_per_s", "memory_gib", "loss")
     rows = [{key: line.get(key) for key in keys} for line in lines if line["event"] == "train"]
-    with ranks("auto") as here:
-        asked = ["fasttrain", "run", "--arch", arch, "--epochs", "1", "--set", "machine.log_steps=5", *args.set]
-        settings = {"command": asked, "exit_status": status, "seconds": seconds, "batch_size": batch}
-        write_figures(args.json, here.device, rows, settings)
+    with ranks("auto") as this_rank:
+        run_command = ["fasttrain", "run", "--arch", arch, "--epochs", "1", "--set", "machine.log_steps=5", *args.set]
+        settings = {"command": run_command, "exit_status": status, "seconds": seconds, "batch_size": batch}
+        write_figures(args.json, this_rank.device, rows, settings)
     for row in rows:
         print(row)
     return status

@@ -1,12 +1,12 @@
-"""The proof on small data: a network through stage 1 and the three losses of stage 2, compared with timm.
+"""The proof on small data: stage 1 and the three losses of stage 2, compared with timm.
 
     python3 scripts/gpu/proof.py --data DIR --out OUT --json FILE
 
-DIR holds train/ and val/. Stage 1 trains with cross entropy; stage 2 continues from it with cross entropy, with triplet
-and with ArcFace. timm's loader and a plain loop train the same network for as many epochs as a model has in both
-stages. FILE has, for each model, the best top-1 on val, the seconds until it was reached (start and compilation
-included, and for stage 2 those of stage 1), and top-1 with the report's 16 views; and the top-1 of all models together.
-What an earlier run left in OUT is removed, because it does not tell when it was reached.
+DIR contains train/ and val/. Stage 1 trains with cross entropy. Stage 2 continues from it three times: with cross
+entropy, with triplet loss and with ArcFace. timm's loader and a plain loop train the same network for as many epochs as
+both stages have together. FILE has, for each model, the best top-1 on val, the seconds until it was reached (including
+startup and compilation and, for stage 2, all of stage 1), and the top-1 with the report's 16 views; also the top-1 of
+the stage-2 models' ensemble. Results of an earlier run in OUT are removed, because their times are unknown.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from checkout import ROOT, environment
 from fasttrain.benchmarks.common import write_figures
 from fasttrain.distributed.ranks import ranks
 from fasttrain.evaluation import predictions
-from fasttrain.evaluation.ensemble import fuse, load_alike
+from fasttrain.evaluation.ensemble import fuse, load_members
 from fasttrain.evaluation.predictions import Predictions
 
 BATCH, SIZE = 128, 64
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--toy", action="store_true", help="a tiny network, one epoch a stage, on a CPU")
+    parser.add_argument("--toy", action="store_true", help="a tiny network, one epoch per stage, on a CPU")
     args = parser.parse_args()
     proof = Proof(args)
     try:
@@ -69,40 +69,42 @@ class Proof:
         self.rows: list[dict[str, Any]] = []
 
     def stages(self) -> None:
-        first = self.out / "stage1"
-        before = self._train("stage 1, ce", first, self.epochs[0], ["--loss", "ce"])
+        stage1 = self.out / "stage1"
+        stage1_seconds = self._train("stage 1, ce", stage1, self.epochs[0], ["--loss", "ce"])
         for loss in LOSSES:
-            more = ["--loss", loss, "--init", str(first)]
-            self._train(f"stage 2, {loss}", self.out / f"stage2-{loss}", self.epochs[1], more, before)
+            options = ["--loss", loss, "--init", str(stage1)]
+            self._train(f"stage 2, {loss}", self.out / f"stage2-{loss}", self.epochs[1], options, stage1_seconds)
 
-    def _train(self, name: str, folder: Path, epochs: int, more: list[str], before: float = 0) -> float:
-        """A run of fasttrain, its evaluations with the time at which they were in the log, and then its 16 views.
-        before: seconds of the stage that it continues from. Gives the seconds of both."""
+    def _train(self, name: str, folder: Path, epochs: int, options: list[str], stage1_seconds: float = 0) -> float:
+        """Run fasttrain, record the time at which each evaluation appears in the log, then evaluate with 16 views.
+        stage1_seconds: the time of the stage that the run continues from. Returns the seconds of both stages."""
         command = ["run", "--arch", self.arch, "--data", str(self.data), "--epochs", str(epochs), "--out", str(folder)]
-        start = time.perf_counter() - before
-        process = subprocess.Popen(self._fasttrain(*command, *self.run_options, *self.device, *more), env=environment())
+        start = time.perf_counter() - stage1_seconds
+        process = subprocess.Popen(
+            self._fasttrain(*command, *self.run_options, *self.device, *options), env=environment()
+        )
         curve: list[tuple[float, float]] = []
         while process.poll() is None:
             time.sleep(0.1)
-            curve = stamped(folder / "log.jsonl", curve, time.perf_counter() - start)
-        curve = stamped(folder / "log.jsonl", curve, time.perf_counter() - start)
+            curve = add_evaluations(folder / "log.jsonl", curve, time.perf_counter() - start)
+        curve = add_evaluations(folder / "log.jsonl", curve, time.perf_counter() - start)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, name)
         words = ["eval", str(folder), "--data", str(self.data / "val"), "--views", "report"]
-        evaluate = self._fasttrain(*words, "--out", str(views_of(folder)), *self.device)
+        evaluate = self._fasttrain(*words, "--out", str(predictions_file(folder)), *self.device)
         subprocess.run(evaluate, env=environment(), check=True)
-        (told,) = load_alike([views_of(folder)])
-        whole = epochs + (self.epochs[0] if before else 0)
-        self._row(name, whole, curve, top1_16_views=top1_of(told.probs, told))
+        (predicted,) = load_members([predictions_file(folder)])
+        all_epochs = epochs + (self.epochs[0] if stage1_seconds else 0)
+        self._row(name, all_epochs, curve, top1_16_views=top1_of(predicted.probs, predicted))
         return curve[-1][0]
 
     def ensemble(self) -> None:
-        members = load_alike([views_of(self.out / f"stage2-{loss}") for loss in LOSSES])
-        fused = fuse([each.probs for each in members], None)
+        members = load_members([predictions_file(self.out / f"stage2-{loss}") for loss in LOSSES])
+        fused = fuse([member.probs for member in members], None)
         self._row("the three of stage 2 together", 0, [], top1_16_views=top1_of(fused, members[0]))
 
     def timm(self) -> None:
-        """timm's loader and a plain loop, the same peak learning rate."""
+        """Train with timm's loader and a plain loop, at the same peak learning rate."""
         epochs, size = sum(self.epochs), self.run_options[3]
         batch = int(self.run_options[1])
         script = ROOT / "scripts" / "train_with_timm.py"
@@ -113,44 +115,45 @@ class Proof:
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
-            if found := re.search(r"top-1 ([\d.]+)%", line):
-                curve.append((time.perf_counter() - start, float(found[1]) / 100))
+            if match := re.search(r"top-1 ([\d.]+)%", line):
+                curve.append((time.perf_counter() - start, float(match[1]) / 100))
         if process.wait():
             raise subprocess.CalledProcessError(process.returncode, "train_with_timm.py")
         self._row("timm", epochs, curve)
 
-    def _row(self, name: str, epochs: int, curve: list[tuple[float, float]], **more: float) -> None:
-        row: dict[str, Any] = {"model": name, "epochs": epochs, "curve": curve, **more}
+    def _row(self, name: str, epochs: int, curve: list[tuple[float, float]], **values: float) -> None:
+        row: dict[str, Any] = {"model": name, "epochs": epochs, "curve": curve, **values}
         if curve:
             best = max(top1 for _, top1 in curve)
             row |= {"top1": best, "seconds": next(seconds for seconds, top1 in curve if top1 == best)}
             row |= {"all_seconds": curve[-1][0]}
         self.rows.append(row)
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
-        with ranks("auto") as here:
-            write_figures(self.json, here.device, self.rows, {"arch": self.arch, "options": self.run_options})
+        with ranks("auto") as this_rank:
+            write_figures(self.json, this_rank.device, self.rows, {"arch": self.arch, "options": self.run_options})
 
     def _fasttrain(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "fasttrain", *words]
 
 
-def top1_of(probs: NDArray[Any], known: Predictions) -> float:
-    assert known.labels is not None
-    return predictions.scores(probs, known.labels).top1
+def top1_of(probs: NDArray[Any], labeled: Predictions) -> float:
+    assert labeled.labels is not None
+    return predictions.scores(probs, labeled.labels).top1
 
 
-def views_of(folder: Path) -> Path:
-    """The file with a run's probabilities over the report's views."""
+def predictions_file(folder: Path) -> Path:
+    """The file with a run's probabilities for the report's views."""
     return folder / "views.npz"
 
 
-def stamped(log: Path, curve: list[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
-    """(seconds, top-1) of the evaluations in a log; those that are not in `curve` yet have come just now."""
+def add_evaluations(log: Path, curve: list[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
+    """The (seconds, top-1) of all evaluations in a log. New ones, which `curve` does not have yet, get the current time
+    `seconds`."""
     if not log.exists():
         return curve
     lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    found = [line for line in map(json.loads, lines) if line["event"] == "eval"]
-    return curve + [(seconds, line["top1"]) for line in found[len(curve) :]]
+    evaluations = [event for event in map(json.loads, lines) if event["event"] == "eval"]
+    return curve + [(seconds, event["top1"]) for event in evaluations[len(curve) :]]
 
 
 if __name__ == "__main__":

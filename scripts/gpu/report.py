@@ -1,7 +1,7 @@
-"""Put the results of the slots together: python3 scripts/gpu/report.py PARTS OUT
+"""Combine the results of the slots: python3 scripts/gpu/report.py PARTS OUT
 
-Writes OUT/gpu.json, all figures by the name of their part, OUT/gpu.md, their tables, and OUT/logs.tar.gz. What a part
-had measured when it was ended counts as well.
+Writes OUT/gpu.json, all figures by the name of their part; OUT/gpu.md, their tables; and OUT/logs.tar.gz. Includes the
+partial results of parts that were stopped.
 """
 
 import json
@@ -17,19 +17,19 @@ UNFINISHED = ".unfinished"
 
 
 def gather(parts: Path, out: Path) -> None:
-    """Over every NAME.json and NAME.unfinished.json in `parts`."""
-    everything: dict[str, Any] = {}
+    """Combine every NAME.json and NAME.unfinished.json in `parts`."""
+    results: dict[str, Any] = {}
     text = ["# One GPU", ""]
     for path in sorted(parts.glob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # ended while it was written
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # the part was stopped while it wrote the file
             continue
         name = path.stem.removesuffix(UNFINISHED)
         unfinished = path.stem.endswith(UNFINISHED)
-        everything[name] = told | ({"unfinished": True} if unfinished else {})
-        text += [part(name, told, ", unfinished" if unfinished else ""), ""]
-    (out / "gpu.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        results[name] = result | ({"unfinished": True} if unfinished else {})
+        text += [part(name, result, ", unfinished" if unfinished else ""), ""]
+    (out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / "gpu.md").write_text("\n".join(text), encoding="utf-8")
     with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
         for log in sorted(parts.glob("*.log")):

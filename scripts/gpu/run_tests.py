@@ -1,9 +1,9 @@
-"""The tests that need a GPU, each file in processes of its own, so that a crash takes no other file's tests along.
+"""Run the tests that need a GPU, each file in separate processes, so that a crash does not affect other files.
 
     python3 scripts/gpu/run_tests.py --json FILE test_gpu.py kernels/test_triton.py
 
-FILE has a row per test file, as soon as it is done: how many tests passed, and each failure with its reason. A failed
-test is a result, and leaves the exit status 0. It is 1 where pytest itself failed, or found no test.
+FILE gets a row per test file as soon as it is done: the number of tests that passed, and each failure with its reason.
+The exit status is 0 even if tests fail, and 1 if pytest itself fails or finds no tests.
 """
 
 import argparse
@@ -29,22 +29,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--json", required=True, type=Path)
-    parser.add_argument("--toy", action="store_true", help="on a CPU, where all of these tests are skipped")
+    parser.add_argument("--toy", action="store_true", help="on a CPU, where all these tests are skipped")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     broken = False
     for name in args.files:
-        rows.append(run(name))
-        print(rows[-1], flush=True)
-        with ranks("auto") as here:
-            write_figures(args.json, here.device, rows, {"files": args.files})
-        ran = rows[-1]["passed"] + rows[-1]["failed"] + (rows[-1]["skipped"] if args.toy else 0)
-        broken |= rows[-1]["exit_status"] not in (0, 1) or not ran
+        row = run(name)
+        rows.append(row)
+        print(row, flush=True)
+        with ranks("auto") as this_rank:
+            write_figures(args.json, this_rank.device, rows, {"files": args.files})
+        count = row["passed"] + row["failed"] + (row["skipped"] if args.toy else 0)
+        broken |= row["exit_status"] not in (0, 1) or not count
     return int(broken)
 
 
 def run(name: str) -> dict[str, Any]:
-    """A test file's row. A worker that crashes is replaced, and the test that it ran counts as failed."""
+    """Run a test file and return its row. If a worker crashes, it is replaced and its test counts as failed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--timeout=120", f"--junitxml={results}"]

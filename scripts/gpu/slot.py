@@ -1,14 +1,14 @@
-"""What only a GPU can tell, in slots of at most eight minutes of work, the most telling first.
+"""All measurements that need a GPU, in slots of at most eight minutes, the most important first.
 
     python3 scripts/gpu/slot.py A --data DIR --out OUT       (a checkout need not be installed)
 
-DIR is a folder of class folders of photographs; for slot C it holds train/ and val/. Each part runs in a process of
-its own under a time limit, says before it starts what it is expected to take, and leaves OUT/parts/NAME.json. A part
-whose file is there is not run again, and a part that needs DALI is left out where DALI is not installed. After each
-part OUT/gpu.json has all figures, OUT/gpu.md their tables, and OUT/logs.tar.gz what the parts printed.
+DIR contains photographs in class folders; for slot C it contains train/ and val/. Each part runs in a separate process
+with a time limit and writes OUT/parts/NAME.json; its expected time is printed before it starts. A part whose file
+exists is not run again. Parts that need DALI are left out if DALI is not installed. After each part, OUT/gpu.json has
+all figures, OUT/gpu.md their tables, and OUT/logs.tar.gz the output of the parts.
 
-Inductor's cache is kept in OUT/parts and, at the end, as OUT/inductor.tar.xz; name that file by --cache to begin with
-it elsewhere.
+Inductor's cache is in OUT/parts and, at the end, also in OUT/inductor.tar.xz. Pass that file to --cache to start with
+it on another machine.
 """
 
 import argparse
@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 from checkout import ROOT, environment
 
-LARGEST_CACHE = 16 << 20  # bytes; a larger one is not packed
+MAX_CACHE_BYTES = 16 << 20  # of the packed cache; a larger one is not kept
 
 
 @dataclass(frozen=True)
 class Part:
-    """A measurement. expected: seconds it takes on one H100 or H200; limit: seconds after which it is ended. command:
-    what follows `python3`, as words of a shell; {data}, {classes}, {out} and {json} stand for the images, how many
-    classes they have, a folder of the part's own and the file to write. toy: what is added to the command on a CPU,
-    where {arch} is a tiny network."""
+    """A measurement. expected: its seconds on one H100 or H200. limit: seconds after which it is stopped. command: the
+    shell words after `python3`; {data}, {classes}, {out}, {json} and {arch} are replaced by the images, their number of
+    classes, a folder for the part, the file to write and the network. toy: words to append on a CPU, where {arch} is a
+    tiny network."""
 
     name: str
     expected: int
@@ -65,13 +65,13 @@ _MAIN_JOB = "scripts/gpu/main_job.py --data {data} --out {out} --json {json}"
 _PROOF = "scripts/gpu/proof.py --data {data} --out {out} --json {json}"
 
 
-def _step(name: str, expected: int, limit: int, words: str, **more: str) -> Part:
-    toy = " ".join(filter(None, [_TOY_STEP, more.pop("toy", "")]))
-    return Part(f"step-{name}", expected, limit, f"{_STEP} {words}", toy, needs_dali=False, **more)
+def _step(name: str, expected: int, limit: int, words: str, **fields: str) -> Part:
+    toy = " ".join(filter(None, [_TOY_STEP, fields.pop("toy", "")]))
+    return Part(f"step-{name}", expected, limit, f"{_STEP} {words}", toy, needs_dali=False, **fields)
 
 
-# Compiling TResNet-XL takes 100 to 110 s on 16 cores (measured), and each compiled peer as long again: that is why
-# the networks' peers have slots of their own.
+# Compiling TResNet-XL takes 100 to 110 s on 16 cores (measured), and each compiled peer takes as long. That is why the
+# peers of the networks have separate slots.
 SLOTS = {
     "A": [
         Part("decoders", 85, 200, "-m fasttrain doctor --gpu --data {data} --json {json}"),
@@ -126,18 +126,18 @@ def main() -> int:
     parser.add_argument("slot", choices=SLOTS)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, in this order")
-    parser.add_argument("--total", type=int, default=480, help="seconds that all parts may take (default: 480)")
-    parser.add_argument("--work", type=Path, help="the parts' own files (default: OUT/parts)")
-    parser.add_argument("--cache", type=Path, help="Inductor's cache of an earlier run, a .tar.xz")
-    parser.add_argument("--toy", action="store_true", help="try every part on a CPU; the figures mean nothing")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="run only these, in this order")
+    parser.add_argument("--total", type=int, default=480, help="time limit of all parts, in seconds (default: 480)")
+    parser.add_argument("--work", type=Path, help="folder for the files of the parts (default: OUT/parts)")
+    parser.add_argument("--cache", type=Path, help="Inductor's cache from an earlier run, a .tar.xz file")
+    parser.add_argument("--toy", action="store_true", help="test every part on a CPU; the figures mean nothing")
     args = parser.parse_args()
     parts = {part.name: part for part in SLOTS[args.slot]}
     unknown = [name for name in args.parts or () if name not in parts]
     if unknown:
-        parser.error(f"slot {args.slot} has no part {unknown[0]}; there are {', '.join(parts)}")
+        parser.error(f"slot {args.slot} has no part {unknown[0]}; its parts are {', '.join(parts)}")
     if not args.data.is_dir():
-        parser.error(f"--data {args.data}: no such folder")
+        parser.error(f"--data {args.data}: the folder does not exist")
     work = args.work or args.out / "parts"
     for folder in (args.out, work):
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,24 +145,24 @@ def main() -> int:
     if args.cache and not cache.exists():
         with tarfile.open(args.cache) as packed:
             packed.extractall(work, filter="data")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is ended, and the results gathered
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part is stopped and the results are gathered
     deadline = time.monotonic() + args.total
     missing = []
     try:
         for part in [parts[name] for name in args.parts or parts]:
             left = deadline - time.monotonic()
             if (work / f"{part.name}.json").exists():
-                print(f"== {part.name}: done before", flush=True)
+                print(f"== {part.name}: already done", flush=True)
                 continue
             if part.needs_dali and not has_dali():
-                print(f"== {part.name}: left out, it needs DALI", flush=True)
+                print(f"== {part.name}: left out because it needs DALI", flush=True)
             elif left < 5:
-                print(f"== {part.name}: not begun, the {args.total} s are over", flush=True)
+                print(f"== {part.name}: not started, because the {args.total} s are over", flush=True)
             elif run(part, args.data.resolve(), work.resolve(), min(left, 1000 if args.toy else part.limit), args.toy):
                 report.gather(work, args.out)
                 continue
             else:
-                report.gather(work, args.out)  # what it had when it was ended
+                report.gather(work, args.out)  # its partial results
             missing.append(part.name)
     finally:
         report.gather(work, args.out)
@@ -179,25 +179,25 @@ def has_dali() -> bool:
         return False
 
 
-def classes(data: Path) -> int:
-    """How many class folders there are: steps of as many classes share what is compiled with the main job."""
-    inside = data / "train"
-    return sum(each.is_dir() for each in (inside if inside.is_dir() else data).iterdir())
+def count_classes(data: Path) -> int:
+    """The number of class folders. Steps with this number of classes share compiled code with the main job."""
+    train = data / "train"
+    return sum(path.is_dir() for path in (train if train.is_dir() else data).iterdir())
 
 
 def run(part: Part, data: Path, work: Path, limit: float, toy: bool) -> bool:
-    """Run a part; whether it has ended well and left its file. Its process and those it started are ended with it."""
-    unfinished, own = work / f"{part.name}.unfinished.json", work / part.name
-    places = {
+    """Run a part. Returns whether it succeeded and wrote its file. All its processes are killed at the end."""
+    unfinished = work / f"{part.name}.unfinished.json"
+    fields = {
         "data": data,
-        "out": own,
+        "out": work / part.name,
         "json": unfinished,
         "arch": "test_resnet" if toy else part.arch,
-        "classes": classes(data),
+        "classes": count_classes(data),
     }
     template = f"{part.command} {part.toy}" if toy else part.command
-    words = [word.format(**places) for word in shlex.split(template)]
-    expected = "a toy" if toy else f"some {part.expected} s"
+    words = [word.format(**fields) for word in shlex.split(template)]
+    expected = "a toy" if toy else f"about {part.expected} s"
     print(f"== {part.name}: {expected}, at most {limit:.0f} s", flush=True)
     variables = environment(PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"))
     start = time.monotonic()
@@ -211,9 +211,9 @@ def run(part: Part, data: Path, work: Path, limit: float, toy: bool) -> bool:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            with_children(process)
-    ended = "its time was over" if status is None else f"exit status {status}"
-    print(f"== {part.name}: {time.monotonic() - start:.0f} s, {ended}", flush=True)
+            kill_group(process)
+    reason = "its time was over" if status is None else f"exit status {status}"
+    print(f"== {part.name}: {time.monotonic() - start:.0f} s, {reason}", flush=True)
     if status == 0 and unfinished.exists():
         unfinished.rename(work / f"{part.name}.json")
         return True
@@ -222,21 +222,21 @@ def run(part: Part, data: Path, work: Path, limit: float, toy: bool) -> bool:
     return False
 
 
-def with_children(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and all that it has started."""
+def kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def pack(cache: Path, packed: Path) -> None:
-    """Keep Inductor's cache as one file, unless it is too large for that."""
+    """Pack Inductor's cache into one file, unless the file is too large."""
     if not cache.is_dir():
         return
     with tarfile.open(packed, "w:xz", preset=6) as archive:
         archive.add(cache, "inductor")
-    if packed.stat().st_size > LARGEST_CACHE:
-        print(f"Inductor's cache is {packed.stat().st_size >> 20} MiB and is not kept", flush=True)
+    if packed.stat().st_size > MAX_CACHE_BYTES:
+        print(f"Inductor's cache has {packed.stat().st_size >> 20} MiB and is not kept", flush=True)
         packed.unlink()
 
 

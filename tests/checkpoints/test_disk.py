@@ -1,4 +1,4 @@
-"""Disks that fill up, go away or come back: what is on them stays whole, and each is told in one line."""
+"""Full, missing and failing disks: files on them stay intact, and the failure is reported in one line."""
 
 import json
 import os
@@ -28,15 +28,15 @@ from fasttrain.utils.errors import RunError
 
 @pytest.fixture(scope="module")
 def index(demo_set):
-    """60 images: three steps an epoch of 20."""
+    """60 images: three steps of 20 per epoch."""
     return part_of(demo_set, 6)
 
 
 # ---- a full disk
 
 
-def limited(limit: int, *args: object) -> subprocess.CompletedProcess:
-    """`fasttrain run` where no file may grow beyond so many bytes, as on a disk that is full."""
+def run_with_file_limit(limit: int, *args: object) -> subprocess.CompletedProcess:
+    """`fasttrain run` where no file may grow beyond `limit` bytes, as on a full disk."""
     command = [sys.executable, "-m", "fasttrain", "run", "--device", "cpu", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -53,58 +53,57 @@ EVERY_FIVE = ("--set", "checkpoint.every_steps=5", "--set", "checkpoint.keep=9")
 SHORT = ("--arch", "test_resnet", "--image-size", "32", "--batch-size", "50", "--seed", "0")
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(demo_set, tmp_path):
-    """The second run cannot write more than 100 kB into a file; after it the disk has room again."""
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(demo_set, tmp_path):
+    """The second run cannot write more than 100 kB into a file. The third has room again and resumes."""
     args = (*SHORT, "--data", demo_set / "train", "--out", tmp_path / "run")
     call("run", "--device", "cpu", *args, "--epochs", 3, *EVERY_FIVE)
     out = tmp_path / "run"
-    shutil.copytree(out, tmp_path / "whole", symlinks=True)
-    for name in ("step-00000030", "step-00000025"):  # as if it had ended at 20
+    shutil.copytree(out, tmp_path / "expected", symlinks=True)
+    for name in ("step-00000030", "step-00000025"):  # as if it had stopped at step 20
         shutil.rmtree(out / "checkpoints" / name)
     (out / "last").unlink()
     (out / "last").symlink_to("checkpoints/step-00000020")
-    done = limited(100_000, *args, "--epochs", 3, *EVERY_FIVE)
-    said = done.stderr.splitlines()
+    done = run_with_file_limit(100_000, *args, "--epochs", 3, *EVERY_FIVE)
+    last_line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert said[-1].startswith("fasttrain: cannot write a checkpoint to")
-    assert said[-1].endswith("the one before is intact")
+    assert last_line.startswith("fasttrain: cannot write a checkpoint to")
+    assert last_line.endswith("the one before is intact")
     assert checkpoint.load(out / "last").meta["step"] == 20
     call("run", "--device", "cpu", *args, "--epochs", 3, *EVERY_FIVE)
-    same(out, tmp_path / "whole")
+    same(out, tmp_path / "expected")
 
 
-def test_a_full_disk_may_be_trained_past(index, tmp_path, monkeypatch, capsys):
-    """Saves fail after the first epoch until before the last: the run goes on, and the last one has to succeed."""
+def test_training_continues_past_a_full_disk(index, tmp_path, monkeypatch, capsys):
+    """The saves of the second and third of four epochs fail and the run continues; its last save must succeed."""
     recipe = tiny(epochs=4, checkpoint=CheckpointConfig(on_error="go_on"))
-    run(recipe, tmp_path / "whole", index, index)
-    honest, full = checkpoint.save_file, [0]
+    run(recipe, tmp_path / "expected", index, index)
+    original, calls = checkpoint.save_file, [0]
 
     def save_file(tensors, path):
-        full[0] += 1
-        if 2 < full[0] < 5:  # the first file of each of two checkpoints
+        calls[0] += 1
+        if 2 < calls[0] < 5:  # the first file of two checkpoints
             raise OSError(28, "No space left on device")
-        honest(tensors, path)
+        original(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     run(recipe, tmp_path / "run", index, index)
     log = events(tmp_path / "run")
-    assert len([each for each in log if each["event"] == "save_failed"]) == 2
-    assert [each["step"] for each in log if each["event"] == "checkpoint"] == [3, 12]
+    assert len([event for event in log if event["event"] == "save_failed"]) == 2
+    assert [event["step"] for event in log if event["event"] == "checkpoint"] == [3, 12]
     assert capsys.readouterr().err.count("training continues, because checkpoint.on_error is go_on") == 2
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", tmp_path / "expected")
 
-    def never(tensors, path):
+    def fail(tensors, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", never)
+    monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(RunError, match=r"cannot write a checkpoint to .*No space left.*the one before is intact"):
         run(recipe, tmp_path / "last", index, index)
 
 
 @pytest.mark.parametrize("tolerant", [False, True])
-def test_a_log_that_cannot_grow(tmp_path, capsys, tolerant):
-    """A line that is torn by the end of the disk stands alone; later ones are whole again. Tried in a process of its
-    own, since the limit stays."""
+def test_a_log_on_a_full_disk(tmp_path, capsys, tolerant):
+    """A line that is cut off by a full disk damages no other line. It runs in another process because of the limit."""
     program = f"""
 import resource, sys
 from pathlib import Path
@@ -134,127 +133,127 @@ log.event("four", text="x" * 50)
     assert done.stdout.startswith("stopped: cannot write") == (not tolerant)
 
 
-@pytest.mark.parametrize("seen", ["at once", "at the next save"])
+@pytest.mark.parametrize("reported", ["at once", "at the next save"])
 @pytest.mark.parametrize(
-    ("tops", "fails", "best"),
+    ("top1s", "failing_save", "best"),
     [
         ([0.1, 0.9, 0.5, 0.4], 2, 0.5),
-        ([0.1, 0.9, 0.5, 0.6], 3, 0.9),  # one that was not the best
+        ([0.1, 0.9, 0.5, 0.6], 3, 0.9),  # the failed one was not the best
         ([0.1, 0.5, 0.9, 0.6], 2, 0.9),
     ],
 )
-def test_the_best_is_what_is_on_disk(index, tmp_path, monkeypatch, seen, tops, fails, best):
-    """A checkpoint could not be written: the best one is the best of the others."""
-    left = iter(tops)
-    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(left), 1.0, 60))
-    honest, files = checkpoint.save_file, [0]
+def test_best_is_the_best_checkpoint_on_disk(index, tmp_path, monkeypatch, reported, top1s, failing_save, best):
+    """Where a checkpoint cannot be written, `best` is the best of the others."""
+    remaining = iter(top1s)
+    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(remaining), 1.0, 60))
+    original, files = checkpoint.save_file, [0]
 
     def save_file(tensors, path):
         files[0] += 1
-        if files[0] == 2 * fails - 1:
+        if files[0] == 2 * failing_save - 1:
             files[0] += 1  # the other file of this checkpoint
             raise OSError(28, "No space left on device")
-        honest(tensors, path)
+        original(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    monkeypatch.setattr(Saver, "poll", Saver.finish if seen == "at once" else lambda self: None)
+    monkeypatch.setattr(Saver, "poll", Saver.finish if reported == "at once" else lambda self: None)
     result = run(tiny(epochs=4, checkpoint=CheckpointConfig(on_error="go_on", keep=9)), tmp_path / "run", index, index)
     assert result.best == best and checkpoint.load(tmp_path / "run" / "best").meta["scores"]["top1"] == best
     assert checkpoint.load(tmp_path / "run" / "last").meta["best"] == best
 
 
 def test_a_disk_without_links(index, tmp_path, monkeypatch):
-    """`last` and `best` are files of one line then; all else is the same, also going on."""
+    """`last` and `best` are files of one line instead; everything else, including resuming, is the same."""
 
-    def symlink(*args, **settings):
+    def fail(*args, **settings):
         raise OSError(1, "Operation not permitted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "symlink", symlink)
-        patch.setattr(os, "link", symlink)
+        patch.setattr(os, "symlink", fail)
+        patch.setattr(os, "link", fail)
         recipe = tiny(epochs=2, checkpoint=CheckpointConfig(keep=1))
         run(recipe, tmp_path / "run", index, index)
         assert (tmp_path / "run" / "last").read_text() == "checkpoints/step-00000006\n"
         assert checkpoint.find(tmp_path / "run" / "last").name == "step-00000006"
         assert checkpoint.find(tmp_path / "run").name == checkpoint.read_link(tmp_path / "run" / "best").name
         assert run(recipe, tmp_path / "run", index, index).steps == 6
-        kept = {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()}
+        kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
         assert kept == {"step-00000006", checkpoint.find(tmp_path / "run").name}
 
 
-def test_a_disk_that_answers_with_errors_is_trained_past(index, tmp_path, monkeypatch):
-    """Not even names can be looked up any more, until before the last save."""
-    honest, calls = checkpoint._free_name, [0]
+def test_training_continues_past_io_errors(index, tmp_path, monkeypatch):
+    """In the first save even looking up names fails; the last save succeeds."""
+    original, calls = checkpoint._free_name, [0]
 
     def free_name(*args):
         calls[0] += 1
         if calls[0] == 1:
             raise OSError(5, "Input/output error")
-        return honest(*args)
+        return original(*args)
 
     monkeypatch.setattr(checkpoint, "_free_name", free_name)
     run(tiny(epochs=2, checkpoint=CheckpointConfig(on_error="go_on")), tmp_path / "run", index)
-    assert [each["event"] for each in events(tmp_path / "run") if "save" in each["event"]] == ["save_failed"]
+    assert [event["event"] for event in events(tmp_path / "run") if "save" in event["event"]] == ["save_failed"]
 
 
-# ---- saving beside the training
+# ---- saving in a thread
 
 
 def test_the_loop_does_not_wait_for_the_disk(index, tmp_path, monkeypatch):
-    """While a write hangs, steps go on; what is written is the state of its step, though weights have moved on."""
+    """While a write hangs, training continues; the file has the weights of its step, not later ones."""
     recipe = tiny(epochs=2)
-    run(recipe, tmp_path / "whole", index)
+    run(recipe, tmp_path / "expected", index)
     steps: list[int] = []
-    written, honest = threading.Event(), checkpoint.save_file
+    written, original = threading.Event(), checkpoint.save_file
     advance = Log.advance
 
     def slow(tensors, path):
         while len(steps) < 5 and not written.is_set():  # two steps after the first save, which comes after the third
             time.sleep(0.01)
         written.set()
-        honest(tensors, path)
+        original(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     monkeypatch.setattr(Log, "advance", lambda log: (steps.append(1), advance(log)))
     run(recipe, tmp_path / "run", index)
     assert written.is_set()
     for name in ("step-00000003", "step-00000006"):
-        ours, theirs = (checkpoint.load(tmp_path / each / "checkpoints" / name) for each in ("run", "whole"))
+        ours, theirs = (checkpoint.load(tmp_path / folder / "checkpoints" / name) for folder in ("run", "expected"))
         for one, other in ((ours.model, theirs.model), (ours.train, theirs.train)):
-            assert one.keys() == other.keys() and all(torch.equal(each, other[key]) for key, each in one.items())
-    kept = [each for each in events(tmp_path / "run") if each["event"] == "checkpoint"]
-    assert all(each["held_s"] >= 0 and each["write_s"] > 0 for each in kept) and len(kept) == 2
+            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    saves = [event for event in events(tmp_path / "run") if event["event"] == "checkpoint"]
+    assert all(event["held_s"] >= 0 and event["write_s"] > 0 for event in saves) and len(saves) == 2
 
 
-def test_what_is_saved_is_of_its_step(index, tmp_path, monkeypatch):
-    """The values of the epoch so far, which go on changing while a thread writes them."""
+def test_a_checkpoint_has_the_values_of_its_step(index, tmp_path, monkeypatch):
+    """The logged values of the epoch so far do not change while a thread writes them."""
     recipe = tiny(epochs=2, checkpoint=CheckpointConfig(every_steps=2, keep=9))
     recipe = replace(recipe, machine=replace(recipe.machine, log_steps=1))
     steps: list[int] = []
-    honest, advance = checkpoint.save_file, Log.advance
+    original, advance = checkpoint.save_file, Log.advance
 
     def slow(tensors, path):
-        until = time.monotonic() + 2
-        while len(steps) < 6 and time.monotonic() < until:
+        deadline = time.monotonic() + 2
+        while len(steps) < 6 and time.monotonic() < deadline:
             time.sleep(0.01)
-        honest(tensors, path)
+        original(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     monkeypatch.setattr(Log, "advance", lambda log: (steps.append(1), advance(log)))
     run(recipe, tmp_path / "run", index)
     logged = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000002").meta["logged"]
-    told = [each["terms"]["cross_entropy"] for each in events(tmp_path / "run") if each["event"] == "train"]
-    assert logged == {"cross_entropy": told[:2]}
+    losses = [event["terms"]["cross_entropy"] for event in events(tmp_path / "run") if event["event"] == "train"]
+    assert logged == {"cross_entropy": losses[:2]}
 
 
 def test_ctrl_c_while_a_checkpoint_is_being_written(index, tmp_path, monkeypatch):
-    """It is written to its end, and logged, before the run ends."""
-    honest, began = checkpoint.save_file, threading.Event()
+    """The checkpoint is finished and logged before the run ends."""
+    original, began = checkpoint.save_file, threading.Event()
 
     def slow(tensors, path):
         began.set()
         time.sleep(1.5)
-        honest(tensors, path)
+        original(tensors, path)
 
     wait = Saver._wait
 
@@ -267,73 +266,71 @@ def test_ctrl_c_while_a_checkpoint_is_being_written(index, tmp_path, monkeypatch
     monkeypatch.setattr(Saver, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny(epochs=2), tmp_path / "run", index)
-    written = [each for each in events(tmp_path / "run") if each["event"] == "checkpoint"]
-    assert [each["path"] for each in written] == ["checkpoints/step-00000003"]
+    saves = [event for event in events(tmp_path / "run") if event["event"] == "checkpoint"]
+    assert [event["path"] for event in saves] == ["checkpoints/step-00000003"]
     checkpoint.verify(tmp_path / "run" / "last")
 
 
 def test_no_thread_is_left(index, tmp_path, monkeypatch):
-    """Not after a run, nor after one that failed while a checkpoint was being written."""
+    """Neither after a run, nor after one that failed while a checkpoint was being written."""
     before = set(threading.enumerate())
     run(tiny(epochs=1), tmp_path / "run", index)
-    honest = Saver.save
+    original = Saver.save
 
     def save(*args, **settings):
-        honest(*args, **settings)
+        original(*args, **settings)
         raise ZeroDivisionError
 
     monkeypatch.setattr(Saver, "save", save)
     with pytest.raises(ZeroDivisionError):
         run(tiny(epochs=1), tmp_path / "failed", index)
-    assert {each for each in threading.enumerate() if each.name in ("saver", "watch")} <= before
+    assert {thread for thread in threading.enumerate() if thread.name in ("saver", "watch")} <= before
     checkpoint.verify(tmp_path / "failed" / "last")
-    assert [each["step"] for each in events(tmp_path / "failed") if each["event"] == "checkpoint"] == [3]
+    assert [event["step"] for event in events(tmp_path / "failed") if event["event"] == "checkpoint"] == [3]
 
 
-# ---- data that goes away
+# ---- missing and read-only data
 
 
 @pytest.mark.parametrize("on_bad", ["stop", pytest.param("skip", marks=pytest.mark.slow)])
-def test_images_that_have_gone_end_the_run_in_a_line(demo_set, tmp_path, on_bad):
-    """The folder is renamed while the run is under way, and back; the same command goes on."""
+def test_missing_images_end_the_run_with_one_line(demo_set, tmp_path, on_bad):
+    """The folder is renamed during the run and then renamed back; the same command resumes."""
     shutil.copytree(demo_set / "train", tmp_path / "data")
     args = (*LONG, "--data", tmp_path / "data", "--out", tmp_path / "run", "--on-bad", on_bad)
     first = start_run(*args)
     await_line(first, "epoch 1")
-    (tmp_path / "data").rename(tmp_path / "gone")
-    _, said = first.communicate(timeout=100)
-    last = said.splitlines()[-1]
-    assert first.returncode == 1 and "Traceback" not in said
-    assert last.startswith(f"fasttrain: {tmp_path / 'data'}/") and "is no longer there" in last
-    assert "skipping" not in said
-    (tmp_path / "gone").rename(tmp_path / "data")
+    (tmp_path / "data").rename(tmp_path / "renamed")
+    _, stderr = first.communicate(timeout=100)
+    last_line = stderr.splitlines()[-1]
+    assert first.returncode == 1 and "Traceback" not in stderr
+    assert last_line.startswith(f"fasttrain: {tmp_path / 'data'}/") and "no longer exists" in last_line
+    assert "skipping" not in stderr
+    (tmp_path / "renamed").rename(tmp_path / "data")
     second = start_run(*args)
     await_line(second, " of 4000")
     second.kill()
     second.communicate()
-    assert [each["event"] for each in events(tmp_path / "run") if each["event"] in ("start", "resume")] == [
-        "start",
-        "resume",
-    ]
+    starts = [event["event"] for event in events(tmp_path / "run") if event["event"] in ("start", "resume")]
+    assert starts == ["start", "resume"]
 
 
-def test_nothing_is_written_beside_the_images(demo_set, tmp_path):
-    """A mount that may only be read is enough. (For a superuser, who may write all the same, times must not change.)"""
+def test_nothing_is_written_to_the_image_folders(demo_set, tmp_path):
+    """A read-only mount is enough. Root may write anyway, so the times of the files must not change either."""
     data = tmp_path / "data"
     shutil.copytree(demo_set / "train", data)
     files = [data, *data.rglob("*")]
-    for each in files:
-        each.chmod(stat.S_IREAD | (stat.S_IEXEC if each.is_dir() else 0))
-    before = {each: each.stat().st_mtime_ns for each in files}
-    done = limited(resource.RLIM_INFINITY, *SHORT, "--epochs", 1, "--data", data, "--out", tmp_path / "run")
+    for path in files:
+        path.chmod(stat.S_IREAD | (stat.S_IEXEC if path.is_dir() else 0))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    done = run_with_file_limit(resource.RLIM_INFINITY, *SHORT, "--epochs", 1, "--data", data, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert {each: each.stat().st_mtime_ns for each in [data, *data.rglob("*")]} == before
-    for each in files:
-        each.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in [data, *data.rglob("*")]} == before
+    for path in files:
+        path.chmod(0o755)
 
 
-def test_images_of_which_one_is_gone_are_told_apart_from_all(index, tmp_path):
-    """One missing file in a folder that is there is named itself."""
+def test_one_missing_image_is_named(index, tmp_path):
+    """Where the folder exists and one file is missing, the message names the file."""
     copies = []
     for path in index.paths:
         copy = tmp_path / "data" / os.path.relpath(path, os.path.commonpath(index.paths))
@@ -346,18 +343,20 @@ def test_images_of_which_one_is_gone_are_told_apart_from_all(index, tmp_path):
         run(tiny(epochs=1, data=DataConfig(train=(str(tmp_path / "data"),))), tmp_path / "run", moved)
 
 
-def test_weights_are_there_after_a_save_of_a_moved_model(index, tmp_path):
-    """The copies are of the values at the time, also for tensors that later change in place."""
+def test_a_snapshot_copies_the_weights(index, tmp_path):
+    """Later changes in place do not change the copies. The next snapshot reuses their memory."""
     model = Classifier("test_resnet", 3)
     optimizer = optim.sgd(model, tiny().optim)
     state = State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
     snapshot = checkpoint.Snapshot().take(state)
-    kept = {name: each.clone() for name, each in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        for each in model.parameters():
-            each.add_(1)
-    assert all(torch.equal(snapshot.files["model.safetensors"][name], each) for name, each in kept.items())
-    memory = {name: each.data_ptr() for name, each in snapshot.files["model.safetensors"].items()}
+        for parameter in model.parameters():
+            parameter.add_(1)
+    copies = snapshot.files["model.safetensors"]
+    assert all(torch.equal(copies[name], tensor) for name, tensor in before.items())
+    memory = {name: tensor.data_ptr() for name, tensor in copies.items()}
     snapshot.take(state)
-    assert memory == {name: each.data_ptr() for name, each in snapshot.files["model.safetensors"].items()}
-    assert all(torch.equal(snapshot.files["model.safetensors"][n], e) for n, e in model.state_dict().items())
+    copies = snapshot.files["model.safetensors"]
+    assert memory == {name: tensor.data_ptr() for name, tensor in copies.items()}
+    assert all(torch.equal(copies[name], tensor) for name, tensor in model.state_dict().items())

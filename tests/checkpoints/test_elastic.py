@@ -1,4 +1,4 @@
-"""Two ranks: stopped and going on bit for bit; going on at another number of ranks; and what may differ knowingly."""
+"""Resuming with two ranks, bit for bit; with another number of ranks; and with allowed changes."""
 
 import hashlib
 import json
@@ -27,17 +27,17 @@ PROGRAM = """
 import os, signal, sys
 from fasttrain import train
 from fasttrain.cli.main import main
-honest, stop = train.batches, int(os.environ.get("STOP", -1))
+original, stop = train.batches, int(os.environ.get("STOP", -1))
 
 
-def watched(plan, index, device, threads, start=0, **settings):
-    for count, batch in enumerate(honest(plan, index, device, threads, start, **settings)):
+def signaling(plan, index, device, threads, start=0, **settings):
+    for count, batch in enumerate(original(plan, index, device, threads, start, **settings)):
         if start + count // plan.micro_batches == stop and os.environ.get("RANK", "1") == "1":
             os.kill(os.getpid(), signal.SIGUSR1)
         yield batch
 
 
-train.batches = watched
+train.batches = signaling
 main(sys.argv[1:])
 """
 
@@ -58,7 +58,7 @@ def launch(folder: Path, world: int, out: str, *args: object, stop: int = -1) ->
 
 @pytest.fixture(scope="module")
 def small(demo_set, tmp_path_factory):
-    """60 images in folders: three steps an epoch of 20."""
+    """A folder of 60 images: three steps of 20 per epoch."""
     folder = tmp_path_factory.mktemp("small")
     for path in part_of(demo_set, 6).paths:
         copy = folder / "data" / Path(path).parent.name / Path(path).name
@@ -84,17 +84,17 @@ from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
 from fasttrain.losses.mean_teacher import MeanTeacher
 from fasttrain.losses.triplet import Triplet
-honest, stop = train.batches, -1
+original, stop = train.batches, -1
 
 
-def watched(plan, index, device, threads, start=0, **settings):
-    for count, batch in enumerate(honest(plan, index, device, threads, start, **settings)):
+def signaling(plan, index, device, threads, start=0, **settings):
+    for count, batch in enumerate(original(plan, index, device, threads, start, **settings)):
         if start + count // plan.micro_batches == stop and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGUSR1)
         yield batch
 
 
-train.batches = watched
+train.batches = signaling
 recipe = tiny(ema=EmaConfig(0.9), machine=MachineConfig(device="cpu", compile="off", log_steps=2, workers=1))
 if sys.argv[3] == "triplet":
     recipe = replace(recipe, losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, micro_batch=2,
@@ -104,32 +104,32 @@ if sys.argv[3] == "mean teacher":
 index = scan(sys.argv[2], progress=False)
 
 
-def run(name, here):
+def run(name, this_rank):
     out = Path(sys.argv[4], name)
-    start = here.from_first(lambda: run_dir.open_run(out, "auto", toml.to_toml(recipe)))
-    return train.train(recipe, out, index, None, here, start).steps
+    start = this_rank.from_first(lambda: run_dir.open_run(out, "auto", toml.to_toml(recipe)))
+    return train.train(recipe, out, index, None, this_rank, start).steps
 
 
-with ranks("cpu") as here:
-    steps = run("whole", here)
-    for each in range(steps - 1):
-        stop = each
+with ranks("cpu") as this_rank:
+    steps = run("expected", this_rank)
+    for step in range(steps - 1):
+        stop = step
         try:
-            run(f"stopped{each}", here)
+            run(f"stopped{step}", this_rank)
         except Stopped as stopped:
-            assert f"after step {each + 1} of {steps}" in str(stopped), stopped
+            assert f"after step {step + 1} of {steps}" in str(stopped), stopped
         else:
-            raise AssertionError("it did not stop")
+            raise AssertionError("the run did not stop")
         stop = -1
-        assert run(f"stopped{each}", here) == steps
+        assert run(f"stopped{step}", this_rank) == steps
 """
 
 
 @pytest.mark.parametrize(
     "recipe", ["CutMix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("triplet", "mean teacher"))]
 )
-def test_two_ranks_stopped_after_any_step_go_on_bit_for_bit(small, tmp_path, recipe):
-    """A signal to rank 1 alone makes both finish the step; also with triplet's batches and accumulation."""
+def test_two_ranks_stopped_after_any_step_resume_bit_for_bit(small, tmp_path, recipe):
+    """A signal to rank 1 alone makes both ranks finish the step, also with P x K batches and accumulation."""
     (tmp_path / "every_stop.py").write_text(EVERY_STOP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     args = [tmp_path / "every_stop.py", ROOT / "tests", small, recipe, tmp_path / "runs"]
@@ -137,57 +137,56 @@ def test_two_ranks_stopped_after_any_step_go_on_bit_for_bit(small, tmp_path, rec
     done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, timeout=500)
     assert done.returncode == 0, done.stderr
     stopped = sorted((tmp_path / "runs").glob("stopped*"))
-    assert len(stopped) == checkpoint.load(tmp_path / "runs" / "whole" / "last").meta["step"] - 1 >= 5
+    assert len(stopped) == checkpoint.load(tmp_path / "runs" / "expected" / "last").meta["step"] - 1 >= 5
     for out in stopped:
-        same(out, tmp_path / "runs" / "whole")
+        same(out, tmp_path / "runs" / "expected")
 
 
 def batch_hashes(out: Path) -> dict[int, str]:
-    return {each["step"]: each["sha256"] for each in events(out) if each["event"] == "batch"}
+    return {event["step"]: event["sha256"] for event in events(out) if event["event"] == "batch"}
 
 
-@pytest.mark.slow  # two cases of the usual suite: two ranks see what one sees, and one goes on where two stopped
+@pytest.mark.slow  # test_torchrun.py covers both parts: the images of two ranks, and one rank that resumes their run
 def test_another_number_of_ranks_sees_the_same_images(small, tmp_path):
-    """2 ranks, then 1, then 2 in micro-batches: the same order and pixels at each step as in one process; the log
-    says what has changed."""
+    """2 ranks, then 1, then 2 with micro-batches: each step has the images and pixels of a run with one rank. The log
+    says what changed."""
     args = ("--data", small, "--set", "machine.hash_batches=true")
     assert launch(tmp_path, 1, "one", *args).returncode == 0
-    launch(tmp_path, 2, "many", *args, stop=1)
-    launch(tmp_path, 1, "many", *args, stop=3)
-    done = launch(tmp_path, 2, "many", *args, "--set", "micro_batch=5")
+    launch(tmp_path, 2, "changing", *args, stop=1)
+    launch(tmp_path, 1, "changing", *args, stop=3)
+    done = launch(tmp_path, 2, "changing", *args, "--set", "micro_batch=5")
     assert done.returncode == 0 and "resuming with changes: ranks were 1 and are 2" in done.stderr, done.stderr
-    assert (
-        batch_hashes(tmp_path / "many") == batch_hashes(tmp_path / "one") and len(batch_hashes(tmp_path / "one")) == 6
-    )
-    changes = [each["changed"] for each in events(tmp_path / "many") if each["event"] == "resume"]
+    hashes = batch_hashes(tmp_path / "one")
+    assert batch_hashes(tmp_path / "changing") == hashes and len(hashes) == 6
+    changes = [event["changed"] for event in events(tmp_path / "changing") if event["event"] == "resume"]
     assert changes == [["ranks were 2 and are 1"], ["ranks were 1 and are 2"]]
 
 
-def test_the_hash_of_several_views_does_not_depend_on_micro_batches(demo_set, tmp_path):
+def test_hashes_of_several_views_do_not_depend_on_micro_batches(demo_set, tmp_path):
     index = part_of(demo_set, 2)
     machine = MachineConfig(device="cpu", compile="off", workers=2, hash_batches=True)
-    told = []
-    for micro in (0, 5):
+    hashes = []
+    for micro_batch in (0, 5):
         losses = (CrossEntropy(0.1), Contrastive())
-        run(tiny(epochs=1, micro_batch=micro, losses=losses, machine=machine), tmp_path / str(micro), index)
-        told.append(batch_hashes(tmp_path / str(micro)))
-    assert told[0] == told[1] and len(told[0]) == 1
+        run(tiny(epochs=1, micro_batch=micro_batch, losses=losses, machine=machine), tmp_path / str(micro_batch), index)
+        hashes.append(batch_hashes(tmp_path / str(micro_batch)))
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 1
 
 
-def test_the_hash_is_that_of_the_images_in_their_order(demo_set, tmp_path):
+def test_the_hash_covers_the_images_in_their_order(demo_set, tmp_path):
     index = part_of(demo_set, 6)
     recipe = tiny(epochs=1, machine=MachineConfig(device="cpu", compile="off", workers=2, hash_batches=True))
     run(recipe, tmp_path / "run", index)
-    images = batches(Plan.of(recipe, index), index, torch.device("cpu"), 1)
-    for step, (pixels, numbers) in enumerate(images, 1):
-        each = [
-            hashlib.sha256(index.ids[n].encode() + b"\0" + p.tobytes()).hexdigest()
-            for n, p in zip(numbers.tolist(), pixels.numpy(), strict=True)
+    loader = batches(Plan.of(recipe, index), index, torch.device("cpu"), 1)
+    for step, (pixels, numbers) in enumerate(loader, 1):
+        digests = [
+            hashlib.sha256(index.ids[number].encode() + b"\0" + image.tobytes()).hexdigest()
+            for number, image in zip(numbers.tolist(), pixels.numpy(), strict=True)
         ]
-        assert batch_hashes(tmp_path / "run")[step] == hashlib.sha256("".join(each).encode()).hexdigest()
+        assert batch_hashes(tmp_path / "run")[step] == hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-# ---- what may differ
+# ---- allowed changes
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +195,8 @@ def index(demo_set):
 
 
 @pytest.fixture
-def begun(index, tmp_path):
-    """A run of 6 steps, of which the checkpoint of step 3 is the last."""
+def run_at_step_3(index, tmp_path):
+    """A run of 6 steps whose `last` is the checkpoint of step 3."""
     run(tiny(checkpoint=CheckpointConfig(keep=9)), tmp_path / "run", index)
     (tmp_path / "run" / "last").unlink()
     (tmp_path / "run" / "last").symlink_to("checkpoints/step-00000003")
@@ -207,69 +206,75 @@ def begun(index, tmp_path):
 CHANGED = tiny(seed=3, optim=OptimConfig(momentum=0.8), mix=MixConfig(cutmix=0.1))
 
 
-def test_each_difference_is_named_and_what_is_not_allowed_is_refused(index, begun):
+def test_changes_that_are_not_allowed_are_named_and_refused(index, run_at_step_3):
     with pytest.raises(UserError, match=r"momentum was 0.9 and is 0.8; mix.cutmix was 0.5 and is 0.1\. Name.*allow="):
-        run(replace(CHANGED, resume=ResumeConfig(("seed",))), begun, index)
+        run(replace(CHANGED, resume=ResumeConfig(("seed",))), run_at_step_3, index)
     with pytest.raises(UserError) as caught:
-        run(CHANGED, begun, index)
+        run(CHANGED, run_at_step_3, index)
     assert "seed was 0 and is 3" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("allow", [("seed", "optim.momentum", "mix.cutmix"), ("mix", "optim", "seed")])
-def test_what_is_allowed_is_said_and_logged(index, begun, capsys, allow):
-    assert run(replace(CHANGED, resume=ResumeConfig(allow)), begun, index).steps == 6
-    told = ["seed was 0 and is 3", "optim.momentum was 0.9 and is 0.8", "mix.cutmix was 0.5 and is 0.1"]
-    changed = [each["changed"] for each in events(begun) if each["event"] == "resume"]
-    assert [sorted(each) for each in changed] == [sorted(told)]
-    assert all(line in capsys.readouterr().err for line in told[:1])
-    assert "momentum = 0.8" in (begun / "recipe.toml").read_text()
+def test_allowed_changes_are_printed_and_logged(index, run_at_step_3, capsys, allow):
+    assert run(replace(CHANGED, resume=ResumeConfig(allow)), run_at_step_3, index).steps == 6
+    expected = ["seed was 0 and is 3", "optim.momentum was 0.9 and is 0.8", "mix.cutmix was 0.5 and is 0.1"]
+    logged = [event["changed"] for event in events(run_at_step_3) if event["event"] == "resume"]
+    assert [sorted(changes) for changes in logged] == [sorted(expected)]
+    printed = capsys.readouterr().err
+    assert all(line in printed for line in expected)
+    assert "momentum = 0.8" in (run_at_step_3 / "recipe.toml").read_text()
 
 
-def test_other_images_and_classes(index, begun):
+def test_changed_images_and_classes(index, run_at_step_3):
     fewer = replace(index, paths=index.paths[:50], ids=index.ids[:50], labels=index.labels[:50], sizes=index.sizes[:50])
-    renamed = replace(index, classes=tuple(f"{each}!" for each in index.classes))
+    renamed = replace(index, classes=tuple(f"{name}!" for name in index.classes))
     for other, message in ((fewer, "images differ"), (renamed, "classes differ")):
         with pytest.raises(UserError, match=message):
-            run(tiny(), begun, other)
+            run(tiny(), run_at_step_3, other)
         with pytest.raises(UserError, match=message):
-            run(tiny(resume=ResumeConfig(("seed",))), begun, other)
-    # 50 images make two steps an epoch: the epoch that is done counts as done, not the number of its steps.
-    assert run(tiny(resume=ResumeConfig(("data",))), begun, fewer).steps == 4
-    assert [each["step"] for each in events(begun) if each["event"] == "resume"] == [2]
+            run(tiny(resume=ResumeConfig(("seed",))), run_at_step_3, other)
+    # 50 images make two steps per epoch. The run resumes after its first epoch, which is now step 2 instead of 3.
+    assert run(tiny(resume=ResumeConfig(("data",))), run_at_step_3, fewer).steps == 4
+    assert [event["step"] for event in events(run_at_step_3) if event["event"] == "resume"] == [2]
 
 
-def test_another_batch_size_goes_on_at_the_same_share_of_the_epoch(index, begun):
-    result = run(tiny(batch_size=10, resume=ResumeConfig(("batch_size",))), begun, index)
+def test_another_batch_size_resumes_at_the_same_fraction_of_the_epoch(index, run_at_step_3):
+    result = run(tiny(batch_size=10, resume=ResumeConfig(("batch_size",))), run_at_step_3, index)
     assert result.steps == 12
-    assert [each["step"] for each in events(begun) if each["event"] == "resume"] == [6]
+    assert [event["step"] for event in events(run_at_step_3) if event["event"] == "resume"] == [6]
 
 
-def test_what_is_advised_is_accepted(index, begun):
-    """Also for what only one of the two has, such as a loss that came or went."""
-    more = tiny(losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, seed=3)
-    saved = checkpoint.load(begun / "last")
-    theirs = replace(saved, meta=saved.meta | run_fingerprint(more, index))
-    for one, ours in ((saved, more), (theirs, tiny())):
+def test_the_suggested_setting_allows_all_changes(index, run_at_step_3):
+    """Also for settings that only one of the two recipes has, such as those of an added or removed loss."""
+    with_triplet = tiny(losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, seed=3)
+    saved = checkpoint.load(run_at_step_3 / "last")
+    saved_with_triplet = replace(saved, meta=saved.meta | run_fingerprint(with_triplet, index))
+    for start, recipe in ((saved, with_triplet), (saved_with_triplet, tiny())):
+        fingerprint = run_fingerprint(recipe, index)
         with pytest.raises(UserError) as caught:
-            check_compatible(one, run_fingerprint(ours, index), ())
-        asked = tuple(json.loads(str(caught.value).split("resume.allow=")[1].rstrip("'")))
-        assert {"seed", "losses.triplet.margin"} <= set(asked)
-        for allow in (asked, ("losses", "seed", "images_per_class"), ("losses.triplet", "seed", "images_per_class")):
-            assert len(check_compatible(one, run_fingerprint(ours, index), allow)) == len(asked)
+            check_compatible(start, fingerprint, ())
+        suggested = tuple(json.loads(str(caught.value).split("resume.allow=")[1].rstrip("'")))
+        assert {"seed", "losses.triplet.margin"} <= set(suggested)
+        for allow in (
+            suggested,
+            ("losses", "seed", "images_per_class"),
+            ("losses.triplet", "seed", "images_per_class"),
+        ):
+            assert len(check_compatible(start, fingerprint, allow)) == len(suggested)
 
 
-def test_an_average_may_begin_on_the_way(index, begun):
-    assert run(tiny(ema=EmaConfig(0.5), resume=ResumeConfig(("ema",))), begun, index).steps == 6
-    assert checkpoint.has_average(checkpoint.load(begun / "last"))
+def test_weight_averaging_can_start_in_a_resumed_run(index, run_at_step_3):
+    assert run(tiny(ema=EmaConfig(0.5), resume=ResumeConfig(("ema",))), run_at_step_3, index).steps == 6
+    assert checkpoint.has_average(checkpoint.load(run_at_step_3 / "last"))
 
 
 @pytest.mark.parametrize("name", ["sed", "optim.momentun", "machine", "../x", ""])
-def test_what_cannot_differ_cannot_be_allowed(index, begun, name):
+def test_unknown_names_in_allow_are_refused(index, run_at_step_3, name):
     with pytest.raises(UserError, match=r"resume.allow: nothing called .* can differ"):
-        run(tiny(resume=ResumeConfig((name,))), begun, index)
+        run(tiny(resume=ResumeConfig((name,))), run_at_step_3, index)
 
 
-def test_allowing_is_a_setting(small, tmp_path):
+def test_the_command_suggests_and_accepts_resume_allow(small, tmp_path):
     args = ("--data", small)
     launch(tmp_path, 1, "run", *args, stop=1)
     command = ("run", *SMALL, "--out", tmp_path / "run", *args, "--lr", 0.3)

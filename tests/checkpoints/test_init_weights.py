@@ -1,4 +1,4 @@
-"""--init from files: a timm network's own weights, and files that are no such thing."""
+"""--init from files: the weights of a timm network, and files that are refused."""
 
 import os
 import pickle
@@ -17,63 +17,64 @@ from fasttrain.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """A timm network with weights of its own, of five classes."""
+def timm_model():
+    """A timm network for five classes."""
     torch.manual_seed(1)
     return timm.create_model("test_resnet", num_classes=5)
 
 
-def start(path: Path, classes=5, averaged=True):
+def init_from(path: Path, classes=5, averaged=True):
+    """A random network with the weights of a file loaded into it, and the line to log."""
     torch.manual_seed(2)
     model = Classifier("test_resnet", classes)
-    said = initialize(model, InitConfig(str(path), averaged), "test_resnet", [str(each) for each in range(classes)])
-    return model, said
+    line = initialize(model, InitConfig(str(path), averaged), "test_resnet", [str(label) for label in range(classes)])
+    return model, line
 
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 WRAPPED = {
     "plain.pth": lambda state: state,
     "timm.pth": lambda state: {"state_dict": state, "epoch": 3, "arch": "test_resnet", "metric": 0.5},
-    "torch.pt": lambda state: {"model": {f"module.{name}": each for name, each in state.items()}},
-    "compiled.bin": lambda state: {f"_orig_mod.{name}": each for name, each in state.items()},
+    "torch.pt": lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
+    "compiled.bin": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "ema.pth": lambda state: {
-        "state_dict": {name: torch.zeros_like(each) for name, each in state.items()},
+        "state_dict": {name: torch.zeros_like(tensor) for name, tensor in state.items()},
         "state_dict_ema": state,
     },
 }
 
 
 @pytest.mark.parametrize("name", [*WRAPPED, "hub.safetensors"])
-def test_a_timm_networks_weights_are_taken_whole(theirs, tmp_path, name):
+def test_all_weights_of_a_timm_network_are_loaded(timm_model, tmp_path, name):
     path = tmp_path / name
     if name in WRAPPED:
-        torch.save(WRAPPED[name](theirs.state_dict()), path)
+        torch.save(WRAPPED[name](timm_model.state_dict()), path)
     else:
-        save_file(theirs.state_dict(), path)
-    ours, said = start(path)
-    assert torch.equal(ours.eval()(IMAGES).logits, theirs.eval()(IMAGES))
-    count = len(theirs.state_dict())
-    assert said == f"init: {count} of {count} tensors, from {path}; starting random: none"
+        save_file(timm_model.state_dict(), path)
+    ours, line = init_from(path)
+    assert torch.equal(ours.eval()(IMAGES).logits, timm_model.eval()(IMAGES))
+    count = len(timm_model.state_dict())
+    assert line == f"init: {count} of {count} tensors, from {path}; starting random: none"
 
 
-def test_raw_weights_where_they_are_asked_for(theirs, tmp_path):
-    torch.save({"state_dict": theirs.state_dict(), "state_dict_ema": {}}, tmp_path / "both.pth")
-    ours, _ = start(tmp_path / "both.pth", averaged=False)
-    assert torch.equal(ours.eval()(IMAGES).logits, theirs.eval()(IMAGES))
+def test_raw_weights_are_loaded_on_request(timm_model, tmp_path):
+    torch.save({"state_dict": timm_model.state_dict(), "state_dict_ema": {}}, tmp_path / "both.pth")
+    ours, _ = init_from(tmp_path / "both.pth", averaged=False)
+    assert torch.equal(ours.eval()(IMAGES).logits, timm_model.eval()(IMAGES))
 
 
-def test_another_number_of_classes_leaves_the_classifier_random(theirs, tmp_path):
-    torch.save(theirs.state_dict(), tmp_path / "five.pth")
-    ours, said = start(tmp_path / "five.pth", classes=7)
+def test_another_number_of_classes_leaves_the_classifier_random(timm_model, tmp_path):
+    torch.save(timm_model.state_dict(), tmp_path / "five.pth")
+    ours, line = init_from(tmp_path / "five.pth", classes=7)
     torch.manual_seed(2)
-    fresh = Classifier("test_resnet", 7)
-    assert torch.equal(ours.backbone.get_classifier().weight, fresh.backbone.get_classifier().weight)
-    assert torch.equal(ours.backbone.forward_features(IMAGES), theirs.train().forward_features(IMAGES))
-    assert said.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
+    random = Classifier("test_resnet", 7)
+    assert torch.equal(ours.backbone.get_classifier().weight, random.backbone.get_classifier().weight)
+    assert torch.equal(ours.backbone.forward_features(IMAGES), timm_model.train().forward_features(IMAGES))
+    assert line.endswith("starting random: backbone.fc.bias, backbone.fc.weight")
 
 
 class Trap:
-    """Pickled, it makes a file when it is read."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -82,34 +83,35 @@ class Trap:
         return os.mkdir, (self.marker,)
 
 
-def hostile(path: Path, how: str, state: dict) -> None:
-    if how == "code":
+def write_bad_file(path: Path, kind: str, state: dict) -> None:
+    """Write a file that must be refused; `kind` is one of CASES."""
+    if kind == "code":
         torch.save({"state_dict": {**state, "x": Trap(path.parent / "executed")}}, path)
-    elif how == "old format":
+    elif kind == "old format":
         torch.save(state, path, _use_new_zipfile_serialization=False)
-    elif how == "bare pickle":
+    elif kind == "bare pickle":
         path.write_bytes(pickle.dumps(Trap(path.parent / "executed")))
-    elif how == "bomb":
+    elif kind == "bomb":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/data.pkl", bytes(100_000_000))
-    elif how == "truncated":
+    elif kind == "truncated":
         torch.save(state, path)
         path.write_bytes(path.read_bytes()[:-2000])
-    elif how == "empty":
+    elif kind == "empty":
         path.write_bytes(b"")
-    elif how == "a list":
+    elif kind == "a list":
         torch.save([1, 2], path)
-    elif how == "numbers":
+    elif kind == "numbers":
         torch.save({"state_dict": {"fc.weight": 3}}, path)
-    elif how == "other network":
+    elif kind == "other network":
         torch.save(timm.create_model("test_efficientnet").state_dict(), path)
-    elif how == "other shape":
+    elif kind == "other shape":
         torch.save({**state, "conv1.0.weight": torch.zeros(2, 2)}, path)
-    elif how == "strange name":
+    elif kind == "strange name":
         torch.save({**state, "\x1b[31mred\nline": torch.zeros(1)}, path)
-    elif how == "safetensors":
+    elif kind == "safetensors":
         path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
-    elif how == "fifo":
+    elif kind == "fifo":
         os.mkfifo(path)
 
 
@@ -117,18 +119,18 @@ CASES = ["code", "old format", "bare pickle", "bomb", "truncated", "empty", "a l
 CASES += ["other shape", "strange name", "safetensors", "fifo", "missing"]
 
 
-@pytest.mark.parametrize("how", CASES)
-def test_a_file_that_is_no_such_thing_is_refused_in_a_line(theirs, tmp_path, how):
-    path = tmp_path / ("weights.safetensors" if how == "safetensors" else "weights.pth")
-    hostile(path, how, theirs.state_dict())
+@pytest.mark.parametrize("kind", CASES)
+def test_bad_files_are_refused_in_one_line(timm_model, tmp_path, kind):
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    write_bad_file(path, kind, timm_model.state_dict())
     with pytest.raises(UserError) as caught:
-        start(path)
+        init_from(path)
     assert str(caught.value).startswith(f"--init {path}") and str(caught.value).isprintable()
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_trap_works(tmp_path):
-    """Without weights_only it would have been executed: the test above can fail."""
-    hostile(tmp_path / "weights.pth", "code", {})
+def test_the_trap_runs_code(tmp_path):
+    """Without weights_only the pickle runs its code, so the test above can fail."""
+    write_bad_file(tmp_path / "weights.pth", "code", {})
     torch.load(tmp_path / "weights.pth", weights_only=False)
     assert (tmp_path / "executed").exists()

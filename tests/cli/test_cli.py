@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: output, files, exit status, and one line for each mistake."""
+"""The command line as a user sees it: output, files, exit status, and a one-line message for each mistake."""
 
 import json
 import os
@@ -23,15 +23,15 @@ from fasttrain.data.index import cache_dir, scan
 from fasttrain.evaluation import predictions
 
 
-def test_help_needs_neither_torch_nor_dali_nor_timm():
+def test_help_imports_neither_torch_nor_dali_nor_timm():
     code = "import sys; from fasttrain.cli.main import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
-    code += "print([each for each in ('torch', 'timm', 'nvidia.dali', 'numpy', 'PIL') if each in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]" and "--batch-size" in done.stdout
+    code += "print([name for name in ('torch', 'timm', 'nvidia.dali', 'numpy', 'PIL') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]" and "--batch-size" in result.stdout
 
 
 def commands(group=main, words=()):
-    """Every command and group, as the words that call it."""
+    """Every command and group, as a tuple of words: ("bench", "step")."""
     for name, command in group.commands.items():
         yield (*words, name)
         if isinstance(command, click.Group):
@@ -39,21 +39,21 @@ def commands(group=main, words=()):
 
 
 def test_every_command_has_help():
-    named = list(commands())
-    assert {("run",), ("bench",), ("bench", "step"), ("data", "check")} <= set(named)
-    for *parents, name in named:
+    names = list(commands())
+    assert {("run",), ("bench",), ("bench", "step"), ("data", "check")} <= set(names)
+    for *parents, name in names:
         assert f"\n  {name} " in call(*parents, "--help").output
-        said = call(*parents, name, "--help").output
-        assert said.startswith(f"Usage: main {' '.join((*parents, name))} ") and "\n\n  " in said
+        text = call(*parents, name, "--help").output
+        assert text.startswith(f"Usage: main {' '.join((*parents, name))} ") and "\n\n  " in text
 
 
 @pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--image-size", "--lr", "--seed"])
-def test_help_says_where_a_default_is_from(option):
-    params = {each.opts[0]: each for each in main.commands["run"].params if isinstance(each, click.Option)}
+def test_help_says_where_the_default_comes_from(option):
+    params = {param.opts[0]: param for param in main.commands["run"].params if isinstance(param, click.Option)}
     assert "Default:" in (params[option].help or "") and "the recipe's" in (params[option].help or "")
 
 
-def test_run_trains_evaluates_and_goes_on(demo_set, tmp_path):
+def test_run_trains_evaluates_and_resumes(demo_set, tmp_path):
     out, images = tmp_path / "my run", tmp_path / "my images"
     images.symlink_to(demo_set)
     first = call("run", *TINY, "--data", images, "--epochs", 1, "--out", out)
@@ -64,21 +64,21 @@ def test_run_trains_evaluates_and_goes_on(demo_set, tmp_path):
     assert recipe.data.train == (str(images),) and recipe.precision == "fp32" and recipe.epochs == 1
     again = call("run", *TINY, "--data", images, "--epochs", 1, "--out", out)
     assert f"{500 // 50} steps" in again.stdout
-    _, _, following = first.stdout.splitlines()[-1].partition("fasttrain ")
-    scores = call(*shlex.split(following), "--device", "cpu").stdout
+    _, _, command = first.stdout.splitlines()[-1].partition("fasttrain ")
+    scores = call(*shlex.split(command), "--device", "cpu").stdout
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    top1 = next(each["top1"] for each in logged if each["event"] == "eval")
+    top1 = next(event["top1"] for event in logged if event["event"] == "eval")
     assert f"top-1 {top1:.2%}" in scores and "of 250 images" in scores
 
 
-def test_a_runs_recipe_repeats_the_run(demo_set, tmp_path):
+def test_the_recipe_of_a_run_reproduces_the_run(demo_set, tmp_path):
     call("run", *TINY, "--data", demo_set / "train", "--epochs", 1, "--seed", 5, "--out", tmp_path / "one")
     call("run", "--recipe", tmp_path / "one" / "recipe.toml", "--out", tmp_path / "two")
-    hashes = [json.loads((tmp_path / n / "last" / "meta.json").read_text())["sha256"] for n in ("one", "two")]
+    hashes = [json.loads((tmp_path / run / "last" / "meta.json").read_text())["sha256"] for run in ("one", "two")]
     assert hashes[0] == hashes[1]
 
 
-def test_the_bare_command_uses_the_demo_set_and_says_so(monkeypatch, tmp_path):
+def test_run_without_data_trains_on_the_demo_set_and_says_so(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     result = call("run", "--arch", "tresnet_xl", "--device", "cpu", "--dry-run")
     assert "training on the demo set" in result.stderr and "fasttrain run --arch tresnet_xl --data DIR" in result.stderr
@@ -88,7 +88,7 @@ def test_the_bare_command_uses_the_demo_set_and_says_so(monkeypatch, tmp_path):
     assert len(scan(cache_dir() / "demo-1" / "train").classes) == len(CLASSES)
 
 
-def test_dry_run_says_what_a_run_would_do(demo_set, tmp_path):
+def test_dry_run_prints_what_a_run_would_do(demo_set, tmp_path):
     out = tmp_path / "out"
     args = [*TINY, "--data", demo_set, "--epochs", 3, "--set", "micro_batch=10", "--out", out, "--dry-run"]
     text = call("run", *args).stdout
@@ -98,7 +98,7 @@ def test_dry_run_says_what_a_run_would_do(demo_set, tmp_path):
     assert not out.exists()
 
 
-def test_options_reach_the_recipe(demo_set, tmp_path):
+def test_options_change_the_recipe(demo_set, tmp_path):
     text = call(
         "run", *TINY, "--data", demo_set / "train", "--val", demo_set / "val", "--lr", "0.3", "--seed", 9,
         "--workers", 3, "--compile", "--set", "optim.momentum=0.5", "--dry-run", "--out", tmp_path / "o",
@@ -108,7 +108,7 @@ def test_options_reach_the_recipe(demo_set, tmp_path):
     assert recipe.machine.compile == "on" and recipe.optim.momentum == 0.5 and recipe.data.val == str(demo_set / "val")
 
 
-def test_paths_reach_the_recipe_as_they_are(demo_set, tmp_path):
+def test_unusual_paths_are_kept_in_the_recipe(demo_set, tmp_path):
     odd = tmp_path / "\N{ROCKET} it's \"x\\"
     odd.mkdir()
     for split in ("train", "val"):
@@ -121,16 +121,16 @@ def test_paths_reach_the_recipe_as_they_are(demo_set, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--data", "--init"])
-def test_a_path_that_no_recipe_could_hold_is_refused_at_the_start(option, demo_set, tmp_path):
+def test_a_path_that_is_not_utf8_is_refused_before_the_run(option, demo_set, tmp_path):
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     odd.symlink_to(demo_set)
     result = call("run", *TINY, "--data", demo_set, option, odd, "--out", tmp_path / "o", status=2)
-    said = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
-    assert len(said) == 1 and "caf\\xe9 is not UTF-8" in said[0] and not (tmp_path / "o").exists()
+    errors = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(errors) == 1 and "caf\\xe9 is not UTF-8" in errors[0] and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         ([], "name a network with --arch"),
         (["--arch", "tresnet_x"], "tresnet_xl"),
@@ -150,16 +150,16 @@ def test_a_path_that_no_recipe_could_hold_is_refused_at_the_start(option, demo_s
         (["--arch", "test_resnet", "--resume", "nowhere"], "nowhere is no checkpoint"),
     ],
 )
-def test_mistakes_get_one_line_and_status_2(args, says, demo_set, tmp_path, monkeypatch):
+def test_mistakes_get_one_line_and_status_2(args, message, demo_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache_dir().mkdir(parents=True)
-    (cache_dir() / "demo-1").symlink_to(demo_set)  # there are no images among the arguments
+    (cache_dir() / "demo-1").symlink_to(demo_set)  # the arguments name no images
     result = call("run", *args, status=2)
-    complaint = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
-    assert len(complaint) == 1 and says in complaint[0] and "Traceback" not in result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in result.output
 
 
-def test_a_gpu_that_is_not_there_is_said_so(demo_set, monkeypatch):
+def test_a_missing_gpu_is_reported(demo_set, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -167,7 +167,7 @@ def test_a_gpu_that_is_not_there_is_said_so(demo_set, monkeypatch):
     assert "torch sees no GPU" in result.stderr
 
 
-def test_a_file_that_breaks_stops_the_run_by_name(demo_set, tmp_path):
+def test_a_damaged_image_ends_the_run_and_is_named(demo_set, tmp_path):
     import shutil
 
     shutil.copytree(demo_set / "train", tmp_path / "train")
@@ -203,7 +203,7 @@ def trained(demo_set, tmp_path_factory):
     return out
 
 
-def test_a_second_stage_goes_on_from_the_first(trained, demo_set, tmp_path):
+def test_a_second_stage_starts_from_the_first(trained, demo_set, tmp_path):
     args = [*TINY, "--data", demo_set, "--epochs", 1, "--init", trained]
     arcface = call("run", *args, "--loss", "ce+arcface", "--out", tmp_path / "a")
     assert "init: " in arcface.stderr and "starting random: cosine.weight" in arcface.stderr
@@ -211,15 +211,17 @@ def test_a_second_stage_goes_on_from_the_first(trained, demo_set, tmp_path):
     assert "batches of 5 classes x 4 images; 480 of 500 images per epoch" in triplet.stderr
     recipe = recipes.by_name(str(tmp_path / "t" / "recipe.toml"))
     assert recipe.name == "test_resnet-ce+triplet" and recipe.init.weights == str(trained)
-    # Its weights evaluate like any others, without the second head.
+    # `eval` takes its weights without the second head.
     assert "of 250 images" in call("eval", tmp_path / "a", "--data", demo_set, "--device", "cpu").stdout
 
 
 def test_eval_predict_ensemble_and_score_work_together(trained, demo_set, tmp_path):
     val = demo_set / "val"
     common = ["--device", "cpu", "--views", "report", "--sizes", "24,32"]
-    told = call("eval", trained, "--data", val, *common, "--out", tmp_path / "a.npz", "--confusion", tmp_path / "c.png")
-    lines = told.stdout.splitlines()
+    result = call(
+        "eval", trained, "--data", val, *common, "--out", tmp_path / "a.npz", "--confusion", tmp_path / "c.png"
+    )
+    lines = result.stdout.splitlines()
     assert lines[0].startswith("   24 px: top-1 ") and lines[1].startswith("   32 px: top-1 ")
     assert lines[2].startswith("   fused: top-1 ") and "of 250 images" in lines[2]
     assert "worst classes:" in lines and "most confused:" in lines
@@ -237,16 +239,16 @@ def test_eval_predict_ensemble_and_score_work_together(trained, demo_set, tmp_pa
     files = [tmp_path / "a.npz", tmp_path / "b.npz"]
     fused = call("ensemble", *files, "--out", tmp_path / "f.npz", "--submission", tmp_path / "s.csv", status=2)
     assert "two images are called" in fused.stderr  # 000.jpg of two classes
-    own = [
+    top1s = [
         f"top-1 {predictions.scores(p.probs, p.labels).top1:.2%}"
         for p in map(predictions.load, files)
         if p.labels is not None
     ]
     text = call("ensemble", *files, "--fit", files[0], "--fit", files[1], "--out", tmp_path / "f.npz").stdout
-    assert all(each in text for each in own) and "weight " in text and "100.0%" in text
+    assert all(top1 in text for top1 in top1s) and "weight " in text and "100.0%" in text
     weighted = call("ensemble", *files, "--weights", "3,1", "--out", tmp_path / "f.npz").stdout
     assert "weight 0.750" in weighted and "fused: top-1" in weighted
-    one, two = (predictions.load(each).probs for each in files)
+    one, two = (predictions.load(path).probs for path in files)
     np.testing.assert_allclose(predictions.load(tmp_path / "f.npz").probs, 0.75 * one + 0.25 * two, atol=1e-6)
 
     flat = tmp_path / "flat"
@@ -258,20 +260,21 @@ def test_eval_predict_ensemble_and_score_work_together(trained, demo_set, tmp_pa
     labels = [f"img_{number}.JPEG,{number * 10 // 25}" for number in range(25)]
     (tmp_path / "labels.csv").write_text("Image IDs,Labels\n" + "\n".join(labels) + "\n")
     top1 = call("score", tmp_path / "s.csv", "--labels", tmp_path / "labels.csv").stdout
-    found = predictions.load(tmp_path / "flat.npz")
-    hits = [int(found.probs[found.ids.tolist().index(f"img_{n}.JPEG")].argmax()) == n * 10 // 25 for n in range(25)]
+    loaded = predictions.load(tmp_path / "flat.npz")
+    ids = loaded.ids.tolist()
+    hits = [int(loaded.probs[ids.index(f"img_{n}.JPEG")].argmax()) == n * 10 // 25 for n in range(25)]
     assert top1 == f"top-1 {np.mean(hits):.4f} of 25 images\n"
 
 
-def test_averaged_weights_are_what_eval_takes(trained, demo_set):
+def test_eval_uses_averaged_weights_by_default(trained, demo_set):
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    last = next(each for each in log if each["event"] == "eval")
-    for option, top1 in (([], last["ema"]["top1"]), (["--raw"], last["top1"])):
+    logged = next(event for event in log if event["event"] == "eval")
+    for option, top1 in (([], logged["ema"]["top1"]), (["--raw"], logged["top1"])):
         assert f"top-1 {top1:.2%}" in call("eval", trained, "--data", demo_set, "--device", "cpu", *option).stdout
 
 
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "message"),
     [
         (["eval", "RUN", "--data", "SET", "--out", "p.csv"], "end the name in .npz"),
         (["eval", "RUN", "--data", "SET", "--sizes", "a"], "--sizes a: give numbers of pixels with commas"),
@@ -287,12 +290,12 @@ def test_averaged_weights_are_what_eval_takes(trained, demo_set):
         (["score", "nothing.csv", "--labels", "nothing.csv"], "cannot read nothing.csv"),
     ],
 )
-def test_mistakes_of_the_other_commands_get_one_line(trained, demo_set, tmp_path, monkeypatch, command, says):
+def test_mistakes_of_the_other_commands_get_one_line(trained, demo_set, tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(tmp_path)
     names = {"RUN": str(trained), "SET": str(demo_set)}
-    result = call(*[names.get(each, each) for each in command], status=2)
-    complaint = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
-    assert len(complaint) == 1 and says in complaint[0] and not list(tmp_path.iterdir())
+    result = call(*[names.get(word, word) for word in command], status=2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert len(errors) == 1 and message in errors[0] and not list(tmp_path.iterdir())
 
 
 def test_data_demo_makes_the_set_once(tmp_path):
@@ -310,39 +313,41 @@ def test_data_cut_draws_a_set_that_trains(demo_set, tmp_path):
     assert (
         "60 images of 10 classes; validation: 20" in call("run", *TINY, "--data", tmp_path / "cut", "--dry-run").stdout
     )
-    assert "has 50 images and the cut needs 51" in call(*args[:3], "--per-class", 50, "--val-per-class", 1,
+    assert "has 50 images and the subset needs 51" in call(*args[:3], "--per-class", 50, "--val-per-class", 1,
                                                         "--out", tmp_path / "more", status=2).stderr  # fmt: skip
 
 
-def test_data_check_names_bad_files_and_moves_them_aside_and_back(demo_set, tmp_path):
+def test_data_check_names_bad_files_and_moves_them_to_quarantine_and_back(demo_set, tmp_path):
     import shutil
 
     for cls in ("cross-checks-blue", "disc-stripes-red"):
         shutil.copytree(demo_set / "val" / cls, tmp_path / "set" / cls)
-    sound = call("data", "check", tmp_path / "set", "--workers", 1)
-    assert "bad: none" in sound.stdout and "50 image files read" in sound.stdout
+    result = call("data", "check", tmp_path / "set", "--workers", 1)
+    assert "bad: none" in result.stdout and "50 image files read" in result.stdout
     victim = tmp_path / "set" / "disc-stripes-red" / "055.jpg"
     victim.write_bytes(victim.read_bytes()[:-2])
     args = ["data", "check", tmp_path / "set", "--workers", 1, "--out", tmp_path / "r.json"]
-    found = call(*args, "--quarantine", tmp_path / "set aside", status=1)
-    assert "BAD   disc-stripes-red/055.jpg: truncated: no end-of-image marker" in found.stdout
-    assert "moved 1 files to" in found.stdout and not victim.exists()
+    result = call(*args, "--quarantine", tmp_path / "set aside", status=1)
+    assert "BAD   disc-stripes-red/055.jpg: truncated: no end-of-image marker" in result.stdout
+    assert "moved 1 files to" in result.stdout and not victim.exists()
     report = json.loads((tmp_path / "r.json").read_text())
-    assert [(each["path"], each["kind"]) for each in report["findings"]] == [("disc-stripes-red/055.jpg", "truncated")]
-    back = call(*shlex.split(found.stdout.splitlines()[-1].partition("fasttrain ")[2]))
+    assert [(finding["path"], finding["kind"]) for finding in report["findings"]] == [
+        ("disc-stripes-red/055.jpg", "truncated")
+    ]
+    back = call(*shlex.split(result.stdout.splitlines()[-1].partition("fasttrain ")[2]))
     assert "moved 1 files back" in back.stdout and victim.exists()
 
 
-def test_data_vipriors_says_what_is_missing(tmp_path):
+def test_data_vipriors_reports_missing_files(tmp_path):
     for part in ("train", "val"):
         (tmp_path / "imagenet" / part).mkdir(parents=True)
     args = ["data", "vipriors", "--imagenet", tmp_path / "imagenet", "--out", tmp_path / "out"]
-    said = call(*args, status=2).stderr.strip().splitlines()[-1]
-    assert "150000 of 150000 source files are missing" in said and "out.missing.txt" in said
+    line = call(*args, status=2).stderr.strip().splitlines()[-1]
+    assert "150000 of 150000 source files are missing" in line and "out.missing.txt" in line
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_eval_refuses_other_classes_and_what_is_no_checkpoint(demo_set, tmp_path):
+def test_eval_refuses_other_classes_and_folders_without_a_checkpoint(demo_set, tmp_path):
     call("run", *TINY, "--data", demo_set / "train", "--epochs", 1, "--out", tmp_path / "o")
     other = tmp_path / "other"
     for name in ("ape", "zebra"):
@@ -360,15 +365,15 @@ def test_doctor_reports_every_part():
 
 
 @pytest.mark.parametrize("module", ["torch", "nvidia.dali", "timm"])
-def test_a_missing_package_is_one_line(module, tmp_path):
-    """A package that cannot be imported, on a machine set up by halves."""
+def test_a_missing_package_is_reported_in_one_line(module, tmp_path):
+    """The package cannot be imported, as on a machine that is not fully set up."""
     code = f"import sys; sys.modules[{module!r}] = None\nfrom fasttrain.cli.main import main\n"
     code += "main(['show', '--arch', 'test_resnet', '--out', 'x.png'])"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("fasttrain: ")]
-    assert done.returncode == 1 and len(lines) == 1 and "fasttrain doctor" in lines[0]
-    assert "Traceback" not in done.stderr and not (tmp_path / "x.png").exists()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert result.returncode == 1 and len(lines) == 1 and "fasttrain doctor" in lines[0]
+    assert "Traceback" not in result.stderr and not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -380,20 +385,24 @@ def test_a_missing_package_is_one_line(module, tmp_path):
         (["run", *TINY, "--data", "SET", "--epochs", "1"], "a smaller --set micro_batch=N"),
     ],
 )
-def test_the_end_of_a_gpus_memory_is_one_line(trained, demo_set, tmp_path, monkeypatch, command, advice):
+def test_out_of_memory_is_reported_in_one_line(trained, demo_set, tmp_path, monkeypatch, command, advice):
     import torch
 
-    def full(*_, **__):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.nn.Module, "to", full)
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
     names = {"RUN": str(trained), "SET": str(demo_set)}
-    result = call(*[names.get(each, each) for each in command], "--device", "cpu", status=1)
-    said = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
-    assert len(said) == 1 and "out of memory" in said[0] and advice in said[0] and "Traceback" not in result.output
+    result = call(*[names.get(word, word) for word in command], "--device", "cpu", status=1)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert (
+        len(errors) == 1 and "out of memory" in errors[0] and advice in errors[0] and "Traceback" not in result.output
+    )
 
 
 def test_python_m_fasttrain_is_the_same_command():
-    done = subprocess.run([sys.executable, "-m", "fasttrain", "--version"], capture_output=True, text=True, check=True)
-    assert __version__ in done.stdout
+    result = subprocess.run(
+        [sys.executable, "-m", "fasttrain", "--version"], capture_output=True, text=True, check=True
+    )
+    assert __version__ in result.stdout

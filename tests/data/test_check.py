@@ -1,4 +1,4 @@
-"""The check of a data set: what each kind of damage is called, that sound files pass, and that moves can be undone."""
+"""`data check`: each kind of damage is reported by its name, sound files pass, and a quarantine can be undone."""
 
 import errno
 import io
@@ -20,21 +20,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fasttrain.data import check
-from fasttrain.data import quarantine as quarantining
-from fasttrain.data.decode_check import read
-from fasttrain.data.process_pool import in_processes
+from fasttrain.data.decode_check import check_files
+from fasttrain.data.process_pool import map_in_processes
+from fasttrain.data.quarantine import quarantine, restore
 from fasttrain.utils.errors import UserError
 
 
-def quarantine(report, aside) -> int:
-    return quarantining.quarantine(report.folder, [each.path for each in report.bad], aside)
+def quarantine_bad(report, folder) -> int:
+    return quarantine(report.folder, [finding.path for finding in report.bad], folder)
 
 
 def picture(seed=0, height=52, width=70) -> Image.Image:
-    """A smooth picture with some noise, RGB."""
+    """A smooth RGB image with some noise."""
     rng = np.random.default_rng(seed)
-    slope = np.linspace(20, 200, width) + np.linspace(0, 40, height)[:, None]
-    pixels = slope[..., None] * rng.uniform(0.3, 1, 3) + rng.normal(0, 25, (height, width, 3))
+    gradient = np.linspace(20, 200, width) + np.linspace(0, 40, height)[:, None]
+    pixels = gradient[..., None] * rng.uniform(0.3, 1, 3) + rng.normal(0, 25, (height, width, 3))
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -44,7 +44,7 @@ def encoded(kind="JPEG", image=None, **options) -> bytes:
     return buffer.getvalue()
 
 
-def turned(orientation=6) -> Image.Exif:
+def exif_with(orientation=6) -> Image.Exif:
     exif = Image.Exif()
     exif[274] = orientation
     return exif
@@ -60,25 +60,25 @@ def huge_png(side=65535) -> bytes:
 
 def resized_header(data: bytes, height=65535, width=65535) -> bytes:
     """A baseline JPEG that claims another size."""
-    at = data.index(b"\xff\xc0") + 5
-    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+    start = data.index(b"\xff\xc0") + 5
+    return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
 
 
 def damaged(data: bytes, content=bytes(40)) -> bytes:
-    middle = len(data) * 2 // 3
-    return data[:middle] + content + data[middle + len(content) :]
+    start = len(data) * 2 // 3
+    return data[:start] + content + data[start + len(content) :]
 
 
-GREY = picture(1).convert("L")
+GRAY = picture(1).convert("L")
 GOOD = {
     "baseline.jpg": encoded(),
     "progressive.JPEG": encoded(image=picture(2), progressive=True),
     "restarts.jpg": encoded(image=picture(3), restart_marker_rows=1),
-    "grey.jpe": encoded(image=GREY),
+    "grey.jpe": encoded(image=GRAY),
     "appended.jfif": encoded(image=picture(4)) + b"after the end",
-    "exif.jpg": encoded(image=picture(5), exif=turned(1)),
+    "exif.jpg": encoded(image=picture(5), exif=exif_with(1)),
     "rgb.png": encoded("PNG"),
-    "palette.png": encoded("PNG", GREY.convert("P")),
+    "palette.png": encoded("PNG", GRAY.convert("P")),
     "lossy.webp": encoded("WEBP"),
     "lossless.webp": encoded("WEBP", lossless=True),
     "rgb.bmp": encoded("BMP"),
@@ -86,8 +86,8 @@ GOOD = {
     "lzw.tiff": encoded("TIFF", compression="tiff_lzw"),
 }
 DEEP = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16)
-# Content by name, and what must be found: kind, whether bad, and a part of the reason.
-PIECES: dict[str, tuple[bytes, str, bool, str]] = {
+# Files by name: the content, and the finding to expect, as kind, whether bad, and a part of the reason.
+FILES: dict[str, tuple[bytes, str, bool, str]] = {
     "empty.jpg": (b"", "empty", True, "0 bytes"),
     "cut.jpg": (encoded(image=picture(10))[:-2], "truncated", True, "no end-of-image marker"),
     "cut-progressive.jpg": (encoded(image=picture(11), progressive=True)[:-2], "truncated", True, "no end-of-image"),
@@ -100,47 +100,47 @@ PIECES: dict[str, tuple[bytes, str, bool, str]] = {
     "zeros.jpg": (damaged(encoded(image=picture(14)), bytes(512)), "corrupt", True, "libjpeg: Corrupt JPEG data: "),
     "inserted.jpg": (damaged(encoded(image=picture(14)), b"\xff" * 30), "corrupt", True, ""),
     "flipped.png": (damaged(encoded("PNG"), b"?"), "corrupt", True, "PIL: broken PNG file"),
-    "fax.tif": (encoded("TIFF", GREY.convert("1"), compression="group4")[:-2], "dali-refuses", True, "PIL decodes it"),
+    "fax.tif": (encoded("TIFF", GRAY.convert("1"), compression="group4")[:-2], "dali-refuses", True, "PIL decodes it"),
     "text.jpg": (b"Once upon a time", "not-an-image", True, "4f 6e 63 65"),
     "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not-an-image", True, ""),
-    "gif.jpg": (encoded("GIF"), "unsupported", True, "GIF; training takes JPEG, PNG"),
+    "gif.jpg": (encoded("GIF"), "unsupported", True, "GIF; training supports JPEG, PNG"),
     "photo.gif": (encoded("GIF"), "unsupported", True, "GIF"),
     "avif.png": (b"\0\0\0\x20ftypavif\0\0\0\0", "unsupported", True, "AVIF"),
     "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0", "unsupported", True, "HEIF"),
     "drawing.webp": (b"<?xml version='1.0'?>\n<svg/>", "unsupported", True, "SVG"),
     "really-a-jpeg.png": (encoded(image=picture(15)), "wrong-extension", False, "holds a JPEG"),
-    "left-out.dat": (encoded(image=picture(16)), "wrong-extension", False, "leaves files of this extension out"),
+    "left-out.dat": (encoded(image=picture(16)), "wrong-extension", False, "ignores files with this extension"),
     "claims.jpg": (resized_header(encoded(image=picture(17))), "absurd-size", True, "pixels"),
     "wide.jpg": (resized_header(encoded(image=picture(17)), 8, 20000), "absurd-size", True, "20000 x 8 pixels"),
     "claims.png": (huge_png(), "absurd-size", True, "pixels"),
     "pixel.png": (encoded("PNG", picture(0, 1, 1)), "absurd-size", True, "1 x 1 pixels"),
-    "turned.jpg": (encoded(image=picture(18), exif=turned()), "exif-rotated", False, "orientation 6"),
-    "turned.tif": (encoded("TIFF", exif=turned()), "exif-rotated", False, "orientation 6"),
+    "rotated.jpg": (encoded(image=picture(18), exif=exif_with()), "exif-rotated", False, "orientation 6"),
+    "rotated.tif": (encoded("TIFF", exif=exif_with()), "exif-rotated", False, "orientation 6"),
     "cmyk.jpg": (encoded(image=picture(19).convert("CMYK")), "cmyk", False, "RGB"),
     "deep.png": (encoded("PNG", DEEP), "16-bit", False, "8 bits"),
     "deep.tiff": (encoded("TIFF", DEEP), "16-bit", False, "8 bits"),
-    "notes.txt": (b"x", "stray", False, "leaves it out"),
-    ".shadow.jpg": (encoded(image=picture(20)), "hidden", False, "leaves it out"),
+    "notes.txt": (b"x", "stray", False, "ignores it"),
+    ".shadow.jpg": (encoded(image=picture(20)), "hidden", False, "ignores it"),
     os.fsdecode(b"caf\xe9.jpg"): (encoded(image=picture(21)), "not-utf8", False, "not UTF-8"),
 }
-# The same for what is no file of its own content in the class folder `ape`.
-PLACES = {
-    "notes.txt": ("stray", False, "beside the class folders"),
+# Findings on folders, links, pipes and copies, by path.
+ENTRIES = {
+    "notes.txt": ("stray", False, "next to the class folders"),
     ".git": ("hidden", False, ""),
-    "self": ("link-loop", False, "a folder that it is in"),
-    "void": ("empty-class", True, "refuses to start"),
-    "elsewhere": ("link-out", False, "leads to"),
+    "self": ("link-loop", False, "a folder that contains it"),
+    "void": ("empty-class", True, "training does not start"),
+    "elsewhere": ("link-out", False, "a link out of the folder"),
     "ape/deeper": ("stray", False, "a folder in a class folder"),
     "ape/folder.jpg": ("stray", False, "a folder in a class folder"),
-    "ape/up": ("link-loop", False, "a folder that it is in"),
+    "ape/up": ("link-loop", False, "a folder that contains it"),
     "ape/loop.jpg": ("link-loop", False, "symbolic links"),
-    "ape/out.jpg": ("link-out", False, "leads to"),
+    "ape/out.jpg": ("link-out", False, "a link out of the folder"),
     "ape/broken.jpg": ("broken-link", False, "No such file"),
     "ape/pipe.jpg": ("not-an-image", True, "a pipe"),
     "ape/socket.png": ("not-an-image", True, "a pipe"),
     "ape/twin.jpg": ("duplicate", False, "same content as ape/first.jpg"),
-    "ape/both.jpg": ("duplicate", True, "same content as zebra/both.jpg, which has another label"),
-    "zebra/both.jpg": ("duplicate", True, "same content as ape/both.jpg, which has another label"),
+    "ape/both.jpg": ("duplicate", True, "same content as zebra/both.jpg, with another label"),
+    "zebra/both.jpg": ("duplicate", True, "same content as ape/both.jpg, with another label"),
 }
 
 
@@ -151,12 +151,12 @@ def put(path: Path, content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """A folder with one of everything, and its report."""
+    """A folder with one file of each kind, and its report."""
     base = tmp_path_factory.mktemp("zoo")
     root = base / "set"
     for name, content in GOOD.items():
         put(root / "good" / name, content)
-    for name, (content, *_) in PIECES.items():
+    for name, (content, *_) in FILES.items():
         put(root / "ape" / name, content)
     put(root / "notes.txt", b"x")
     put(root / ".git" / "config", b"x")
@@ -172,7 +172,7 @@ def zoo(tmp_path_factory):
     (root / "ape" / "broken.jpg").symlink_to("nothing.jpg")
     os.mkfifo(root / "ape" / "pipe.jpg")
     with socket.socket(socket.AF_UNIX) as unix, pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root / "ape")  # the whole path may be too long for a socket
+        patch.chdir(root / "ape")  # the full path may be too long for a socket
         unix.bind("socket.png")
     for path, seed in (("ape/first", 30), ("ape/twin", 30), ("ape/both", 31), ("zebra/both", 31)):
         put(root / f"{path}.jpg", encoded(image=picture(seed)))
@@ -181,41 +181,41 @@ def zoo(tmp_path_factory):
     return root, check.examine(root, workers=1, progress=False)
 
 
-def found(report, path: str) -> list[check.Finding]:
-    return [each for each in report.findings if each.path == path]
+def findings_on(report, path: str) -> list[check.Finding]:
+    return [finding for finding in report.findings if finding.path == path]
 
 
-def one(report, path: str, kind: str, bad: bool, says: str) -> None:
-    (finding,) = found(report, path)
-    assert (finding.kind, finding.bad) == (kind, bad) and says in finding.reason
+def assert_one_finding(report, path: str, kind: str, bad: bool, reason: str) -> None:
+    (finding,) = findings_on(report, path)
+    assert (finding.kind, finding.bad) == (kind, bad) and reason in finding.reason
     assert finding.reason.isprintable()
 
 
-@pytest.mark.parametrize("name", PIECES, ids=ascii)
-def test_a_file_is_found_out(zoo, name):
-    one(zoo[1], f"ape/{name}", *PIECES[name][1:])
+@pytest.mark.parametrize("name", FILES, ids=ascii)
+def test_each_kind_of_file_is_reported(zoo, name):
+    assert_one_finding(zoo[1], f"ape/{name}", *FILES[name][1:])
 
 
-@pytest.mark.parametrize("path", PLACES)
-def test_what_is_no_good_file_is_found(zoo, path):
-    one(zoo[1], path, *PLACES[path])
+@pytest.mark.parametrize("path", ENTRIES)
+def test_folders_links_pipes_and_copies_are_reported(zoo, path):
+    assert_one_finding(zoo[1], path, *ENTRIES[path])
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_sound_files_pass(zoo, name):
-    assert not found(zoo[1], f"good/{name}")
+    assert not findings_on(zoo[1], f"good/{name}")
 
 
-def test_nothing_else_is_found(zoo):
-    expected = {f"ape/{name}" for name in PIECES} | set(PLACES)
-    rest = [each for each in zoo[1].findings if each.path not in expected]
+def test_nothing_else_is_reported(zoo):
+    expected = {f"ape/{name}" for name in FILES} | set(ENTRIES)
+    rest = [finding for finding in zoo[1].findings if finding.path not in expected]
     bad = os.fsdecode(b"zebra/bad\xff.jpg")
     link = "ape/zlink.jpg"
     kinds = [(link, "corrupt"), (link, "duplicate"), (bad, "not-utf8"), (bad, "truncated")]
-    assert [(each.path, each.kind) for each in rest] == kinds
+    assert [(finding.path, finding.kind) for finding in rest] == kinds
 
 
-def test_the_report_says_it_all(zoo, tmp_path):
+def test_the_report_is_complete_as_text_and_as_json(zoo, tmp_path):
     root, report = zoo
     assert report.findings == tuple(sorted(report.findings))
     assert report.rate == pytest.approx(report.files / report.seconds)
@@ -232,19 +232,19 @@ def test_the_report_says_it_all(zoo, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b"[" * 100000])
-def test_a_report_replaces_reports_only(tmp_path, content):
+def test_a_report_overwrites_only_reports(tmp_path, content):
     (tmp_path / "mine.json").write_bytes(content)
-    refuse("is no report of a check", check.write_report, EMPTY, tmp_path / "mine.json")
+    refuse("is not a report of a check", check.write_report, EMPTY, tmp_path / "mine.json")
     assert (tmp_path / "mine.json").read_bytes() == content
-    refuse("is no report of a check", check.write_report, EMPTY, tmp_path)
+    refuse("is not a report of a check", check.write_report, EMPTY, tmp_path)
     refuse("cannot write .*No such file", check.write_report, EMPTY, tmp_path / "no" / "such.json")
 
 
 EMPTY = check.Report(Path("."), 0, 0.0, ())
 
 
-def refuse(says, call, *args):
-    with pytest.raises(UserError, match=says) as caught:
+def refuse(message, call, *args):
+    with pytest.raises(UserError, match=message) as caught:
         call(*args)
     assert "\n" not in str(caught.value)
 
@@ -255,18 +255,18 @@ def test_train_and_val_are_compared(tmp_path):
         ("train", "yak/f", 3), ("val", "ape/g", 3), ("val", "yak/h", 4), ("train", "yak/.x", 5),
     ):  # fmt: skip
         put(tmp_path / split / f"{name}.jpg", encoded(image=picture(seed)))
-    put(tmp_path / "demo.json", b"{}")  # nobody looks beside the two
+    put(tmp_path / "demo.json", b"{}")  # files next to the two folders are not checked
     report = check.examine(tmp_path, workers=2, progress=True)
     assert report.files == 8
-    rows = [(each.path[:-4], each.kind, each.bad, each.reason) for each in report.findings]
-    other = "which has another label"
+    rows = [(finding.path[:-4], finding.kind, finding.bad, finding.reason) for finding in report.findings]
+    other_label = "with another label"
     assert rows == [
         ("train/ape/a", "duplicate", True, "same content as val/ape/c.jpg: in train and in val"),
         ("train/ape/b", "duplicate", True, "same content as val/ape/c.jpg: in train and in val"),
-        ("train/yak/.x", "hidden", False, "training leaves it out"),
-        ("train/yak/f", "duplicate", True, f"same content as val/ape/g.jpg, {other}"),
+        ("train/yak/.x", "hidden", False, "training ignores it"),
+        ("train/yak/f", "duplicate", True, f"same content as val/ape/g.jpg, {other_label}"),
         ("val/ape/d", "duplicate", False, "same content as val/ape/c.jpg"),
-        ("val/ape/g", "duplicate", True, f"same content as train/yak/f.jpg, {other}"),
+        ("val/ape/g", "duplicate", True, f"same content as train/yak/f.jpg, {other_label}"),
     ]
 
 
@@ -275,16 +275,19 @@ def test_folders_that_cannot_be_checked_are_refused(tmp_path):
     put(tmp_path / "a.jpg", b"")
     refuse("has no class folders", check.examine, tmp_path)
     (tmp_path / "void").mkdir()
-    report = check.examine(tmp_path)  # without a file no process starts
-    assert [(each.path, each.kind) for each in report.findings] == [("a.jpg", "stray"), ("void", "empty-class")]
+    report = check.examine(tmp_path)  # there are no files, so no process starts
+    assert [(finding.path, finding.kind) for finding in report.findings] == [
+        ("a.jpg", "stray"),
+        ("void", "empty-class"),
+    ]
 
 
-def verdicts(folder: Path, contents: list[bytes], name="x{}.jpg") -> list[list[tuple[str, str]]]:
-    """What a worker says of such files, in this process."""
+def problems_of(folder: Path, contents: list[bytes], name="x{}.jpg") -> list[list[tuple[str, str]]]:
+    """A worker's (kind, reason) pairs for files of these contents, computed in this process."""
     paths = [folder / name.format(number) for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    return [notes for notes, _ in read([(str(path), False) for path in paths])]
+    return [problems for problems, _ in check_files([(str(path), False) for path in paths])]
 
 
 TRUNCATABLE = [name for name in GOOD if name != "appended.jfif"]
@@ -294,29 +297,29 @@ TRUNCATABLE = [name for name in GOOD if name != "appended.jfif"]
 def test_every_truncation_is_bad(tmp_path, name):
     content = GOOD[name]
     lengths = [len(content) - 1, len(content) - 2, *random.Random(name).sample(range(len(content) - 2), 20)]
-    found = verdicts(tmp_path, [content[:each] for each in lengths], f"x{{}}{name}")
-    for length, notes in zip(lengths, found, strict=True):
-        assert any(kind in check.BAD for kind, _ in notes), f"{length} of {len(content)} bytes"
+    results = problems_of(tmp_path, [content[:length] for length in lengths], f"x{{}}{name}")
+    for length, problems in zip(lengths, results, strict=True):
+        assert any(kind in check.BAD for kind, _ in problems), f"{length} of {len(content)} bytes"
 
 
-def test_decoders_that_differ_are_reported_either_way(tmp_path):
+def test_a_file_that_only_one_decoder_decodes_is_reported(tmp_path):
     cut, padding = encoded("PNG", save_all=True, append_images=[picture(1)])[:-2], encoded("BMP")[:-2]
-    fax = encoded("TIFF", GREY.convert("1"), compression="group4")[:-2]
-    reasons = [notes[-1][1] for notes in verdicts(tmp_path, [cut, padding, fax])]
+    fax = encoded("TIFF", GRAY.convert("1"), compression="group4")[:-2]
+    reasons = [problems[-1][1] for problems in problems_of(tmp_path, [cut, padding, fax])]
     assert "DALI decodes it" in reasons[0] and reasons[1].endswith("PIL decodes it; DALI: cannot decode it")
     assert reasons[2].startswith("DALI: cannot decode it") and reasons[2].endswith("PIL decodes it")
 
 
-def test_a_worker_says_why_it_cannot_read(tmp_path):
-    ((notes, digest),) = read([(str(tmp_path), True)])
-    assert notes == [("unreadable", os.strerror(errno.EISDIR))] and digest is None
+def test_a_worker_reports_a_read_error(tmp_path):
+    ((problems, digest),) = check_files([(str(tmp_path), True)])
+    assert problems == [("unreadable", os.strerror(errno.EISDIR))] and digest is None
 
 
 def test_too_many_scans_are_not_decoded(tmp_path):
     content = encoded(progressive=True)
     start, end = content.index(b"\xff\xda"), content.rindex(b"\xff\xda")
     bomb = content[:start] + content[start:end] * 100 + content[end:]
-    ((kind, reason),) = verdicts(tmp_path, [bomb])[0]
+    ((kind, reason),) = problems_of(tmp_path, [bomb])[0]
     assert kind == "absurd-size" and "scans" in reason
 
 
@@ -325,13 +328,13 @@ HEADS = [b"", *(content[:cut] for content in GOOD.values() for cut in (4, 30, 20
 
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(pairs=st.lists(st.tuples(st.sampled_from(HEADS), st.binary(max_size=300)), min_size=1, max_size=5))
-def test_no_bytes_stop_a_worker(tmp_path, pairs):
-    for notes in verdicts(tmp_path, [head + tail for head, tail in pairs]):
-        assert any(kind in check.BAD for kind, _ in notes)
+def test_random_bytes_do_not_stop_a_worker(tmp_path, pairs):
+    for problems in problems_of(tmp_path, [head + tail for head, tail in pairs]):
+        assert any(kind in check.BAD for kind, _ in problems)
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_no_damage_stops_a_worker(tmp_path, name):
+def test_damaged_files_do_not_stop_a_worker_and_give_the_same_result_twice(tmp_path, name):
     rng = random.Random(name)
     contents = []
     for _ in range(12):
@@ -339,85 +342,88 @@ def test_no_damage_stops_a_worker(tmp_path, name):
         for _ in range(rng.choice((1, 3, 20))):
             content[rng.randrange(len(content))] = rng.randrange(256)
         contents.append(bytes(content))
-    first = verdicts(tmp_path, contents, f"x{{}}{name}")
-    assert first == verdicts(tmp_path, contents, f"x{{}}{name}")
+    first = problems_of(tmp_path, contents, f"x{{}}{name}")
+    assert first == problems_of(tmp_path, contents, f"x{{}}{name}")
 
 
-def fragile(items):
-    """Work for the pool: some items end the process."""
+def square_or_exit(items):
+    """Work for the pool; some items end the process."""
     for item in items:
         if item % 10 == 3:
             os._exit(1)
     return [item * item for item in items]
 
 
-def never(items):
+def exit_at_once(items):
     os._exit(1)
 
 
-def test_an_item_that_ends_its_process_costs_no_other():
+def test_an_item_that_ends_its_process_affects_no_other():
     chunks = [list(range(first, first + 4)) for first in range(0, 20, 4)]
-    results = dict(in_processes(fragile, iter(chunks), 2))
+    results = dict(map_in_processes(square_or_exit, iter(chunks), 2))
     assert results == {item: None if item % 10 == 3 else item * item for item in range(20)}
 
 
 def test_processes_that_do_not_start_are_an_error():
-    refuse("do not start", list, in_processes(never, iter([[1]]), 1))
+    refuse("do not start", list, map_in_processes(exit_at_once, iter([[1]]), 1))
 
 
-def test_a_decoder_that_does_not_return_is_ended(tmp_path):
+def test_a_decoder_that_hangs_is_ended(tmp_path):
     (tmp_path / "x.jpg").write_bytes(encoded())
     code = (
-        "import sys; from fasttrain.data import decode_check as check; check._decoder(); check.SECONDS = 0.2; "
-        "check._decode_with_pil = lambda look, data: sum(range(10**12)); check.read([(sys.argv[1], False)])"
+        "import sys; from fasttrain.data import decode_check as check; check._dali_decoder(); check.TIMEOUT_S = 0.2; "
+        "check._decode_with_pil = lambda file, data: sum(range(10**12)); check.check_files([(sys.argv[1], False)])"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.jpg")], timeout=60).returncode == 1
 
 
 def snapshot(root: Path) -> dict[str, object]:
+    """The mode of each file, folder and link below `root`, with the content and time or the link's target."""
     tree: dict[str, object] = {}
     for folder, folders, names in os.walk(root):
         for path in (os.path.join(folder, name) for name in [*folders, *names]):
             info = os.lstat(path)
-            about: object = os.readlink(path) if os.path.islink(path) else None
-            if about is None and os.path.isfile(path):
-                about = (Path(path).read_bytes(), info.st_mtime_ns)
-            tree[os.path.relpath(path, root)] = (info.st_mode, about)
+            content: object = os.readlink(path) if os.path.islink(path) else None
+            if content is None and os.path.isfile(path):
+                content = (Path(path).read_bytes(), info.st_mtime_ns)
+            tree[os.path.relpath(path, root)] = (info.st_mode, content)
     return tree
 
 
 def test_quarantine_can_be_undone(zoo, tmp_path):
     root, report = zoo
     before = snapshot(root)
-    aside = tmp_path / "aside" / "here"
-    bad = {each.path for each in report.bad} - {"void"}
-    assert quarantine(report, aside) == len(bad)
-    held = {os.path.relpath(os.path.join(folder, name), aside) for folder, _, names in os.walk(aside) for name in names}
-    assert held == bad | {"restore.json"}
+    aside = tmp_path / "deep" / "aside"
+    bad = {finding.path for finding in report.bad} - {"void"}
+    assert quarantine_bad(report, aside) == len(bad)
+    moved = {
+        os.path.relpath(os.path.join(folder, name), aside) for folder, _, names in os.walk(aside) for name in names
+    }
+    assert moved == bad | {"restore.json"}
     after = snapshot(root)
-    assert after == {path: about for path, about in before.items() if path not in bad}
+    assert after == {path: entry for path, entry in before.items() if path not in bad}
     listed = json.loads((aside / "restore.json").read_text(encoding="ascii"))["moves"]
-    assert len(listed) == len(bad) and {"zebra/bad\\xff.jpg", "ape/zeros.jpg"} <= {each["to"] for each in listed}
-    assert quarantine(report, aside) == 0, "all are there already"
-    assert quarantining.restore(aside, root) == len(bad)
+    assert len(listed) == len(bad) and {"zebra/bad\\xff.jpg", "ape/zeros.jpg"} <= {move["to"] for move in listed}
+    assert quarantine_bad(report, aside) == 0, "a file was moved twice"
+    assert restore(aside, root) == len(bad)
     assert snapshot(root) == before and not aside.exists()
 
 
-def test_a_quarantine_of_anybodys_writes_nowhere_else(small, tmp_path):
-    """Neither to a folder beside the one that is named, nor through a link in it that leads out."""
-    assert quarantine(small, tmp_path / "aside") == 2
+def test_an_untrusted_quarantine_is_restored_only_into_the_named_folder(small, tmp_path):
+    """Not into a folder next to it, and not through a link out of it."""
+    assert quarantine_bad(small, tmp_path / "aside") == 2
     (tmp_path / "elsewhere").mkdir()
     for folder in (tmp_path / "elsewhere", tmp_path / "se", small.folder / "yak"):
-        refuse("is where a file of .* belongs, outside of", quarantining.restore, tmp_path / "aside", folder)
+        refuse("has a file that belongs at .*, which is not in", restore, tmp_path / "aside", folder)
     (small.folder / "ape").rmdir()
     (small.folder / "ape").symlink_to(tmp_path / "elsewhere")
-    refuse("belongs, outside of", quarantining.restore, tmp_path / "aside", small.folder)
+    refuse("has a file that belongs at .*, which is not in", restore, tmp_path / "aside", small.folder)
     assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "aside/ape/a.jpg").exists()
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A report on two bad files that are there, and one that is gone."""
+    """A report on two bad files that exist, and one that was deleted."""
     root = tmp_path / "set"
     findings = []
     for path in ("ape/a.jpg", "ape/b.jpg", "yak/c.jpg"):
@@ -428,42 +434,49 @@ def small(tmp_path):
     return check.Report(root, 4, 1.0, (*findings, check.Finding("yak/sound.jpg", "cmyk", "", False)))
 
 
-def test_a_quarantine_grows_and_overwrites_nothing(small, tmp_path):
+def test_adding_to_a_quarantine_overwrites_nothing(small, tmp_path):
     aside = tmp_path / "aside"
-    assert quarantine(small, aside) == 2
+    assert quarantine_bad(small, aside) == 2
     put(small.folder / "ape/a.jpg", b"another")
-    assert quarantine(small, aside) == 1
+    assert quarantine_bad(small, aside) == 1
     assert (aside / "ape/a.jpg").read_bytes() == b"ape/a.jpg"
     assert (aside / "ape/a.jpg.again").read_bytes() == b"another"
-    refuse("1 files stay .* the place is taken", quarantining.restore, aside, small.folder)
-    assert {each.name for each in (small.folder / "ape").iterdir()} == {"a.jpg", "b.jpg"}
+    refuse("1 files stay .* another file exists there", restore, aside, small.folder)
+    assert {path.name for path in (small.folder / "ape").iterdir()} == {"a.jpg", "b.jpg"}
     assert (aside / "ape/a.jpg.again").read_bytes() == b"another"
     (small.folder / "ape/a.jpg").rename(small.folder / "ape/old.jpg")
-    assert quarantining.restore(aside, small.folder) == 1 and not aside.exists()
+    assert restore(aside, small.folder) == 1 and not aside.exists()
     assert (small.folder / "ape/a.jpg").read_bytes() == b"another"
 
 
-def test_folders_that_are_no_quarantine_are_refused(small, tmp_path):
+def test_folders_that_are_not_quarantines_are_refused(small, tmp_path):
     for inside in (small.folder, small.folder / "aside", tmp_path / "link"):
         if inside.name == "link":
             inside.symlink_to(small.folder / "ape")
-        refuse("is inside", quarantine, small, inside)
-    refuse("neither empty nor a quarantine", quarantine, small, tmp_path)
+        refuse("is inside", quarantine_bad, small, inside)
+    refuse("neither empty nor a quarantine", quarantine_bad, small, tmp_path)
     put(tmp_path / "file", b"")
-    refuse("neither empty nor a quarantine", quarantine, small, tmp_path / "file")
-    for content in (b"", b"{}", b'{"moves": [{}]}', b'{"moves": 3}', evil("../../x", "/x"), evil("x", "relative")):
+    refuse("neither empty nor a quarantine", quarantine_bad, small, tmp_path / "file")
+    for content in (
+        b"",
+        b"{}",
+        b'{"moves": [{}]}',
+        b'{"moves": 3}',
+        manifest("../../x", "/x"),
+        manifest("x", "relative"),
+    ):
         put(tmp_path / "damaged" / "restore.json", content)
-        refuse("neither empty nor a quarantine", quarantine, small, tmp_path / "damaged")
-        refuse("is no quarantine", quarantining.restore, tmp_path / "damaged", tmp_path)
+        refuse("neither empty nor a quarantine", quarantine_bad, small, tmp_path / "damaged")
+        refuse("is not a quarantine", restore, tmp_path / "damaged", tmp_path)
     assert snapshot(small.folder).keys() == {"ape", "ape/a.jpg", "ape/b.jpg", "yak", "yak/sound.jpg"}
 
 
-def evil(to: str, source: str) -> bytes:
+def manifest(to: str, source: str) -> bytes:
     return json.dumps({"moves": [{"to_bytes": to.encode().hex(), "from_bytes": source.encode().hex()}]}).encode()
 
 
-def test_nothing_bad_leaves_no_trace(small, tmp_path):
-    assert quarantine(replace(small, findings=()), tmp_path / "aside") == 0
+def test_without_bad_files_no_quarantine_is_made(small, tmp_path):
+    assert quarantine_bad(replace(small, findings=()), tmp_path / "aside") == 0
     assert not (tmp_path / "aside").exists()
 
 
@@ -475,32 +488,32 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("across", [False, True], ids=["one file system", "two file systems"])
 def test_an_interrupted_move_can_be_undone(small, tmp_path, monkeypatch, step, across):
     before, aside = snapshot(small.folder), tmp_path / "aside"
-    left = step
+    calls_left = step
 
-    def counted(call):
+    def stopping(call):
         def wrapped(source, *args, **kwargs):
-            nonlocal left
+            nonlocal calls_left
             if across and call is rename and not str(source).endswith(".partial"):
                 raise OSError(errno.EXDEV, "other file system")
             if ".json" in str(source):
                 return call(source, *args, **kwargs)
-            if left == 0:
+            if calls_left == 0:
                 raise Stopped
-            left -= 1
+            calls_left -= 1
             return call(source, *args, **kwargs)
 
         return wrapped
 
     rename, unlink = os.rename, os.unlink
     with monkeypatch.context() as patch:
-        patch.setattr(quarantining.os, "rename", counted(rename))
-        patch.setattr(quarantining.os, "unlink", counted(unlink))
+        patch.setattr(os, "rename", stopping(rename))
+        patch.setattr(os, "unlink", stopping(unlink))
         try:
-            assert quarantine(small, aside) == 2
+            assert quarantine_bad(small, aside) == 2
         except Stopped:
             assert (aside / "restore.json").exists()
     names = {path for tree in (small.folder, aside) for path in snapshot(tree)}
-    assert {"ape/a.jpg", "ape/b.jpg"} <= names, "each is in one place at least"
-    quarantining.restore(aside, small.folder)
+    assert {"ape/a.jpg", "ape/b.jpg"} <= names, "a file was lost"
+    restore(aside, small.folder)
     assert snapshot(small.folder) == before
     assert not aside.exists()

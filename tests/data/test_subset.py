@@ -1,4 +1,4 @@
-"""Cuts of folders of class folders."""
+"""Subsets of folders of class folders."""
 
 import shutil
 
@@ -29,14 +29,14 @@ def make(folder, out, per_class=4, val_per_class=3, seed=0, link=False):
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
-def test_every_class_gives_as_many_images_and_none_twice(photos_of_animals, tmp_path, link):
+def test_each_class_gives_the_requested_number_of_images_and_none_twice(photos_of_animals, tmp_path, link):
     placed, ids = make(photos_of_animals, tmp_path / "out", link=link)
     assert placed == Placed({"train": 12, "val": 9}, 21, True)
     for split, count in (("train", 4), ("val", 3)):
-        assert [sum(each.startswith(name) for each in ids[split]) for name in COUNTS] == [count] * 3
-        for each in ids[split]:
-            ours, theirs = tmp_path / "out" / split / each, photos_of_animals / each
-            assert ours.read_bytes() == theirs.read_bytes() and ours.samefile(theirs) == link
+        assert [sum(image_id.startswith(name) for image_id in ids[split]) for name in COUNTS] == [count] * 3
+        for image_id in ids[split]:
+            placed_file, source = tmp_path / "out" / split / image_id, photos_of_animals / image_id
+            assert placed_file.read_bytes() == source.read_bytes() and placed_file.samefile(source) == link
     assert not ids["train"] & ids["val"]
 
 
@@ -47,19 +47,19 @@ def test_the_draw_depends_on_seed_and_names_only(photos_of_animals, tmp_path):
     assert make(photos_of_animals, tmp_path / "other", seed=1)[1] != first
     _, small = make(photos_of_animals, tmp_path / "small", per_class=2)
     assert small["train"] < first["train"] and small["val"] == first["val"]
-    # Worked out by hand: printf '0\0ape/0.png' | sha256sum, and so on; the first four and the last three of the nine.
-    apes = {split: {each for each in first[split] if each.startswith("ape")} for split in first}
+    # Computed by hand, with printf '0\0ape/0.png' | sha256sum and so on: the first four and the last three of the nine.
+    apes = {split: {image_id for image_id in first[split] if image_id.startswith("ape")} for split in first}
     assert apes["train"] == {f"ape/{number}.png" for number in (3, 6, 8, 2)}
     assert apes["val"] == {f"ape/{number}.png" for number in (1, 0, 5)}
 
 
-def test_a_cut_may_have_no_val(photos_of_animals, tmp_path):
+def test_a_subset_may_have_no_val(photos_of_animals, tmp_path):
     assert subset.make(photos_of_animals, 7, 0, tmp_path / "out", progress=False).counts == {"train": 21, "val": 0}
-    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["cut.json", "train"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cut.json", "train"]
 
 
-def test_small_classes_are_refused(photos_of_animals, tmp_path):
-    with pytest.raises(UserError, match=r"class bee has 7 images and the cut needs 8 \(5 train, 3 val\)$"):
+def test_classes_with_too_few_images_are_refused(photos_of_animals, tmp_path):
+    with pytest.raises(UserError, match=r"class bee has 7 images and the subset needs 8 \(5 train, 3 val\)$"):
         make(photos_of_animals, tmp_path / "out", per_class=5)
     with pytest.raises(UserError, match=r"class ape has 9 .* needs 13 .*, and 2 more classes have too few"):
         make(photos_of_animals, tmp_path / "out", per_class=10)
@@ -69,7 +69,7 @@ def test_small_classes_are_refused(photos_of_animals, tmp_path):
 def test_nothing_is_overwritten(photos_of_animals, tmp_path):
     make(photos_of_animals, tmp_path / "out")
     assert make(photos_of_animals, tmp_path / "out")[0] == Placed({"train": 12, "val": 9}, 0, False)
-    with pytest.raises(UserError, match="is not the set that was asked for"):
+    with pytest.raises(UserError, match="already exists and is not the requested set"):
         make(photos_of_animals, tmp_path / "out", seed=1)
-    with pytest.raises(UserError, match="lies inside"):
+    with pytest.raises(UserError, match="is inside"):
         make(photos_of_animals, photos_of_animals / "out")

@@ -1,4 +1,4 @@
-"""The official lists, and sets placed from a small ImageNet of made-up files and small lists."""
+"""The official VIPriors lists, and sets made from a small fake ImageNet and short lists."""
 
 import errno
 import hashlib
@@ -28,7 +28,7 @@ LISTS = {
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """All that the lists name, flat val, and more that they do not name."""
+    """A fake ImageNet with a flat val: every file of the lists, and one more in each of train and val."""
     root = tmp_path / "imagenet"
     for entry in LISTS["train"] + LISTS["val"] + ["n01/n01_99.JPEG"]:
         write(root / "train" / entry, entry)
@@ -50,20 +50,22 @@ def prepare(imagenet, out, link=False, lists=LISTS):
     return vipriors.prepare(imagenet, out, link, progress=False, lists=lists)
 
 
-def refuse(says, *args, kind=UserError, **kwargs):
-    with pytest.raises(kind, match=says) as caught:
+def refuse(message, *args, kind=UserError, **kwargs):
+    with pytest.raises(kind, match=message) as caught:
         prepare(*args, **kwargs)
     assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
-def names_beside(out):
-    return sorted(each.name for each in out.parent.iterdir() if each.name != "imagenet")
+def siblings(out):
+    """The names in the parent folder of `out`, without the fake ImageNet."""
+    return sorted(path.name for path in out.parent.iterdir() if path.name != "imagenet")
 
 
 def stop_after(monkeypatch, name, count, error=None):
-    """Make shutil.copyfile or os.link fail after `count` calls, half a file written; gives the list of its calls."""
-    owner = shutil if name == "copyfile" else os
-    real, calls = getattr(owner, name), []
+    """Make shutil.copyfile or os.link fail after `count` calls, with half a file written. Returns a list to which each
+    call adds its source."""
+    module = shutil if name == "copyfile" else os
+    real, calls = getattr(module, name), []
 
     def stopping(source, target):
         calls.append(source)
@@ -72,11 +74,11 @@ def stop_after(monkeypatch, name, count, error=None):
             raise error
         return real(source, target)
 
-    monkeypatch.setattr(owner, name, stopping)
+    monkeypatch.setattr(module, name, stopping)
     return calls
 
 
-def test_the_official_lists_are_the_challenges():
+def test_the_official_lists_are_unchanged():
     lists = vipriors.lists()
     for split, expected in SHA256.items():
         text = "".join(f"{entry}\n" for entry in lists[split])
@@ -87,7 +89,7 @@ def test_the_official_lists_are_the_challenges():
     assert not set(lists["train"]) & set(lists["val"])
 
 
-def test_the_labels_are_positions_among_sorted_wnids():
+def test_labels_are_positions_among_the_sorted_wnids():
     labels = vipriors.test_labels()
     assert labels[:4] == (222, 354, 416, 197)
     assert Counter(labels) == dict.fromkeys(range(1000), 50)
@@ -96,22 +98,22 @@ def test_the_labels_are_positions_among_sorted_wnids():
 
 @pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
 @pytest.mark.parametrize("val", ["flat", "folders", "other folders"])
-def test_the_layout_is_the_challenges(imagenet, tmp_path, link, val):
+def test_the_layout_is_that_of_the_challenge(imagenet, tmp_path, link, val):
     if val != "flat":
-        for at, entry in enumerate(LISTS["test"]):
+        for i, entry in enumerate(LISTS["test"]):
             wnid, name = entry.split("/")
-            folder = imagenet / "val" / (wnid if val == "folders" else WNIDS[at % 2])
+            folder = imagenet / "val" / (wnid if val == "folders" else WNIDS[i % 2])
             folder.mkdir(exist_ok=True)
             (imagenet / "val" / name).rename(folder / name)
     out = tmp_path / "deep" / "out"
     assert prepare(imagenet, out, link) == Placed({"train": 6, "val": 3, "test": 11}, 20, True)
-    found = tree(out)
-    stamp = json.loads(found.pop("vipriors.json"))
+    files = tree(out)
+    stamp = json.loads(files.pop("vipriors.json"))
     assert set(stamp["sha256"]) == {"train", "val", "test"}
-    labels = found.pop("test/labels.csv").decode()
+    labels = files.pop("test/labels.csv").decode()
     expected = {f"{split}/{entry}": entry.encode() for split in ("train", "val") for entry in LISTS[split]}
-    expected |= {f"test/imgs/img_{at}.JPEG": entry.encode() for at, entry in enumerate(LISTS["test"])}
-    assert found == expected
+    expected |= {f"test/imgs/img_{i}.JPEG": entry.encode() for i, entry in enumerate(LISTS["test"])}
+    assert files == expected
     assert labels == (
         "Image IDs,Labels\nimg_0.JPEG,2\nimg_1.JPEG,0\nimg_10.JPEG,0\nimg_2.JPEG,1\nimg_3.JPEG,2\nimg_4.JPEG,0\n"
         "img_5.JPEG,1\nimg_6.JPEG,2\nimg_7.JPEG,0\nimg_8.JPEG,1\nimg_9.JPEG,2\n"
@@ -120,7 +122,7 @@ def test_the_layout_is_the_challenges(imagenet, tmp_path, link, val):
     assert os.listdir(out.parent) == ["out"]
 
 
-def test_links_are_to_what_symbolic_links_lead_to(imagenet, tmp_path):
+def test_hard_links_follow_symbolic_links(imagenet, tmp_path):
     (imagenet / "train/n01/n01_3.JPEG").rename(tmp_path / "store")
     (imagenet / "train/n01/n01_3.JPEG").symlink_to(tmp_path / "store")
     prepare(imagenet, tmp_path / "out", link=True)
@@ -128,8 +130,8 @@ def test_links_are_to_what_symbolic_links_lead_to(imagenet, tmp_path):
     assert not placed.is_symlink() and placed.samefile(tmp_path / "store")
 
 
-def test_missing_files_are_all_listed_and_nothing_is_made(imagenet, tmp_path):
-    gone = [imagenet / "train" / LISTS["train"][at] for at in (0, 2, 4)] + [imagenet / "train" / LISTS["val"][0]]
+def test_all_missing_files_are_listed_and_nothing_is_made(imagenet, tmp_path):
+    gone = [imagenet / "train" / LISTS["train"][i] for i in (0, 2, 4)] + [imagenet / "train" / LISTS["val"][0]]
     for path in gone:
         path.unlink()
     (imagenet / "val" / "ILSVRC2012_val_00000004.JPEG").unlink()
@@ -137,20 +139,20 @@ def test_missing_files_are_all_listed_and_nothing_is_made(imagenet, tmp_path):
     out = tmp_path / "out"
     refuse(r"5 of 20 source files are missing: .*n03_7.JPEG, .*, …; all are listed in .*out.missing.txt", imagenet, out)
     assert (tmp_path / "out.missing.txt").read_text().splitlines()[1:] == list(map(str, gone))
-    assert names_beside(out) == ["out.missing.txt"]
+    assert siblings(out) == ["out.missing.txt"]
     for path in gone[:-1]:
         write(path, "back")
     refuse("1 of 20", imagenet, out)
     assert len((tmp_path / "out.missing.txt").read_text().splitlines()) == 2
     write(gone[-1], "back")
     prepare(imagenet, out)
-    assert names_beside(out) == ["out"], "a list of what is no longer missing must not stay"
+    assert siblings(out) == ["out"], "an outdated list of missing files was not removed"
 
 
-def test_a_foreign_missing_txt_is_left_alone(imagenet, tmp_path):
+def test_another_file_named_missing_txt_is_not_overwritten(imagenet, tmp_path):
     (imagenet / "train" / LISTS["train"][0]).unlink()
     write(tmp_path / "out.missing.txt", "mine")
-    refuse("is in the way", imagenet, tmp_path / "out")
+    refuse("the full list is not written, because .*out.missing.txt is another file", imagenet, tmp_path / "out")
     assert (tmp_path / "out.missing.txt").read_text() == "mine"
 
 
@@ -159,30 +161,30 @@ def test_an_imagenet_without_its_folders_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     refuse("no such folder: .*val; --imagenet needs", tmp_path, tmp_path / "out")
     (tmp_path / "val").mkdir()
-    refuse("lies inside", tmp_path, tmp_path / "val" / "out")
+    refuse("is inside", tmp_path, tmp_path / "val" / "out")
 
 
 @pytest.mark.parametrize(("link", "name"), [(False, "copyfile"), (True, "link")], ids=["copy", "link"])
-def test_an_interrupted_run_is_gone_on_with(imagenet, tmp_path, monkeypatch, link, name):
-    prepare(imagenet, tmp_path / "whole", link)
+def test_an_interrupted_call_resumes(imagenet, tmp_path, monkeypatch, link, name):
+    prepare(imagenet, tmp_path / "complete", link)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        # The first link is the probe.
+        # The first link only tests whether links are possible.
         stop_after(patch, name, 7 + link, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prepare(imagenet, out, link)
-    assert names_beside(out) == ["out.partial", "whole"]
-    images = [each for each in tree(tmp_path / "out.partial") if each.endswith(".JPEG")]
-    assert len(images) == 7, "half a file counts as a whole one"
+    assert siblings(out) == ["complete", "out.partial"]
+    images = [path for path in tree(tmp_path / "out.partial") if path.endswith(".JPEG")]
+    assert len(images) == 7, "half a file counts as a complete one"
     write(tmp_path / "out.partial" / ".part-1", "left by a killed process")
     with monkeypatch.context() as patch:
         calls = stop_after(patch, name, 100)
         assert prepare(imagenet, out, link).new == 13
     assert len(calls) == 13 + link
-    assert tree(out) == tree(tmp_path / "whole") and names_beside(out) == ["out", "whole"]
+    assert tree(out) == tree(tmp_path / "complete") and siblings(out) == ["complete", "out"]
 
 
-def test_what_was_kept_is_checked(imagenet, tmp_path, monkeypatch):
+def test_files_of_an_interrupted_call_are_checked(imagenet, tmp_path, monkeypatch):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with monkeypatch.context() as patch:
         stop_after(patch, "link", 8, KeyboardInterrupt())
@@ -195,18 +197,18 @@ def test_what_was_kept_is_checked(imagenet, tmp_path, monkeypatch):
     (partial / "train" / LISTS["train"][0]).write_text("short")
     assert prepare(imagenet, out).new == 20 - 2
     assert (out / "train" / LISTS["train"][0]).read_text() == LISTS["train"][0]
-    assert all(each.stat().st_nlink == 1 for each in out.rglob("*") if each.is_file())
+    assert all(path.stat().st_nlink == 1 for path in out.rglob("*") if path.is_file())
     assert {path.read_text() for path in (imagenet / "train").rglob("*.JPEG")} >= {*LISTS["train"], *LISTS["val"]}
 
 
-def test_a_disk_that_fails_midway_is_one_line(imagenet, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_is_reported_in_one_line(imagenet, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, "copyfile", 2, OSError(errno.ENOSPC, "No space left on device"))
-        refuse("n01_7.JPEG: No space left.*goes on from there", imagenet, tmp_path / "out", kind=RunError)
+        refuse("n01_7.JPEG: No space left.*the same command resumes", imagenet, tmp_path / "out", kind=RunError)
     assert prepare(imagenet, tmp_path / "out").new == 18
 
 
-def test_too_little_room_is_refused_before_anything_is_made(imagenet, tmp_path, monkeypatch):
+def test_too_little_space_is_refused_before_anything_is_made(imagenet, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
     refuse(r"need 0\.0 GB and .* has 0\.0 GB free.*--link", imagenet, tmp_path / "deep" / "out")
@@ -218,21 +220,21 @@ def test_impossible_links_are_refused_before_anything_is_made(imagenet, tmp_path
     with monkeypatch.context() as patch:
         stop_after(patch, "link", 0, OSError(errno.EXDEV, "Invalid cross-device link"))
         refuse("cannot make hard links to .*: Invalid cross-device link; use --copy", imagenet, tmp_path / "out", True)
-    assert names_beside(tmp_path / "out") == []
+    assert siblings(tmp_path / "out") == []
 
 
-def test_only_its_own_folders_are_written_to(imagenet, tmp_path):
+def test_folders_with_other_content_are_not_written_to(imagenet, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     write(out / "thesis.txt", "x")
-    refuse("out is there already and is not the set", imagenet, out)
+    refuse("out already exists and is not the requested set", imagenet, out)
     assert tree(out) == {"thesis.txt": b"x"} and not partial.exists()
     shutil.rmtree(out)
     write(partial / "thesis.txt", "x")
-    refuse("out.partial is there already and is not the set", imagenet, out)
+    refuse("out.partial already exists and is not the requested set", imagenet, out)
     assert tree(partial) == {"thesis.txt": b"x"} and not out.exists()
     shutil.rmtree(partial)
     out.write_text("a file")
-    refuse("is there already", imagenet, out)
+    refuse("already exists", imagenet, out)
     out.unlink()
     out.mkdir()  # empty: nothing to lose
     partial.mkdir()
@@ -241,8 +243,8 @@ def test_only_its_own_folders_are_written_to(imagenet, tmp_path):
     assert not list(out.rglob(".*"))
 
 
-def test_a_finished_set_is_recognised_even_without_its_sources(imagenet, tmp_path):
+def test_a_finished_set_is_recognized_without_its_sources(imagenet, tmp_path):
     prepare(imagenet, tmp_path / "out")
     shutil.rmtree(imagenet)
     assert prepare(imagenet, tmp_path / "out") == Placed({"train": 6, "val": 3, "test": 11}, 0, False)
-    refuse("is not the set", imagenet, tmp_path / "out", lists={**LISTS, "val": LISTS["val"][1:]})
+    refuse("is not the requested set", imagenet, tmp_path / "out", lists={**LISTS, "val": LISTS["val"][1:]})

@@ -1,4 +1,4 @@
-"""A rank that hangs is named, and the run ends instead of waiting for it for ever."""
+"""The watchdog names a rank that hangs and ends the run."""
 
 import os
 import re
@@ -18,50 +18,50 @@ PROGRAM = """
 import os, signal, sys, time
 from fasttrain import train
 from fasttrain.cli.main import main
-honest, how = train.batches, os.environ["HOW"]
+original, kind = train.batches, os.environ["KIND"]
 
 
-def watched(*args, **settings):
-    for count, batch in enumerate(honest(*args, **settings)):
+def hanging(*args, **settings):
+    for count, batch in enumerate(original(*args, **settings)):
         if count == 3 and os.environ["RANK"] == "1":
-            if how == "frozen":
+            if kind == "frozen":
                 print("PID", os.getpid(), flush=True)
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(1000)
         yield batch
 
 
-train.batches = watched
+train.batches = hanging
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize(
-    "how, says",
+    "kind, message",
     [
         ("slow", "rank 1 is still waiting for images at step 4"),
         pytest.param("frozen", "rank 1 does not respond", marks=pytest.mark.slow),
     ],
 )
-def test_the_rank_that_hangs_is_named(demo_set, tmp_path, how, says):
-    """One sleeps while it waits for images, as on a disk that does not answer; one is stopped as a whole."""
+def test_the_rank_that_hangs_is_named(demo_set, tmp_path, kind, message):
+    """slow: rank 1 sleeps while it waits for images, as on a disk that hangs. frozen: its process is stopped."""
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(tmp_path / "program.py"), "run", "--arch", "test_resnet", "--image-size", "32", "--device", "cpu"]
     command += ["--batch-size", "50", "--data", str(demo_set / "train"), "--out", str(tmp_path / "run")]
     command += ["--set", "machine.hang_timeout=4"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HOW": how}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "KIND": kind}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
-    stopped = int(process.stdout.readline().split()[1]) if how == "frozen" else 0
-    began = time.monotonic()
-    if stopped:  # torchrun waits for a stopped process half a minute before it kills it
-        threading.Timer(15, lambda: os.kill(stopped, signal.SIGKILL)).start()
-    _, said = process.communicate(timeout=120)
-    told = [line for line in said.splitlines() if "fasttrain: " in line]
-    assert process.returncode != 0 and len(told) == 1, said
-    assert says in told[0] and "the others are training at step 4" in told[0] and "resumes" in told[0]
-    assert time.monotonic() - began < 60
+    stopped_pid = int(process.stdout.readline().split()[1]) if kind == "frozen" else 0
+    start = time.monotonic()
+    if stopped_pid:  # torchrun would wait half a minute before it kills a stopped process
+        threading.Timer(15, lambda: os.kill(stopped_pid, signal.SIGKILL)).start()
+    _, stderr = process.communicate(timeout=120)
+    lines = [line for line in stderr.splitlines() if "fasttrain: " in line]
+    assert process.returncode != 0 and len(lines) == 1, stderr
+    assert message in lines[0] and "the others are training at step 4" in lines[0] and "resumes" in lines[0]
+    assert time.monotonic() - start < 60
 
 
 SLOW = """
@@ -69,21 +69,21 @@ import os, sys, time
 from fasttrain import train
 from fasttrain.checkpoints import checkpoint
 from fasttrain.cli.main import main
-honest, save = train.evaluate, checkpoint.save_file
+original_evaluate, original_save_file = train.evaluate, checkpoint.save_file
 
 
 def evaluate(model, crops, *args):
     def slowly():
-        for each in crops:
+        for batch in crops:
             time.sleep(1.2)
-            yield each
+            yield batch
 
-    return honest(model, slowly(), *args)
+    return original_evaluate(model, slowly(), *args)
 
 
 def save_file(*args):
     time.sleep(6)
-    save(*args)
+    original_save_file(*args)
 
 
 train.evaluate, checkpoint.save_file = evaluate, save_file
@@ -92,8 +92,8 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_who_is_slow_is_not_taken_for_one_that_hangs(demo_set, tmp_path):
-    """An evaluation, and the last save while the other rank has nothing left to do, each longer than the timeout."""
+def test_a_slow_rank_does_not_count_as_hanging(demo_set, tmp_path):
+    """The evaluation, and the last save while the other rank is done, both take longer than the timeout."""
     (tmp_path / "program.py").write_text(SLOW)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(tmp_path / "program.py"), "run", "--arch", "test_resnet", "--image-size", "32", "--device", "cpu"]
@@ -104,12 +104,12 @@ def test_who_is_slow_is_not_taken_for_one_that_hangs(demo_set, tmp_path):
     assert done.returncode == 0 and "no progress" not in done.stderr, done.stderr
 
 
-def beats(*places: tuple[int, int]) -> dict[int, Beat]:
-    return {rank: Beat(step, doing, 1, 1) for rank, (step, doing) in enumerate(places)}
+def beats(*positions: tuple[int, int]) -> dict[int, Beat]:
+    return {rank: Beat(step, activity, 1, 1) for rank, (step, activity) in enumerate(positions)}
 
 
 @pytest.mark.parametrize(
-    "places, silent, says",
+    "positions, silent, message",
     [
         ([(7, TRAINING), (7, WAITING)], [], "rank 1 is still waiting for images at step 8, while the others"),
         ([(6, SAVING), (7, WAITING), (7, TRAINING)], [], "rank 0 is still saving at step 7"),
@@ -120,12 +120,12 @@ def beats(*places: tuple[int, int]) -> dict[int, Beat]:
         ([(1, WAITING)] * 12 + [(1, TRAINING)], [], re.escape("rank 6, rank 7, … are still waiting")),
     ],
 )
-def test_who_is_behind(places, silent, says):
-    line = verdict(beats(*places), silent, max(2, len(places)), 30)
-    assert re.search(says, line) and line.startswith("no progress for 30 s: ") and "\n" not in line
+def test_the_verdict_names_the_ranks_behind(positions, silent, message):
+    line = verdict(beats(*positions), silent, max(2, len(positions)), 30)
+    assert re.search(message, line) and line.startswith("no progress for 30 s: ") and "\n" not in line
 
 
-def test_one_rank_needs_no_watch():
+def test_one_rank_starts_no_thread():
     with Watch(Ranks(0, 1, 0, 1, torch.device("cpu")), 0.01) as watch:
         watch.at(3, TRAINING)
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The doctor on made-up machines: NVIDIA drivers of all ages, builds of torch and DALI that fit them or do not."""
+"""`fasttrain doctor` on fake machines: old and new NVIDIA drivers, and builds of torch and DALI that may not fit."""
 
 import sys
 
@@ -22,10 +22,10 @@ KERNEL_MODULES = [
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A function that makes a machine up, without a GPU that torch can use, and answers the doctor's findings on it.
+    """A function that fakes a machine, and returns the findings on it by name.
 
-    smi: what nvidia-smi prints, or nothing where it fails. module: what the kernel module says of itself. cuda: what
-    torch is built for. installed: DALI's distributions, the first of which is the one that is imported.
+    smi: the output of nvidia-smi; empty: it fails. module: the kernel module's version file. cuda: the version that
+    torch is built for. installed: DALI's distributions; the first one is imported. gpu: whether torch can use a GPU.
     """
 
     def make(smi="", module="", cuda="13.0", installed=(CUDA13,), processor="x86_64", gpu=False):
@@ -42,9 +42,9 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         monkeypatch.setattr(doctor, "installed", lambda name: "2.4.0" if name in installed else None)
-        built = {CUDA12: "12090", CUDA13: "13000"}
-        monkeypatch.setattr(dali, "__cuda_version__", built[installed[0]] if installed else "13000")
-        return {finding.what: finding for finding in doctor.examine()}
+        cuda_version = {CUDA12: "12090", CUDA13: "13000"}
+        monkeypatch.setattr(dali, "__cuda_version__", cuda_version[installed[0]] if installed else "13000")
+        return {finding.name: finding for finding in doctor.examine()}
 
     return make
 
@@ -53,25 +53,25 @@ def machine(tmp_path, monkeypatch):
     ("driver", "cuda"),
     [("610.43.02", 13), ("580.65.06", 13), ("575.57.08", 12), ("570.86.15", 12), ("535.54.03", 12), ("525.60.13", 12)],
 )
-def test_a_driver_names_its_cuda(machine, driver, cuda):
+def test_the_cuda_version_of_a_driver(machine, driver, cuda):
     findings = machine(f"{driver}\n{driver}", cuda=f"{cuda}.0", installed=(f"nvidia-dali-cuda{cuda}0",))
-    assert findings["NVIDIA driver"].found == f"{driver}, runs CUDA {cuda} and older"
+    assert findings["NVIDIA driver"].status == f"{driver}, runs CUDA {cuda} and older"
     assert findings["NVIDIA driver"].good and not findings["NVIDIA driver"].fix
     assert findings["DALI"].good and "CUDA_VISIBLE_DEVICES" in findings["GPU"].fix
 
 
 @pytest.mark.parametrize("driver", ["575.57.08", "550.54.15", "535.104.05", "525.60.13"])
-def test_a_driver_that_is_too_old_for_cuda_13_has_a_command(machine, driver):
+def test_a_driver_that_is_too_old_for_cuda_13(machine, driver):
     findings = machine(driver)
     assert not findings["NVIDIA driver"].good and findings["NVIDIA driver"].fix == TO_12
-    assert "too old for torch's CUDA 13.0, which needs 580 or newer" in findings["NVIDIA driver"].found
+    assert "too old for torch's CUDA 13.0, which needs 580 or newer" in findings["NVIDIA driver"].status
     assert "see above" in findings["GPU"].fix and not findings["GPU"].good
     assert machine(driver, installed=())["NVIDIA driver"].fix == "FASTTRAIN_CUDA=12 pip install ."
 
 
 @pytest.mark.parametrize("cuda", ["13.0", "12.8"])
 @pytest.mark.parametrize("driver", ["470.256.02", "515.105.01"])
-def test_a_driver_that_is_too_old_for_all_has_to_be_updated(machine, driver, cuda):
+def test_a_driver_that_is_too_old_for_all_versions(machine, driver, cuda):
     finding = machine(driver, cuda=cuda, installed=(f"nvidia-dali-cuda{cuda[:2]}0",))["NVIDIA driver"]
     assert not finding.good and "update the driver" in finding.fix and "pip" not in finding.fix
 
@@ -83,8 +83,8 @@ def test_an_old_driver_that_torch_can_use_is_fine(machine):
 
 
 @pytest.mark.parametrize("module", KERNEL_MODULES)
-def test_the_kernel_module_stands_in_for_nvidia_smi(machine, module):
-    assert machine(module=module)["NVIDIA driver"].found.startswith("535.104.05, ")
+def test_the_kernel_module_is_read_without_nvidia_smi(machine, module):
+    assert machine(module=module)["NVIDIA driver"].status.startswith("535.104.05, ")
 
 
 def test_a_machine_without_a_driver(machine):
@@ -104,14 +104,14 @@ def test_a_machine_without_a_driver(machine):
         ("580.65.06", "13.0", CUDA12, TO_13),
     ],
 )
-def test_torch_and_dali_for_different_cudas(machine, driver, cuda, installed, command):
+def test_torch_and_dali_for_different_cuda_versions(machine, driver, cuda, installed, command):
     finding = machine(driver, cuda=cuda, installed=(installed,))["DALI"]
     assert not finding.good and finding.needed and finding.fix == command
-    assert f"but torch is built for CUDA {cuda[:2]}" in finding.found
+    assert f"but torch is built for CUDA {cuda[:2]}" in finding.status
 
 
 @pytest.mark.parametrize(("cuda", "command"), [("12.8", "FASTTRAIN_CUDA=12 pip install ."), ("13.0", "pip install .")])
-def test_two_dalis(machine, cuda, command):
+def test_two_installed_dali_distributions(machine, cuda, command):
     finding = machine(cuda=cuda, installed=(CUDA13, CUDA12))["DALI"]
     assert not finding.good and finding.fix == f"pip uninstall -y {CUDA13} {CUDA12} && {command}"
 
@@ -127,7 +127,7 @@ def test_an_old_dali(machine, monkeypatch, version, good):
     ("driver", "command"), [("", "pip install ."), ("580.65.06", "pip install ."), ("535.54.03", "FASTTRAIN_CUDA=12 ")]
 )
 @pytest.mark.parametrize("name", ["torch", "nvidia.dali"])
-def test_what_is_missing_is_installed_for_the_driver(machine, monkeypatch, driver, command, name):
+def test_missing_packages_are_installed_for_the_driver(machine, monkeypatch, driver, command, name):
     monkeypatch.setitem(sys.modules, name, None)
     if name == "nvidia.dali":
         monkeypatch.delattr("nvidia.dali")
@@ -135,8 +135,8 @@ def test_what_is_missing_is_installed_for_the_driver(machine, monkeypatch, drive
     assert not finding.good and finding.needed and finding.fix.startswith(command)
 
 
-def test_files_of_dali_that_are_gone_are_installed_again(machine, monkeypatch):
-    """As after removing one of two builds."""
+def test_a_dali_with_missing_files_is_reinstalled(machine, monkeypatch):
+    """As after one of two builds was removed."""
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delattr("nvidia.dali")
     assert machine()["DALI"].fix == f"pip uninstall -y {CUDA13} && pip install ."
@@ -173,12 +173,12 @@ def test_processors(machine, processor, good, note):
 def test_the_command_is_printed(machine):
     machine("550.54.15")
     lines = CliRunner().invoke(main, ["doctor"]).stdout.splitlines()
-    where = next(number for number, line in enumerate(lines) if line.startswith("LACK  NVIDIA driver: 550.54.15"))
-    assert lines[where + 1].strip() == TO_12
+    row = next(number for number, line in enumerate(lines) if line.startswith("LACK  NVIDIA driver: 550.54.15"))
+    assert lines[row + 1].strip() == TO_12
 
 
-def test_what_dali_brings_along_is_removed_with_it(machine):
-    """Its files have the same paths for both CUDA versions: pip would take what was overwritten for installed."""
-    there = (CUDA13, "nvidia-nvimgcodec-cu13", "nvidia-libnvcomp-cu12")
-    expected = f"pip uninstall -y {' '.join(there)} && FASTTRAIN_CUDA=12 pip install ."
-    assert machine("535.54.03", cuda="12.8", installed=there)["DALI"].fix == expected
+def test_dependencies_of_dali_are_removed_with_it(machine):
+    """Their files have the same paths for both CUDA versions, so pip would count overwritten files as installed."""
+    packages = (CUDA13, "nvidia-nvimgcodec-cu13", "nvidia-libnvcomp-cu12")
+    expected = f"pip uninstall -y {' '.join(packages)} && FASTTRAIN_CUDA=12 pip install ."
+    assert machine("535.54.03", cuda="12.8", installed=packages)["DALI"].fix == expected

@@ -1,4 +1,4 @@
-"""The confusion matrix against scikit-learn's, and what is told of it."""
+"""The confusion matrix, compared with scikit-learn's, its summary and its picture."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,15 @@ from fasttrain.evaluation import confusion
 from fasttrain.utils.errors import RunError
 
 
-def test_the_matrix_is_scikit_learns():
+def test_matrix_equals_scikit_learn():
     rng = np.random.default_rng(0)
-    labels, named = rng.integers(6, size=(2, 500))
-    np.testing.assert_array_equal(confusion.matrix(labels, named, 6), confusion_matrix(labels, named, labels=range(6)))
+    labels, predicted = rng.integers(6, size=(2, 500))
+    np.testing.assert_array_equal(
+        confusion.matrix(labels, predicted, 6), confusion_matrix(labels, predicted, labels=range(6))
+    )
 
 
-def test_the_worst_and_the_most_confused_are_told():
+def test_summary_lists_the_worst_and_most_confused_classes():
     counts = np.array([[8, 2, 0], [0, 10, 0], [5, 1, 4]])
     lines = confusion.summary(counts, ["ape", "bee\x1b", "cat"], most=2).splitlines()
     assert lines == [
@@ -28,8 +30,8 @@ def test_the_worst_and_the_most_confused_are_told():
     ]
 
 
-def test_a_picture_is_drawn_of_any_names(tmp_path):
-    """As text, not as mathematics, in scripts that the font lacks, and long ones cut in their middle."""
+def test_draw_takes_any_class_names(tmp_path):
+    """Names with math markup, in scripts that the font lacks, and long names, which are shortened in the middle."""
     names = [r"$\frac{$x", "日本", "a" * 30 + "1", "a" * 30 + "2"]
     confusion.draw(np.eye(4, dtype=np.int64) * 5, names, tmp_path / "c.png", "fasttrain")
     with Image.open(tmp_path / "c.png") as picture:
@@ -38,6 +40,6 @@ def test_a_picture_is_drawn_of_any_names(tmp_path):
         confusion.draw(np.eye(4, dtype=np.int64), names, tmp_path / "no" / "c.png", "fasttrain")
 
 
-def test_classes_without_images_and_perfect_answers():
+def test_summary_without_images_or_mistakes():
     text = confusion.summary(np.array([[4, 0, 0], [0, 0, 0], [0, 0, 3]]), ["ape", "bee", "cat"])
     assert "bee" not in text and "confused" not in text and "100.00% of 4 right: ape" in text

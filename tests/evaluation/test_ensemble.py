@@ -1,4 +1,4 @@
-"""Files of probabilities, ensembles of them, submissions and their scores."""
+"""Files of probabilities, ensembles, submissions and their scores."""
 
 import io
 import zipfile
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from fasttrain.evaluation import predictions, submission
-from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_alike
+from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_members
 from fasttrain.evaluation.predictions import Predictions
 from fasttrain.utils.errors import UserError
 
 
-def some(seed=0, count=40, classes=7, labels=True) -> Predictions:
+def predictions_of(seed=0, count=40, classes=7, labels=True) -> Predictions:
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.ones(classes), count).astype(np.float32)
     ids = np.array([f"img_{number}.JPEG" for number in range(count)])
@@ -24,9 +24,11 @@ def some(seed=0, count=40, classes=7, labels=True) -> Predictions:
     return Predictions(ids, names, probs, np.random.default_rng(9).integers(classes, size=count) if labels else None)
 
 
-def test_a_file_survives(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     for labels in (True, False):
-        ours = replace(some(labels=labels), per_size={224: some(1).probs, 320: some(2).probs})
+        ours = replace(
+            predictions_of(labels=labels), per_size={224: predictions_of(1).probs, 320: predictions_of(2).probs}
+        )
         predictions.save(ours, tmp_path / "p.npz")
         theirs = predictions.load(tmp_path / "p.npz")
         for name in ("ids", "classes", "probs", "labels"):
@@ -37,12 +39,12 @@ def test_a_file_survives(tmp_path):
         assert set(plain.files) == {"ids", "classes", "probs", "probs_224", "probs_320"}
 
 
-def test_scores_are_scikit_learns():
-    found = some(count=300, classes=12)
-    assert found.labels is not None
-    ours = predictions.scores(found.probs, found.labels)
-    assert ours.top1 == pytest.approx(accuracy_score(found.labels, found.probs.argmax(1)))
-    assert ours.top5 == pytest.approx(top_k_accuracy_score(found.labels, found.probs, k=5))
+def test_scores_equal_scikit_learn():
+    saved = predictions_of(count=300, classes=12)
+    assert saved.labels is not None
+    ours = predictions.scores(saved.probs, saved.labels)
+    assert ours.top1 == pytest.approx(accuracy_score(saved.labels, saved.probs.argmax(1)))
+    assert ours.top5 == pytest.approx(top_k_accuracy_score(saved.labels, saved.probs, k=5))
     assert predictions.scores(np.full((3, 6), np.nan, np.float32), np.array([0, 2, 5])) == (0.0, 0.0, 3, 3)
     equal = np.full((4, 6), 1 / 6, np.float32)
     assert predictions.scores(equal, np.array([0, 1, 4, 5])) == (0.25, 0.75, 4, 0)
@@ -64,7 +66,7 @@ def compressed() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "holds no probabilities"),
         (b"not a zip", "holds no probabilities"),
@@ -80,21 +82,21 @@ def compressed() -> bytes:
         (archive(**GOOD, labels=np.array([2])), "'labels' names classes"),
         (archive(**GOOD, labels=np.array([-1])), "'labels' names classes"),
         (archive(**GOOD, labels=np.array([0.0])), "'labels' is float64"),
-        (archive(**{**GOOD, "classes": np.array(["x", "x"])}), "'classes' names something twice"),
-        (archive(**{**GOOD, "ids": np.array([1])}), "'ids' is not a list of texts"),
+        (archive(**{**GOOD, "classes": np.array(["x", "x"])}), "'classes' has an entry twice"),
+        (archive(**{**GOOD, "ids": np.array([1])}), "'ids' is not a list of strings"),
     ],
 )
-def test_files_that_are_no_probabilities_are_refused_in_one_line(tmp_path, content, says):
+def test_invalid_files_are_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "p.npz").write_bytes(content)
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         predictions.load(tmp_path / "p.npz")
     assert "p.npz" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @given(st.data())
 @settings(max_examples=600, deadline=None)
-def test_no_damage_gets_past_the_reader(tmp_path_factory, data):
-    """Any change of bytes gives the same probabilities, other valid ones, or one line; never another error."""
+def test_damaged_files_give_one_line_or_valid_probabilities(tmp_path_factory, data):
+    """With any bytes changed, load returns valid probabilities or raises a one-line UserError, never another error."""
 
     def damaged(content: bytes) -> bytes:
         changed = bytearray(content)
@@ -102,37 +104,37 @@ def test_no_damage_gets_past_the_reader(tmp_path_factory, data):
             changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
         return bytes(changed[: data.draw(st.integers(1, len(changed)))])
 
-    whole = archive(**GOOD, labels=np.array([1]))
+    valid = archive(**GOOD, labels=np.array([1]))
     path = tmp_path_factory.mktemp("fuzz") / "p.npz"
     if data.draw(st.booleans()):
-        path.write_bytes(damaged(whole))
-    else:  # inside a zip that is sound, whose checksums would else find it first
-        with zipfile.ZipFile(io.BytesIO(whole)) as sound, zipfile.ZipFile(path, "w") as packed:
-            victim = data.draw(st.sampled_from(sound.namelist()))
-            for name in sound.namelist():
-                content = sound.read(name)
-                packed.writestr(name, damaged(content) if name == victim else content)
+        path.write_bytes(damaged(valid))
+    else:  # inside a valid zip, since otherwise its checksums would find the damage first
+        with zipfile.ZipFile(io.BytesIO(valid)) as source, zipfile.ZipFile(path, "w") as packed:
+            target = data.draw(st.sampled_from(source.namelist()))
+            for name in source.namelist():
+                content = source.read(name)
+                packed.writestr(name, damaged(content) if name == target else content)
     try:
-        found = predictions.load(path)
+        loaded = predictions.load(path)
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert found.probs.shape == (1, 2)
+        assert loaded.probs.shape == (1, 2)
 
 
-def test_what_is_not_ours_is_not_overwritten(tmp_path):
+def test_other_files_are_not_overwritten(tmp_path):
     (tmp_path / "thesis.npz").write_bytes(b"years of work")
     np.savez(tmp_path / "other.npz", x=np.ones(3))
     (tmp_path / "thesis.csv").write_text("years,of work\n")
     for name in ("thesis.npz", "other.npz"):
         with pytest.raises(UserError, match="name another file"):
-            predictions.save(some(), tmp_path / name)
+            predictions.save(predictions_of(), tmp_path / name)
     with pytest.raises(UserError, match="name another file"):
         submission.write(tmp_path / "thesis.csv", ["a"], [1])
     with pytest.raises(UserError, match=r"end the name in \.npz"):
-        predictions.save(some(), tmp_path / "p.csv")
+        predictions.save(predictions_of(), tmp_path / "p.csv")
     assert (tmp_path / "thesis.npz").read_bytes() == b"years of work"
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["other.npz", "thesis.csv", "thesis.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.npz", "thesis.csv", "thesis.npz"]
 
 
 # ---- fusing
@@ -140,24 +142,24 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path):
 
 @given(st.integers(1, 7), st.integers(0, 1000), st.data())
 @settings(max_examples=40, deadline=None)
-def test_the_mean_is_numpys_and_the_order_of_members_makes_no_difference(count, seed, data):
-    members = [some(seed + each).probs for each in range(count)]
+def test_fuse_equals_numpy_in_any_order_of_members(count, seed, data):
+    members = [predictions_of(seed + number).probs for number in range(count)]
     weights = data.draw(st.none() | st.lists(st.floats(0.01, 9), min_size=count, max_size=count))
     fused = fuse(members, weights)
     expected = np.average(np.stack(members).astype(np.float64), axis=0, weights=weights)
     np.testing.assert_allclose(fused, expected, rtol=1e-6)
     order = data.draw(st.permutations(range(count)))
-    again = fuse([members[at] for at in order], None if weights is None else [weights[at] for at in order])
+    again = fuse([members[n] for n in order], None if weights is None else [weights[n] for n in order])
     np.testing.assert_array_equal(again, fused)
 
 
-def test_long_files_are_fused_in_pieces():
-    members = [some(seed, count=5000).probs for seed in (0, 1)]
+def test_fuse_takes_more_rows_than_one_chunk():
+    members = [predictions_of(seed, count=5000).probs for seed in (0, 1)]
     np.testing.assert_allclose(fuse(members), (members[0] + members[1]) / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (
             lambda p: replace(p, ids=p.ids[::-1]),
@@ -166,21 +168,21 @@ def test_long_files_are_fused_in_pieces():
         (lambda p: replace(p, classes=np.array([*p.classes[:-1], "zebra"])), "classes differ: number 6 is 'zebra'"),
         (
             lambda p: replace(p, ids=p.ids[:-1], probs=p.probs[:-1], labels=p.labels[:-1]),
-            "ids differ: number 39 is not there in",
+            "ids differ: number 39 is missing in",
         ),
         (lambda p: replace(p, labels=(p.labels + 1) % 7), "labels differ: number 0"),
         (lambda p: replace(p, labels=None), "has no labels"),
     ],
 )
-def test_members_that_differ_are_refused_by_the_first_difference(tmp_path, change, says):
-    predictions.save(some(0), tmp_path / "a.npz")
-    predictions.save(change(some(1)), tmp_path / "b.npz")
-    with pytest.raises(UserError, match=says):
-        load_alike([tmp_path / "a.npz", tmp_path / "b.npz"])
+def test_different_members_are_refused_with_the_first_difference(tmp_path, change, message):
+    predictions.save(predictions_of(0), tmp_path / "a.npz")
+    predictions.save(change(predictions_of(1)), tmp_path / "b.npz")
+    with pytest.raises(UserError, match=message):
+        load_members([tmp_path / "a.npz", tmp_path / "b.npz"])
 
 
-def test_greedy_weights_leave_out_what_does_not_help():
-    """A good model, one that errs elsewhere, and noise: the fit beats each alone and the plain mean."""
+def test_greedy_weights_leave_out_noise():
+    """Two models with independent errors, and noise: the fit is at least as good as each member and as the mean."""
     rng = np.random.default_rng(3)
     labels = rng.integers(5, size=2000)
     truth = np.eye(5, dtype=np.float32)[labels]
@@ -200,8 +202,8 @@ def test_greedy_weights_leave_out_what_does_not_help():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_greedy_weights_are_those_of_a_naive_loop(seed):
-    """Round after round: try each member, keep the best, remember the best round."""
+def test_greedy_weights_equal_a_naive_loop(seed):
+    """Each round tries every member and adds the best one; the best round counts."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(3, size=60)
     members = [rng.dirichlet(np.ones(3), 60).astype(np.float32) for _ in range(3)]
@@ -209,40 +211,41 @@ def test_greedy_weights_are_those_of_a_naive_loop(seed):
     best: float = -1.0
     best_chosen: list[int] = []
     for _ in range(50):
-        tried = []
+        results = []
         for number in range(3):
-            mean = np.mean([members[each].astype(np.float64) for each in [*chosen, number]], axis=0)
-            right = [float(mean[at].argmax() == label) for at, label in enumerate(labels)]
-            tried.append((float(np.mean(right)), np.mean([np.log(mean[at, label]) for at, label in enumerate(labels)])))
-        chosen = [*chosen, max(range(3), key=lambda number: tried[number])]
-        if tried[chosen[-1]][0] > best + 1e-12:
-            best, best_chosen = tried[chosen[-1]][0], list(chosen)
+            mean = np.mean([members[n].astype(np.float64) for n in [*chosen, number]], axis=0)
+            right = [float(mean[row].argmax() == label) for row, label in enumerate(labels)]
+            likelihood = np.mean([np.log(mean[row, label]) for row, label in enumerate(labels)])
+            results.append((float(np.mean(right)), likelihood))
+        chosen = [*chosen, max(range(3), key=lambda number: results[number])]
+        if results[chosen[-1]][0] > best + 1e-12:
+            best, best_chosen = results[chosen[-1]][0], list(chosen)
     expected = [best_chosen.count(number) / len(best_chosen) for number in range(3)]
     assert greedy_weights(members, labels) == pytest.approx(expected)
 
 
-def test_agreement_is_the_share_of_equal_answers():
-    members = [some(seed).probs for seed in range(3)]
-    found = agreement(members)
+def test_agreement_is_the_share_of_equal_predictions():
+    members = [predictions_of(seed).probs for seed in range(3)]
+    shares = agreement(members)
     for a in range(3):
         for b in range(3):
-            assert found[a, b] == pytest.approx(accuracy_score(members[a].argmax(1), members[b].argmax(1)))
+            assert shares[a, b] == pytest.approx(accuracy_score(members[a].argmax(1), members[b].argmax(1)))
 
 
 # ---- submissions
 
 
 def official_score(labels, submission_) -> float:
-    """What the challenge's scorer computes, read from its description: rows matched by id, missing ones passed over."""
-    truth, told = (
+    """The challenge's scorer, from its description: it matches rows by id and skips missing ones."""
+    truth, predicted = (
         {row.split(",")[0]: int(row.split(",")[1]) for row in path.read_text().splitlines()[1:]}
         for path in (labels, submission_)
     )
-    hits = [truth[name] == told[name] for name in truth if name in told]
+    hits = [truth[name] == predicted[name] for name in truth if name in predicted]
     return sum(hits) / len(hits)
 
 
-def test_a_submission_is_the_challenges_bytes_and_scores(tmp_path):
+def test_submission_has_the_challenge_format_and_score(tmp_path):
     ids = [f"imgs/img_{number}.JPEG" for number in range(12)]
     submission.write(tmp_path / "s.csv", ids, list(range(12)))
     lines = (tmp_path / "s.csv").read_bytes().decode().split("\n")
@@ -259,8 +262,8 @@ def test_a_submission_is_the_challenges_bytes_and_scores(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["", "Image IDs,Labels\n", "a,0\n"])
-def test_a_submission_begins_with_its_header(tmp_path, first):
-    """Without it the first image would be lost; a file of labels is no submission."""
+def test_submission_needs_its_header(tmp_path, first):
+    """Without the header the first image would be lost. A file of labels is not a submission."""
     (tmp_path / "s.csv").write_text(first + "a,0\nb,1\n")
     (tmp_path / "labels.csv").write_text("Image IDs,Labels\na,0\nb,1\n")
     with pytest.raises(UserError, match="line 1 must be the header Image IDs,Predictions"):
@@ -268,37 +271,37 @@ def test_a_submission_begins_with_its_header(tmp_path, first):
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "message"),
     [
-        ("a,0\nb,1\na,1\n", "line 4: 'a' is named a second time"),
-        ("a,0\nb,1\nc,1\n", "has the foreign image 'c'"),
-        ("a,0\nb,-1\n", "'-1' is no class"),
-        ("a,0\nb,1.0\n", "no class"),
+        ("a,0\nb,1\na,1\n", "line 4: 'a' is listed a second time"),
+        ("a,0\nb,1\nc,1\n", "has the unknown image 'c'"),
+        ("a,0\nb,-1\n", "'-1' is not a class"),
+        ("a,0\nb,1.0\n", "is not a class"),
         ("a,0\nb\n", "line 3: a row is an id and a class, not 1 values"),
         ("a,0\n", "lacks image 'b'"),
-        ("a,0\nb,99999999999999999999\n", "no class"),
+        ("a,0\nb,99999999999999999999\n", "is not a class"),
     ],
 )
-def test_submissions_that_are_wrong_are_refused(tmp_path, rows, says):
+def test_wrong_submissions_are_refused(tmp_path, rows, message):
     (tmp_path / "s.csv").write_text("Image IDs,Predictions\n" + rows)
     (tmp_path / "labels.csv").write_text("Image IDs,Labels\na,0\nb,1\n")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
 
 
-def test_a_class_above_those_of_the_labels_is_wrong_and_no_more(tmp_path):
-    """Labels of a part of the images need not have the highest class."""
+def test_a_class_that_the_labels_lack_is_a_wrong_prediction(tmp_path):
+    """Labels of some of the images need not include the highest class."""
     (tmp_path / "s.csv").write_text("Image IDs,Predictions\na,0\nb,2\n")
     (tmp_path / "labels.csv").write_text("Image IDs,Labels\na,0\nb,1\n")
     assert submission.score(tmp_path / "s.csv", tmp_path / "labels.csv") == (0.5, 2)
 
 
-def test_ids_that_end_alike_are_refused(tmp_path):
+def test_ids_with_the_same_file_name_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"two images are called 'x\.jpg'"):
         submission.write(tmp_path / "s.csv", ["a/x.jpg", "b/x.jpg"], [0, 1])
 
 
-def test_zip_entries_named_twice_are_refused(tmp_path):
+def test_duplicate_zip_entries_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "p.npz", "w") as packed, pytest.warns(UserWarning, match="Duplicate"):
         packed.writestr("probs.npy", b"x")
         packed.writestr("probs.npy", b"x")

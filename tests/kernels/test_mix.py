@@ -1,4 +1,4 @@
-"""The mix's reference against naive loops in float64 and against timm's CutMix."""
+"""The mix kernel's CPU path and reference, against naive loops in float64 and timm's CutMix."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def naive(images: np.ndarray, params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [B, C, H, W] and the exact share of own pixels, one pixel after another."""
+    """Pixels float64 [B, C, H, W] and each image's exact own share, pixel by pixel."""
     batch, height, width, channels = images.shape
     pixels = np.zeros((batch, channels, height, width))
     share = np.zeros(batch)
@@ -44,7 +44,7 @@ def cases(draw):
     params = mix.plain_params(batch)
     params[:, mix.PARTNER] = rng.permutation(batch)
     params[:, mix.MODE] = rng.integers(0, 3, batch)
-    for b in range(batch):  # empty and whole-image boxes included
+    for b in range(batch):  # includes empty boxes and boxes of the full image
         params[b, mix.TOP], params[b, mix.BOTTOM] = np.sort(rng.integers(0, height + 1, 2))
         params[b, mix.LEFT], params[b, mix.RIGHT] = np.sort(rng.integers(0, width + 1, 2))
     params[:, mix.LAM] = rng.random(batch)
@@ -74,8 +74,8 @@ def test_the_cpu_path_is_bit_equal_to_the_reference(case, dtype):
 
 @pytest.mark.parametrize("mode", [mix.PLAIN, mix.CUTMIX, mix.MIXUP])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_images_that_are_mixed_alike_are_mixed_at_once_with_the_same_result(monkeypatch, mode, dtype):
-    """Bit by bit as the reference has it, whether or not all of the batch stays in the cache."""
+def test_mixing_all_images_at_once_equals_the_reference(monkeypatch, mode, dtype):
+    """Bit-equal to the reference, whether or not the batch counts as fitting into the cache."""
     images, table = torch.randint(0, 256, (6, 7, 5, 3), dtype=torch.uint8), mix.plain_params(6)
     table[:, mix.PARTNER] = np.random.default_rng(0).permutation(6)
     table[:, mix.MODE], table[:, mix.BOX], table[:, mix.LAM] = mode, (1, 5, 2, 4), 0.3
@@ -97,16 +97,16 @@ def test_result_is_channels_last_and_cast_once(dtype):
 
 
 def test_agrees_with_timm_cutmix():
-    """timm's batch CutMix of the same normalised images, with its box and its partner (the reversed batch)."""
+    """timm's batch CutMix of the same normalized images, with its box and its partner (the reversed batch)."""
     size, batch = 32, 8
     images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
     theirs = Mixup(mixup_alpha=0, cutmix_alpha=1.0, prob=1.0, label_smoothing=0.0, num_classes=batch)
     for seed in range(20):
         np.random.seed(seed)
-        mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
-        normalised = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
-        before = normalised.clone()
-        mixed, targets = theirs(normalised, torch.arange(batch))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        normalized = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        before = normalized.clone()
+        mixed, targets = theirs(normalized, torch.arange(batch))
         changed = (mixed != before).any(1).any(0)  # the box, where any image differs from its partner
         rows, columns = changed.any(1).nonzero()[:, 0], changed.any(0).nonzero()[:, 0]
         params = mix.plain_params(batch)
@@ -130,21 +130,21 @@ def small_case() -> tuple[torch.Tensor, torch.Tensor]:
 
 @given(st.lists(st.tuples(st.sampled_from([4, 5]), st.booleans()), max_size=25))
 @settings(max_examples=40, deadline=None)
-def test_results_that_are_held_never_change(calls):
-    """Memory is used again, but not while anything (a view is enough) looks at it."""
-    held = []
+def test_results_in_use_never_change(calls):
+    """Memory is reused, but not while a tensor (even a view) refers to it."""
+    kept = []
     for size, keep in calls:
         images = torch.randint(0, 256, (2, size, 8, 3), dtype=torch.uint8)
         params = torch.from_numpy(mix.plain_params(2))
         result = mix.mix(images, params, MEAN, STD, torch.bfloat16).images
         if keep:
-            held.append((result[1:, :2], images))
-    for view, images in held:
+            kept.append((result[1:, :2], images))
+    for view, images in kept:
         params = torch.from_numpy(mix.plain_params(2))
         assert torch.equal(view, mix.reference(images, params, MEAN, STD, torch.bfloat16).images[1:, :2])
 
 
-def test_memory_that_nobody_holds_is_used_again():
+def test_unused_memory_is_reused():
     images, params = small_case()
     addresses = set()
     for _ in range(20):
@@ -158,7 +158,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole_and_gives_the_same(dynamic):
+def test_compiles_as_one_graph_with_the_same_results(dynamic):
     def step(images, params):
         mixed = mix.mix(images, params, MEAN, STD, torch.float32)
         return mixed.images * 2, mixed.partner + 1, mixed.lam
@@ -169,7 +169,7 @@ def test_compiles_whole_and_gives_the_same(dynamic):
         assert torch.equal(one, other) and one.stride() == other.stride()
 
 
-def test_autocast_changes_nothing():
+def test_autocast_has_no_effect():
     images, params = small_case()
     with torch.autocast("cpu", torch.bfloat16):
         inside = mix.mix(images, params, MEAN, STD, torch.float32)
@@ -177,17 +177,17 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(plain, inside, strict=True))
 
 
-def test_a_cpu_tensor_takes_the_cpu_path(monkeypatch):
-    taken = []
-    honest = mix.on_cpu
-    monkeypatch.setattr(mix, "on_cpu", lambda *args: taken.append("cpu") or honest(*args))
-    monkeypatch.setattr(mix, "launch", lambda *args: taken.append("triton"))
+def test_cpu_tensors_take_the_cpu_path(monkeypatch):
+    paths = []
+    on_cpu = mix.on_cpu
+    monkeypatch.setattr(mix, "on_cpu", lambda *args: paths.append("cpu") or on_cpu(*args))
+    monkeypatch.setattr(mix, "launch", lambda *args: paths.append("triton"))
     mix.mix(*small_case(), MEAN, STD, torch.float32)
-    assert taken == ["cpu"]
+    assert paths == ["cpu"]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"images": torch.zeros(4, 6, 5, 3)}, "contiguous uint8"),
         ({"images": torch.zeros(4, 3, 6, 5, dtype=torch.uint8).permute(0, 2, 3, 1)}, "contiguous uint8"),
@@ -198,8 +198,8 @@ def test_a_cpu_tensor_takes_the_cpu_path(monkeypatch):
         ({"dtype": torch.float64}, "dtype must be one of"),
     ],
 )
-def test_other_shapes_and_dtypes_are_refused(change, says):
+def test_other_shapes_and_dtypes_raise(change, message):
     images, params = small_case()
     arguments = {"images": images, "params": params, "mean": MEAN, "std": STD, "dtype": torch.float32} | change
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         mix.mix(**arguments)

@@ -1,5 +1,5 @@
-"""Batch-hard triplet on the CPU: against naive loops in float64, gradcheck, pytorch-metric-learning and torch.compile.
-The Triton path's tests are in test_kernels_triton.py."""
+"""Batch-hard triplet on the CPU, against naive loops in float64, gradcheck, pytorch-metric-learning and torch.compile.
+The tests of the Triton path are in test_triton.py."""
 
 import math
 
@@ -15,7 +15,7 @@ from fasttrain.kernels.triplet import batch_hard_triplet
 
 
 def naive(embeddings, labels, candidates=None, candidate_labels=None, self_offset=0, margin=0.3, squared=False):
-    """Loss, distances and indices, one pair after another, in Python's floats."""
+    """Loss, distances and indices, pair by pair, in Python floats."""
     rows = embeddings.double().tolist()
     pool = rows if candidates is None else candidates.double().tolist()
     own = labels.tolist()
@@ -42,7 +42,7 @@ def naive(embeddings, labels, candidates=None, candidate_labels=None, self_offse
 
 @st.composite
 def batches(draw):
-    """Embeddings of whole numbers (so that float32 is exact and ties are many), labels, and options."""
+    """Integer embeddings (so that float32 is exact and ties are common), labels, and options."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     batch, width = draw(st.integers(1, 14)), draw(st.integers(1, 9))
     classes = draw(st.integers(1, 6))
@@ -61,13 +61,13 @@ def check_against_naive(output, expected, batch, margin: float | None = 0.3):
         assert output.d_pos[i].item() == pytest.approx(far if j_far >= 0 else 0, rel=1e-6)
         assert output.d_neg[i].item() == pytest.approx(near if j_near >= 0 else 0, rel=1e-6)
     assert output.valid.item() == len(terms)
-    if margin is not None:  # a soft margin's loss is never 0 but by rounding
-        share = sum(each > 1e-6 for each in terms) / len(terms) if terms else 0
+    if margin is not None:  # a soft margin's loss is 0 only by rounding
+        share = sum(term > 1e-6 for term in terms) / len(terms) if terms else 0
         assert output.active.item() == pytest.approx(share, abs=1e-6)
 
 
-def on_the_edge(expected, margin: float | None) -> bool:
-    """Whether a hinge is 0 but for rounding, which then decides whether its anchor counts as active."""
+def is_borderline(expected, margin: float | None) -> bool:
+    """Whether a hinge is so close to 0 that rounding decides whether its anchor is active."""
     pairs = [(far, near) for (far, j_far), (near, j_near) in expected[1] if j_far >= 0 and j_near >= 0]
     return margin is not None and any(abs(far - near + margin) < 1e-4 for far, near in pairs)
 
@@ -77,11 +77,11 @@ def on_the_edge(expected, margin: float | None) -> bool:
 def test_equals_a_naive_loop_with_ties_and_duplicates(case):
     embeddings, labels, margin, squared = case
     expected = naive(embeddings, labels, margin=margin, squared=squared)
-    while on_the_edge(expected, margin):
+    while is_borderline(expected, margin):
         margin += 0.125
         expected = naive(embeddings, labels, margin=margin, squared=squared)
-    for mine in (batch_hard_triplet, triplet.reference):
-        check_against_naive(mine(embeddings, labels, margin=margin, squared=squared), expected, len(labels), margin)
+    for function in (batch_hard_triplet, triplet.reference):
+        check_against_naive(function(embeddings, labels, margin=margin, squared=squared), expected, len(labels), margin)
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 8), st.integers(0, 8), st.integers(0, 8), st.booleans())
@@ -107,7 +107,7 @@ def random_case(batch, width, classes, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("margin", [0.3, 5.0, None])
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_gradients_are_autograds_of_the_float64_reference(margin, squared, gathered):
+def test_gradients_equal_autograd_of_the_float64_reference(margin, squared, gathered):
     embeddings, labels = random_case(24, 17, 5)
     pool, pool_labels = random_case(40, 17, 5, seed=1)
     pool[8:32], pool_labels[8:32] = embeddings, labels
@@ -125,8 +125,8 @@ def test_gradients_are_autograds_of_the_float64_reference(margin, squared, gathe
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_the_references_gradient_passes_gradcheck():
-    """The oracle of the gradients above, by finite differences, away from ties."""
+def test_reference_passes_gradcheck():
+    """Checks the reference for the gradients above by finite differences, away from ties."""
     embeddings, labels = random_case(8, 4, 3)
     for margin, squared in ((5.0, False), (None, True)):
         assert torch.autograd.gradcheck(
@@ -138,7 +138,7 @@ def test_the_references_gradient_passes_gradcheck():
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("shape", [(32, 16), (128, 64), (97, 33)])
 def test_agrees_with_pytorch_metric_learning(squared, shape):
-    """Its batch-hard miner, Euclidean distance, plain hinge and a mean over all valid anchors."""
+    """With its batch-hard miner, Euclidean distance, hinge, and mean over all valid anchors."""
     embeddings, labels = random_case(shape[0], shape[1], 9, dtype=torch.float32)
     space = distances.LpDistance(normalize_embeddings=False, p=2, power=2 if squared else 1)
     theirs = losses.TripletMarginLoss(0.3, distance=space, reducer=reducers.MeanReducer())
@@ -152,7 +152,7 @@ def test_agrees_with_pytorch_metric_learning(squared, shape):
 
 
 @pytest.mark.parametrize("labels", [[3, 3, 3, 3], [0, 1, 2, 3], [7]])
-def test_without_a_valid_anchor_the_loss_is_zero_with_a_graph(labels):
+def test_loss_is_zero_and_has_a_graph_without_valid_anchors(labels):
     embeddings = torch.randn(len(labels), 5, requires_grad=True)
     output = batch_hard_triplet(embeddings, torch.tensor(labels))
     output.loss.backward()
@@ -160,7 +160,7 @@ def test_without_a_valid_anchor_the_loss_is_zero_with_a_graph(labels):
     assert embeddings.grad is not None and not embeddings.grad.any()
 
 
-def test_duplicates_have_a_finite_zero_gradient():
+def test_duplicates_have_zero_gradient():
     embeddings = torch.ones(6, 8, requires_grad=True)
     output = batch_hard_triplet(embeddings, torch.tensor([0, 0, 1, 1, 2, 2]))
     output.loss.backward()
@@ -170,7 +170,7 @@ def test_duplicates_have_a_finite_zero_gradient():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("row", [0, 3, 7])
-def test_what_is_not_finite_reaches_loss_and_gradient(bad, row):
+def test_nonfinite_embeddings_make_loss_and_gradient_nonfinite(bad, row):
     embeddings, labels = random_case(8, 5, 2, dtype=torch.float32)
     labels = torch.arange(8) % 2
     embeddings[row, 2] = bad
@@ -183,7 +183,7 @@ def test_what_is_not_finite_reaches_loss_and_gradient(bad, row):
 
 
 def test_mining_survives_a_common_offset():
-    """Embeddings that sit close together far from the origin: the subtraction must not cancel."""
+    """Embeddings that are close together and far from the origin: the subtraction must not cancel."""
     embeddings, labels = random_case(64, 32, 8)
     far = (embeddings * 0.01 + 30).float()
     output, exact = batch_hard_triplet(far, labels), triplet.reference(far.double(), labels)
@@ -201,7 +201,7 @@ def test_half_precision_embeddings_are_mined_exactly(dtype):
     assert half.grad is not None and half.grad.dtype == dtype
 
 
-def test_double_backward_is_refused_clearly():
+def test_double_backward_raises():
     embeddings, labels = random_case(8, 4, 2, dtype=torch.float32)
     embeddings.requires_grad_()
     (gradient,) = torch.autograd.grad(
@@ -214,7 +214,7 @@ def test_double_backward_is_refused_clearly():
 def test_only_the_loss_is_differentiable():
     embeddings, labels = random_case(8, 4, 2, dtype=torch.float32)
     output = batch_hard_triplet(embeddings.requires_grad_(), labels)
-    assert [name for name, each in output._asdict().items() if each.requires_grad] == ["loss"]
+    assert [name for name, value in output._asdict().items() if value.requires_grad] == ["loss"]
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -226,7 +226,7 @@ def test_opcheck(gathered):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole_and_gives_the_same(dynamic):
+def test_compiles_as_one_graph_with_the_same_results(dynamic):
     embeddings, labels = random_case(16, 8, 3, dtype=torch.float32)
 
     def step(x):
@@ -242,7 +242,7 @@ def test_compiles_whole_and_gives_the_same(dynamic):
         torch.testing.assert_close(one, other)
 
 
-def test_autocast_changes_nothing():
+def test_autocast_has_no_effect():
     embeddings, labels = random_case(16, 8, 3, dtype=torch.float32)
     plain = batch_hard_triplet(embeddings, labels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -250,32 +250,32 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))
 
 
-def test_a_cpu_tensor_takes_the_cpu_path(monkeypatch):
-    taken = []
-    honest = triplet.on_cpu
-    monkeypatch.setattr(triplet, "on_cpu", lambda *args: taken.append("cpu") or honest(*args))
-    monkeypatch.setattr(triplet, "launch", lambda *args: taken.append("triton"))
+def test_cpu_tensors_take_the_cpu_path(monkeypatch):
+    paths = []
+    on_cpu = triplet.on_cpu
+    monkeypatch.setattr(triplet, "on_cpu", lambda *args: paths.append("cpu") or on_cpu(*args))
+    monkeypatch.setattr(triplet, "launch", lambda *args: paths.append("triton"))
     embeddings, labels = random_case(4, 3, 2, dtype=torch.float32)
     batch_hard_triplet(embeddings, labels)
-    assert taken == ["cpu"]
+    assert paths == ["cpu"]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"embeddings": torch.zeros(4, 3, dtype=torch.float64)}, "float32, float16 or bfloat16"),
         ({"embeddings": torch.zeros(4)}, r"rows, D"),
         ({"embeddings": torch.zeros(0, 3), "labels": torch.zeros(0, dtype=torch.int64)}, "not empty"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, r"int64 \[4\]"),
         ({"labels": torch.zeros(4)}, "int64"),
-        ({"candidates": torch.zeros(6, 3)}, "go together"),
+        ({"candidates": torch.zeros(6, 3)}, "must be given together"),
         (
             {"candidates": torch.zeros(6, 2), "candidate_labels": torch.zeros(6, dtype=torch.int64)},
             "like the embeddings",
         ),
     ],
 )
-def test_other_shapes_and_dtypes_are_refused(change, says):
+def test_other_shapes_and_dtypes_raise(change, message):
     arguments = {"embeddings": torch.zeros(4, 3), "labels": torch.zeros(4, dtype=torch.int64)} | change
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         batch_hard_triplet(arguments.pop("embeddings"), arguments.pop("labels"), **arguments)

@@ -1,5 +1,5 @@
-"""The Triton kernels against the references: on a GPU where there is one (pytest -m gpu), and in Triton's interpreter,
-in which a test of the usual suite runs all of this file's cases. Compiled ahead of time for three generations of GPUs.
+"""The Triton kernels against the references, on a GPU (pytest -m gpu) and in Triton's interpreter, where a test of the
+default suite runs all of this file's cases. They are also compiled ahead of time for three generations of GPUs.
 """
 
 import math
@@ -28,17 +28,17 @@ from fasttrain.kernels import mix, triplet
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
 on_device = pytest.mark.gpu  # or in the interpreter
-on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no such thing")
+on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not support it")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (torch.float16, torch.bfloat16)
-# Property tests have few examples on a GPU, where each new shape takes seconds to compile.
+# Property tests use few examples on a GPU, where each new shape takes seconds to compile.
 
 
 @pytest.mark.parametrize(
     ("cases", "least"), [("gpu and not slow", 60), pytest.param("gpu and slow", 1, marks=pytest.mark.slow)]
 )
 def test_all_cases_pass_in_the_interpreter(cases, least):
-    """TRITON_INTERPRET is read when a kernel is decorated, so this takes a process of its own."""
+    """Triton reads TRITON_INTERPRET when a kernel is decorated, so this needs a new process."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", cases, "-p", "no:cacheprovider", __file__]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
@@ -72,8 +72,10 @@ def check_mix(case: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     expected = mix.reference(images, params, mean, std, dtype)
     assert pixels.dtype == dtype and pixels.shape == expected.images.shape
     assert pixels.stride() == expected.images.stride()
-    if INTERPRETED and dtype == torch.bfloat16:  # it cuts where a GPU rounds: within one unit in the last place
-        bits = [each.contiguous().view(torch.int16).int() for each in (pixels, expected.images)]
+    if (
+        INTERPRETED and dtype == torch.bfloat16
+    ):  # the interpreter truncates where a GPU rounds: one unit in the last place
+        bits = [images.contiguous().view(torch.int16).int() for images in (pixels, expected.images)]
         assert (bits[0] - bits[1]).abs().max() <= 1
     else:
         assert torch.equal(pixels, expected.images)
@@ -92,7 +94,7 @@ def test_mix_equals_the_reference(shape, dtype):
 
 @on_device
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_mix_takes_other_channels(channels):
+def test_mix_with_other_channels(channels):
     check_mix(mix_case((3, 10, 12), channels, channels), torch.float16)
 
 
@@ -107,7 +109,7 @@ def test_mix_equals_the_reference_at_any_shape(batch, height, width, dtype, seed
 
 @on_device
 def test_mix_boxes_at_every_column():
-    """Boxes whose edges cut through the groups of bytes that a thread moves."""
+    """Boxes with edges inside the groups of bytes that a thread moves."""
     images, params = mix_case((2, 4, 16), 3, 0)
     for left in range(17):
         for right in range(left, 17):
@@ -122,7 +124,7 @@ def test_mix_boxes_at_every_column():
 def triplet_case(
     batch: int, width: int, classes: int, dtype: torch.dtype = torch.float32, seed=0, pool=0, before=0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors and labels, and with pool > 0 candidates of which rows before … before + batch are the anchors."""
+    """Anchors, labels, candidates and their labels. With pool > 0, candidates from row `before` are the anchors."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(max(batch, pool), width, generator=generator).to(dtype)
     labels = torch.randint(0, classes, (len(rows),), generator=generator)
@@ -136,23 +138,24 @@ def check_triplet(case, offset=0, margin=0.3, squared=False, gather=False):
     stats, valid, distances, indices, slopes = triplet.launch(
         anchors, own, pool, labels, offset, margin, squared, upcast=INTERPRETED
     )
-    exact_in = [each.detach().cpu().double().requires_grad_() for each in ((anchors, pool) if gather else (anchors,))]
-    extra = {"candidates": exact_in[1], "candidate_labels": labels.cpu(), "self_offset": offset} if gather else {}
-    exact = triplet.reference(exact_in[0], own.cpu(), margin=margin, squared=squared, **extra)
+    inputs = (anchors, pool) if gather else (anchors,)
+    exact_inputs = [rows.detach().cpu().double().requires_grad_() for rows in inputs]
+    extra = {"candidates": exact_inputs[1], "candidate_labels": labels.cpu(), "self_offset": offset} if gather else {}
+    exact = triplet.reference(exact_inputs[0], own.cpu(), margin=margin, squared=squared, **extra)
     assert torch.equal(indices.cpu(), torch.stack([exact.i_pos, exact.i_neg]))
     close: dict[str, Any] = {"rtol": 2e-5, "atol": 1e-6}
     torch.testing.assert_close(distances.cpu().double(), torch.stack([exact.d_pos, exact.d_neg]).detach(), **close)
-    told = torch.stack([exact.loss, exact.active, exact.mean_pos, exact.mean_neg]).detach()
-    torch.testing.assert_close(stats.cpu().double(), told, **close)
+    exact_stats = torch.stack([exact.loss, exact.active, exact.mean_pos, exact.mean_neg]).detach()
+    torch.testing.assert_close(stats.cpu().double(), exact_stats, **close)
     assert valid.item() == exact.valid.item()
 
     upstream = torch.full((4,), 1.5, device=DEVICE)
-    found = triplet.launch_gradient(upstream, anchors, pool if gather else None, indices, slopes, valid)
+    gradients = triplet.launch_gradient(upstream, anchors, pool if gather else None, indices, slopes, valid)
     (1.5 * exact.loss).backward()
     tolerance: dict[str, Any] = (
         {"rtol": 1e-4, "atol": 1e-6} if anchors.dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
     )
-    for ours, theirs in zip(found, exact_in, strict=False):
+    for ours, theirs in zip(gradients, exact_inputs, strict=False):
         expected = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)
         torch.testing.assert_close(ours.cpu().double(), expected, **tolerance)
 
@@ -189,7 +192,7 @@ def test_triplet_equals_the_reference_at_any_shape(batch, width, classes, seed):
 @given(st.integers(2, 24), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
 @settings(max_examples=25 if INTERPRETED else 8, deadline=None)
 def test_triplet_takes_the_first_of_equals(batch, width, classes, seed):
-    """Whole numbers in a small range: many ties and duplicates, all arithmetic exact."""
+    """Integers in a small range: many ties and duplicates, and exact arithmetic."""
     generator = torch.Generator().manual_seed(seed)
     anchors = torch.randint(-2, 3, (batch, width), generator=generator).float().to(DEVICE)
     labels = torch.randint(0, classes, (batch,), generator=generator).to(DEVICE)
@@ -210,7 +213,7 @@ def test_triplet_with_the_tiles_of_large_batches():
 @on_device
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("row", [0, 5, 20])
-def test_triplet_shows_what_is_not_finite(bad, row):
+def test_triplet_propagates_nonfinite_embeddings(bad, row):
     anchors, own, *_ = triplet_case(21, 6, 3)
     anchors[row, 3] = bad
     stats, valid, _, indices, slopes = triplet.launch(anchors, own, anchors, own, 0, 0.3, False, INTERPRETED)
@@ -229,36 +232,37 @@ def test_triplet_survives_a_common_offset():
 
 
 @on_device
-def test_triplet_gives_the_same_bits_again():
+def test_triplet_is_deterministic():
     anchors, own, *_ = triplet_case(50, 30, 5)
     runs = [triplet.launch(anchors, own, anchors, own, 0, 0.3, False, INTERPRETED) for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- on a GPU alone
+# ------------------------------------------------------------------------------------------------- on a GPU only
 
 
-def launched(function) -> list[str]:
-    """Names of the kernels that a function launches, by the profiler."""
+def launched_kernels(function) -> list[str]:
+    """Names of the kernels that a function launches, from the profiler."""
     function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()
-    kernels = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
 
 
 @on_device
 @on_gpu_only
-def test_the_ops_take_the_triton_path_in_few_launches():
+def test_operators_use_triton_with_few_launches():
     images, params = mix_case((4, 32, 32), 3, 0)
-    assert launched(lambda: mix.mix(images, params, MEAN, STD, torch.bfloat16)) == ["mix_kernel"]
+    assert launched_kernels(lambda: mix.mix(images, params, MEAN, STD, torch.bfloat16)) == ["mix_kernel"]
     anchors, own, *_ = triplet_case(64, 128, 8, dtype=torch.bfloat16)
-    forward = launched(lambda: triplet.batch_hard_triplet(anchors, own))
+    forward = launched_kernels(lambda: triplet.batch_hard_triplet(anchors, own))
     assert forward == ["mine_kernel", "loss_kernel", "mean_kernel"]
     _, valid, _, indices, slopes = triplet.launch(anchors, own, anchors, own, 0, 0.3, False)
-    up = torch.ones(4, device=DEVICE)
-    assert launched(lambda: triplet.launch_gradient(up, anchors, None, indices, slopes, valid)) == ["gradient_kernel"]
+    upstream = torch.ones(4, device=DEVICE)
+    backward = launched_kernels(lambda: triplet.launch_gradient(upstream, anchors, None, indices, slopes, valid))
+    assert backward == ["gradient_kernel"]
 
 
 @on_device
@@ -277,7 +281,7 @@ def test_nothing_waits_for_the_device():
 
 @on_device
 @on_gpu_only
-def test_both_replay_in_a_cuda_graph():
+def test_mix_and_triplet_replay_in_a_cuda_graph():
     images, params = mix_case((4, 24, 24), 3, 0)
     anchors, own, *_ = triplet_case(64, 96, 8)
     anchors.requires_grad_()
@@ -288,17 +292,17 @@ def test_both_replay_in_a_cuda_graph():
         (gradient,) = torch.autograd.grad(loss, anchors)
         return mixed.images, mixed.lam, loss.detach(), gradient
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    warmup_stream = torch.cuda.Stream()
+    with torch.cuda.stream(warmup_stream):
         for _ in range(3):
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    fresh, table = mix_case((4, 24, 24), 3, 1)
-    images.copy_(fresh)
-    params.copy_(table)
+    new_images, new_params = mix_case((4, 24, 24), 3, 1)
+    images.copy_(new_images)
+    params.copy_(new_params)
     with torch.no_grad():
         anchors.copy_(torch.randn_like(anchors))
     graph.replay()
@@ -312,8 +316,8 @@ def test_both_replay_in_a_cuda_graph():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [128, 1024])
 def test_triplet_at_full_width(batch, dtype):
-    """Real tile sizes and dots (TF32 x 3, native bf16): the distances of what was mined are within rounding of those
-    of the true hardest pairs, in float64."""
+    """With real tile sizes and dots (TF32 x 3, native bf16), the distances of the mined pairs equal those of the true
+    hardest pairs, in float64, up to rounding."""
     anchors, own, *_ = triplet_case(batch, 2048, batch // 4, dtype=dtype)
     output = triplet.batch_hard_triplet(anchors, own)
     rows = anchors.double()
@@ -322,7 +326,7 @@ def test_triplet_at_full_width(batch, dtype):
     others = same & ~torch.eye(batch, dtype=torch.bool, device=DEVICE)
     far = exact.masked_fill(~others, 0).amax(1)
     near = exact.masked_fill(same, math.inf).amin(1)
-    # Of two pairs whose distances agree to float32's rounding of a sum of 2048 products, mining may take either.
+    # Mining may take either of two pairs with distances that differ by less than the rounding of 2048 products' sum.
     torch.testing.assert_close(output.d_pos.double(), far, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(output.d_neg.double(), near, rtol=1e-5, atol=1e-6)
 
@@ -330,10 +334,10 @@ def test_triplet_at_full_width(batch, dtype):
 # --------------------------------------------------------------------------------------------- ahead of time
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter binds by itself")
-def test_a_gpu_can_bind_the_arguments_of_every_launch(monkeypatch):
-    """Triton generates the function that binds a launch's arguments, and the kernel's names live among its own: one
-    called `params` broke every launch with Triton 3.6. The launches end before they would need a GPU."""
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter binds arguments in its own way")
+def test_triton_binds_the_arguments_of_every_launch(monkeypatch):
+    """Triton generates the function that binds a launch's arguments, and the arguments' names may clash with its own:
+    `params` broke every launch with Triton 3.6. The patched launches stop before they need a GPU."""
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bound = []
 
@@ -360,8 +364,8 @@ def mix_signature(dtype: str, group: int):
 
 def mine_signature(dtype: str, b: int, n: int, d: int):
     types = [f"*{dtype}", "*i64", f"*{dtype}", "*i64", "*fp32", "*i32", *["i32"] * 4]
-    wide = dtype == "fp32"
-    constants = {"D": 2048, "BLOCK_B": b, "BLOCK_N": n, "BLOCK_D": d, "CENTRED": wide, "UPCAST": wide}
+    is_float32 = dtype == "fp32"
+    constants = {"D": 2048, "BLOCK_B": b, "BLOCK_N": n, "BLOCK_D": d, "CENTRED": is_float32, "UPCAST": is_float32}
     return triplet.mine_kernel, types, constants
 
 
@@ -387,19 +391,19 @@ def compiled_kernels():
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
 @pytest.mark.parametrize("case", list(compiled_kernels()), ids=lambda case: case[0])
 def test_kernels_compile_without_spills_and_fit(case, tmp_path):
-    """For sm_80, sm_90 and sm_100: shared memory within the 99 KiB that every one of them has a block, no register
-    spilled."""
+    """For sm_80, sm_90 and sm_100: a block's shared memory is within the 99 KiB that all of them have, and no registers
+    are spilled."""
     _, kernel, types, constants, warps = case
-    names = [each for each in kernel.arg_names if each not in constants]
+    names = [name for name in kernel.arg_names if name not in constants]
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    pointers = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(types) if kind.startswith("*")}
+    pointers = {(position,): [["tt.divisibility", 16]] for position, kind in enumerate(types) if kind.startswith("*")}
     for capability in (80, 90, 100):
         source = ASTSource(kernel, signature, constants, pointers)
         options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": False}
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert built.metadata.shared <= 99 * 1024
-        (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert compiled.metadata.shared <= 99 * 1024
+        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
         usage = subprocess.run(
             [tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
         ).stdout

@@ -1,4 +1,4 @@
-"""ArcFace against a naive loop in float64 and pytorch-metric-learning; its head in the network; edges."""
+"""ArcFace against a naive loop in float64 and pytorch-metric-learning; its head in the network; edge cases."""
 
 import math
 
@@ -22,7 +22,7 @@ def batch_of(labels, other=None, lam=None) -> Batch:
     return Batch(labels, labels if other is None else other, ones if lam is None else lam, other is not None)
 
 
-def of(cosine) -> Output:
+def output_of(cosine) -> Output:
     return Output(cosine, cosine, cosine)
 
 
@@ -31,10 +31,10 @@ def of(cosine) -> Output:
 def test_equals_a_naive_loop(batch, classes, margin, mixed, seed):
     generator = torch.Generator().manual_seed(seed)
     cosine = torch.rand(batch, classes, generator=generator, dtype=torch.float64) * 2 - 1
-    own, other = (torch.randint(classes, (batch,), generator=generator) for _ in range(2))
+    labels, other = (torch.randint(classes, (batch,), generator=generator) for _ in range(2))
     lam = torch.rand(batch, generator=generator, dtype=torch.float64) if mixed else torch.ones(batch).double()
 
-    def against(row: list[float], label: int) -> float:
+    def row_loss(row: list[float], label: int) -> float:
         angle = math.acos(row[label])
         moved = math.cos(angle + margin) if angle + margin <= math.pi else row[label] - margin * math.sin(margin)
         scaled = [30 * (moved if k == label else row[k]) for k in range(classes)]
@@ -42,55 +42,55 @@ def test_equals_a_naive_loop(batch, classes, margin, mixed, seed):
         return top + math.log(sum(math.exp(v - top) for v in scaled)) - scaled[label]
 
     expected = 0.0
-    for at in range(batch):
-        row, share = cosine[at].tolist(), float(lam[at])
-        expected += (share * against(row, int(own[at])) + (1 - share) * against(row, int(other[at]))) / batch
-    found = ArcFace(scale=30, margin_rad=margin)(of(cosine), batch_of(own, other if mixed else None, lam))
-    assert found.loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    for i in range(batch):
+        row, share = cosine[i].tolist(), float(lam[i])
+        expected += (share * row_loss(row, int(labels[i])) + (1 - share) * row_loss(row, int(other[i]))) / batch
+    term = ArcFace(scale=30, margin_rad=margin)(output_of(cosine), batch_of(labels, other if mixed else None, lam))
+    assert term.loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_equals_pytorch_metric_learning():
-    """Where θ + margin stays below π; beyond, the two have other fall-backs."""
+    """Where θ + margin stays below π. Above it, the two have different fallbacks."""
     torch.manual_seed(0)
     features, labels = torch.randn(40, 12).double(), torch.randint(7, (40,))
     head = CosineHead(12, 7).double()
-    peer = losses.ArcFaceLoss(7, 12, margin=math.degrees(0.5), scale=30).double()
+    theirs = losses.ArcFaceLoss(7, 12, margin=math.degrees(0.5), scale=30).double()
     with torch.no_grad():
-        peer.W.copy_(head.weight.T)
+        theirs.W.copy_(head.weight.T)
         assert (head(features).acos() + 0.5 < math.pi).all()
     ours = ArcFace()(Output(features, features, head(features)), batch_of(labels)).loss
-    assert ours.item() == pytest.approx(peer(features, labels).item(), rel=1e-6)
+    assert ours.item() == pytest.approx(theirs(features, labels).item(), rel=1e-6)
 
 
-def test_gradient_is_right():
+def test_gradcheck():
     torch.manual_seed(0)
     cosine = (torch.rand(5, 6, dtype=torch.float64) * 1.8 - 0.9).requires_grad_()
-    own, other = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([1, 1, 5, 0, 2])
+    labels, other = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([1, 1, 5, 0, 2])
     lam = torch.tensor([0.2, 1.0, 0.0, 0.5, 0.7], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: ArcFace()(of(x), batch_of(own, other, lam)).loss, cosine)
+    assert torch.autograd.gradcheck(lambda x: ArcFace()(output_of(x), batch_of(labels, other, lam)).loss, cosine)
 
 
 @pytest.mark.parametrize("edge", [-1.0, 1.0, -math.cos(0.5), 0.0])
 def test_is_finite_at_the_edges(edge):
     cosine = torch.full((2, 3), edge, requires_grad=True)
-    loss = ArcFace()(of(cosine), batch_of(torch.tensor([0, 2]))).loss
+    loss = ArcFace()(output_of(cosine), batch_of(torch.tensor([0, 2]))).loss
     loss.backward()
     assert loss.isfinite() and cosine.grad is not None and cosine.grad.isfinite().all()
 
 
-def test_the_cosine_never_rises_with_the_margin():
-    """Over all angles: the moved cosine falls with the angle, also past π − margin, up to the step down there."""
+def test_the_loss_never_falls_with_the_angle():
+    """The cosine with the margin falls with the angle from 0 to π, also across the step at π − margin."""
     angles = torch.linspace(0, math.pi, 2001, dtype=torch.float64)
     cosine = torch.stack([angles.cos(), torch.zeros_like(angles)], 1)
-    each = torch.stack([ArcFace()(of(row[None]), batch_of(torch.tensor([0]))).loss for row in cosine])
-    assert (each.diff() > -1e-9).all()
+    row_losses = torch.stack([ArcFace()(output_of(row[None]), batch_of(torch.tensor([0]))).loss for row in cosine])
+    assert (row_losses.diff() > -1e-9).all()
 
 
 def test_the_head_is_part_of_the_network():
     network = Classifier("test_resnet", 4, cosine_head=True)
     assert "cosine.weight" in network.state_dict()
     groups = optim.sgd(network, OptimConfig()).param_groups
-    assert network.cosine and any(each is network.cosine.weight for group in groups for each in group["params"])
+    assert network.cosine and any(p is network.cosine.weight for group in groups for p in group["params"])
     images = torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         output = network.train()(images)
@@ -104,7 +104,7 @@ def test_the_head_is_part_of_the_network():
         ArcFace()(network(images), batch_of(torch.tensor([0, 1])))
 
 
-def test_features_of_zero_have_a_finite_gradient():
+def test_zero_features_have_a_finite_gradient():
     features = torch.zeros(2, 3, requires_grad=True)
     CosineHead(3, 4)(features).sum().backward()
     assert features.grad is not None and features.grad.isfinite().all()

@@ -1,4 +1,4 @@
-"""Distillation against a naive loop in float64, and what the loop makes of a teacher."""
+"""Distillation against a naive loop in float64; edge cases."""
 
 import math
 
@@ -29,11 +29,11 @@ def test_equals_a_naive_loop(batch, classes, temperature, seed):
     expected = 0.0
     for ours, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
         expected += sum(t * math.log(t / s) for s, t in zip(softmax(ours), softmax(theirs), strict=True)) / batch
-    found = Distillation(temperature=temperature, weight=0.5)(Output(student, student), batch_of(teacher)).loss
-    assert found.item() == pytest.approx(0.5 * temperature**2 * expected, rel=1e-8, abs=1e-9)
+    loss = Distillation(temperature=temperature, weight=0.5)(Output(student, student), batch_of(teacher)).loss
+    assert loss.item() == pytest.approx(0.5 * temperature**2 * expected, rel=1e-8, abs=1e-9)
 
 
-def test_a_student_that_equals_its_teacher_has_no_gradient():
+def test_a_student_equal_to_its_teacher_has_no_gradient():
     logits = torch.randn(5, 7, requires_grad=True)
     loss = Distillation()(Output(logits, logits), batch_of(logits.detach())).loss
     loss.backward()

@@ -1,4 +1,4 @@
-"""Triplet against a naive loop and pytorch-metric-learning; two ranks against one; absence, collapse, edges."""
+"""Triplet against a naive loop and pytorch-metric-learning; two ranks against one; collapse, edge cases."""
 
 import math
 from datetime import timedelta
@@ -28,23 +28,23 @@ def call(loss: Triplet, features, labels) -> Term:
 
 
 def naive(features, labels, margin: float | None) -> tuple[float, list[float]]:
-    """Loss and [active, mean d(ap), mean d(an)], by loops in float64."""
+    """Loss and [active, mean d(ap), mean d(an)], in float64 loops."""
     rows = [[float(v) for v in row] for row in features]
-    found = []
+    hardest = []
     for a, anchor in enumerate(rows):
-        away = [math.dist(anchor, other) for other in rows]
-        positive = [away[i] for i in range(len(rows)) if labels[i] == labels[a] and i != a]
-        negative = [away[i] for i in range(len(rows)) if labels[i] != labels[a]]
+        distances_to = [math.dist(anchor, other) for other in rows]
+        positive = [distances_to[i] for i in range(len(rows)) if labels[i] == labels[a] and i != a]
+        negative = [distances_to[i] for i in range(len(rows)) if labels[i] != labels[a]]
         if positive and negative:
-            found.append((max(positive), min(negative)))
-    if not found:
+            hardest.append((max(positive), min(negative)))
+    if not hardest:
         return 0.0, [0.0, 0.0, 0.0]
-    each = [math.log1p(math.exp(p - n)) if margin is None else max(0.0, margin + p - n) for p, n in found]
-    count = len(found)
-    return sum(each) / count, [
-        sum(value > 0 for value in each) / count,
-        sum(p for p, _ in found) / count,
-        sum(n for _, n in found) / count,
+    values = [math.log1p(math.exp(p - n)) if margin is None else max(0.0, margin + p - n) for p, n in hardest]
+    count = len(hardest)
+    return sum(values) / count, [
+        sum(value > 0 for value in values) / count,
+        sum(p for p, _ in hardest) / count,
+        sum(n for _, n in hardest) / count,
     ]
 
 
@@ -67,10 +67,10 @@ def test_equals_pytorch_metric_learning(width):
     features = torch.randn(32, width, generator=generator)
     ours, theirs = (features.clone().requires_grad_() for _ in range(2))
     call(Triplet(margin=0.3), ours, labels).loss.backward()
-    euclid = distances.LpDistance(normalize_embeddings=False)
-    miner = miners.BatchHardMiner(distance=euclid)
-    peer = losses.TripletMarginLoss(margin=0.3, distance=euclid, reducer=reducers.MeanReducer())
-    value = peer(theirs, labels, miner(theirs, labels))
+    euclidean = distances.LpDistance(normalize_embeddings=False)
+    miner = miners.BatchHardMiner(distance=euclidean)
+    loss_fn = losses.TripletMarginLoss(margin=0.3, distance=euclidean, reducer=reducers.MeanReducer())
+    value = loss_fn(theirs, labels, miner(theirs, labels))
     value.backward()
     assert call(Triplet(margin=0.3), features, labels).loss.item() == pytest.approx(value.item(), rel=1e-5)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
@@ -90,14 +90,14 @@ def test_equal_features_have_a_finite_loss_and_gradient(dtype):
     assert features.grad is not None and not features.grad.any()
 
 
-def test_no_anchor_with_a_pair_is_a_loss_of_zero_in_the_graph():
+def test_without_pairs_loss_and_gradient_are_zero():
     features = torch.randn(4, 3, requires_grad=True)
     term = call(Triplet(), features, torch.arange(4))
     term.loss.backward()
     assert term.loss.item() == 0 and features.grad is not None and not features.grad.any()
 
 
-def test_collapse_is_a_loss_that_stays_where_equal_features_put_it():
+def test_collapsed_detects_the_loss_of_equal_features():
     hinge, soft = Triplet(margin=0.3, weight=2.0), Triplet(soft_margin=True)
     assert hinge.collapsed([0.6, 0.601, 0.599]) and soft.collapsed([math.log(2)])
     assert not hinge.collapsed([0.6, 0.7]) and not hinge.collapsed([0.3]) and not hinge.collapsed([])
@@ -106,8 +106,8 @@ def test_collapse_is_a_loss_that_stays_where_equal_features_put_it():
 # ---- two ranks
 
 
-class Plain(nn.Module):
-    """Without BatchNorm, whose statistics would differ between one process and two."""
+class NoBatchNorm(nn.Module):
+    """A network without BatchNorm, whose statistics would differ between one process and two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Plain(nn.Module):
 
 
 ROWS = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
-# Unequal on the two halves, so that ranks have unequally many valid anchors: class 9 has one image only.
+# Classes 6 to 9 have one image each, all on the first rank, so the ranks differ in their number of valid anchors.
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 9, 8, 7, 6, 0, 0, 1, 1, 4, 4, 4, 4, 5, 5, 5, 5])
 
 
@@ -138,23 +138,23 @@ def rank(number: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=2, timeout=timedelta(seconds=60)
     )
-    network = Plain()
+    network = NoBatchNorm()
     half = slice(number * 12, number * 12 + 12)
     term = step(DistributedDataParallel(network), ROWS[half], LABELS[half])
-    told = torch.stack([term.loss.detach(), *term.stats.values()])
-    dist.all_reduce(told)
-    gradients = {name: each.grad for name, each in network.named_parameters()}
-    torch.save({"told": told / 2, "gradients": gradients}, f"{folder}/rank{number}.pt")
+    means = torch.stack([term.loss.detach(), *term.stats.values()])
+    dist.all_reduce(means)
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    torch.save({"means": means / 2, "gradients": gradients}, f"{folder}/rank{number}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_have_the_loss_and_gradients_of_one(tmp_path):
     mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
-    alone = Plain()
+    alone = NoBatchNorm()
     term = step(alone, ROWS, LABELS)
     for number in (0, 1):
-        found = torch.load(tmp_path / f"rank{number}.pt")
+        saved = torch.load(tmp_path / f"rank{number}.pt")
         expected = torch.stack([term.loss.detach(), *term.stats.values()])
-        torch.testing.assert_close(found["told"], expected, rtol=1e-6, atol=1e-6)
-        for name, each in alone.named_parameters():
-            torch.testing.assert_close(found["gradients"][name], each.grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(saved["means"], expected, rtol=1e-6, atol=1e-6)
+        for name, parameter in alone.named_parameters():
+            torch.testing.assert_close(saved["gradients"][name], parameter.grad, rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Networks: the logits are timm's own, the features are those in front of the classifier; the projection head."""
+"""Classifiers: logits equal timm's, features are the classifier's input; the projection head."""
 
 import pytest
 import timm
@@ -13,7 +13,7 @@ SMALL = ["test_resnet", "test_byobnet", "test_efficientnet", "test_vit", "test_c
 
 
 @pytest.mark.parametrize("arch", SMALL)
-def test_logits_and_features_are_timms(arch):
+def test_logits_and_features_equal_timm(arch):
     torch.manual_seed(0)
     model = Classifier(arch, 7).eval()
     images = torch.randn(2, 3, *timm.data.resolve_data_config(model=model.backbone)["input_size"][1:])
@@ -26,43 +26,44 @@ def test_logits_and_features_are_timms(arch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "millions"), [("tresnet_xl", 78.44), ("resnest101e", 48.28), ("seresnext101_32x4d", 48.96)]
+    ("arch", "parameters"),
+    [("tresnet_xl", 78_436_244), ("resnest101e", 48_275_016), ("seresnext101_32x4d", 48_955_416)],
 )
-def test_the_reports_networks_have_their_size(arch, millions):
+def test_report_networks_have_the_expected_size(arch, parameters):
     with torch.device("meta"):
         model = Classifier(arch, 1000)
         output = model.eval()(torch.empty(2, 3, 224, 224))
-    count = sum(each.numel() for each in model.parameters())
-    assert count == ARCHS[arch].parameters and round(count / 1e6, 2) == millions
+    assert sum(p.numel() for p in model.parameters()) == parameters
     assert output.logits.shape == (2, 1000) and output.features.shape == (2, model.backbone.num_features)
 
 
-@pytest.mark.parametrize("arch", list(ARCHS))
+@pytest.mark.parametrize("arch", ARCHS)
 def test_residual_blocks_start_as_identity(arch):
-    """The last norm of each residual block starts at zero: timm's default, and a trick of Bag of Tricks."""
+    """The last norm weight of each residual block starts at 0: timm's default, and a trick of Bag of Tricks."""
     model = Classifier(arch, 10)
-    zero = [each for each in model.parameters() if each.ndim == 1 and not each.any()]
+    zeros = [p for p in model.parameters() if p.ndim == 1 and not p.any()]
     norm_weights = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
-    assert sum(id(each) in norm_weights for each in zero) >= 20
+    assert sum(id(p) in norm_weights for p in zeros) >= 20
 
 
-def test_weights_are_random_and_never_fetched(monkeypatch):
-    asked = []
-    honest = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: asked.append(kwargs) or honest(*args, **kwargs))
+def test_weights_are_random_and_never_downloaded(monkeypatch):
+    calls = []
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **kwargs: calls.append(kwargs) or create_model(*a, **kwargs))
     torch.manual_seed(1)
     one = Classifier("test_resnet", 5)
     torch.manual_seed(2)
     other = Classifier("test_resnet", 5)
-    assert all(each["pretrained"] is False for each in asked)
+    assert all(kwargs["pretrained"] is False for kwargs in calls)
     assert not torch.equal(one.backbone.get_classifier().weight, other.backbone.get_classifier().weight)
 
 
 @pytest.mark.parametrize(
-    ("arch", "says"), [("tresnet_x", "tresnet_xl"), ("resnest101", "resnest101e"), ("qqqq", "the report's are")]
+    ("arch", "message"),
+    [("tresnet_x", "tresnet_xl"), ("resnest101", "resnest101e"), ("qqqq", "for example tresnet_xl")],
 )
-def test_unknown_networks_name_the_nearest(arch, says):
-    with pytest.raises(UserError, match=says):
+def test_unknown_networks_get_a_suggestion(arch, message):
+    with pytest.raises(UserError, match=message):
         Classifier(arch, 10)
 
 
@@ -71,19 +72,19 @@ def test_networks_without_one_linear_classifier_are_refused():
         Classifier("deit_tiny_distilled_patch16_224", 10)
 
 
-# ---- a projection head
+# ---- the projection head
 
 
 @pytest.mark.parametrize("cosine_head", [False, True])
-def test_the_projection_head_leaves_a_seeds_other_weights_alone(cosine_head):
+def test_the_projection_head_does_not_change_other_random_weights(cosine_head):
     torch.manual_seed(3)
     plain = Classifier("test_resnet", 5, cosine_head=cosine_head).state_dict()
     torch.manual_seed(3)
     model = Classifier("test_resnet", 5, cosine_head=cosine_head, projection_head=True)
-    found = model.state_dict()
-    assert all(torch.equal(found[name], each) for name, each in plain.items())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.items())
     width = model.backbone.num_features
-    assert {name: list(each.shape) for name, each in found.items() if name not in plain} == {
+    assert {name: list(tensor.shape) for name, tensor in state.items() if name not in plain} == {
         "projection.hidden.weight": [width, width],
         "projection.hidden.bias": [width],
         "projection.out.weight": [128, width],
@@ -91,21 +92,21 @@ def test_the_projection_head_leaves_a_seeds_other_weights_alone(cosine_head):
     }
 
 
-def test_embeddings_are_in_training_only_and_of_length_one_in_float32():
+def test_embeddings_are_float32_unit_vectors_in_training_only():
     torch.manual_seed(0)
     model = Classifier("test_resnet", 5, projection_head=True)
     images = torch.randn(3, 3, 32, 32)
     output = model.train()(images)
     assert output.embedding is not None and output.embedding.shape == (3, 128)
     torch.testing.assert_close(output.embedding.norm(dim=1), torch.ones(3))
-    own = model.state_dict()
-    hidden = (output.features @ own["projection.hidden.weight"].T + own["projection.hidden.bias"]).clamp(min=0)
-    expected = hidden @ own["projection.out.weight"].T + own["projection.out.bias"]
+    state = model.state_dict()
+    hidden = (output.features @ state["projection.hidden.weight"].T + state["projection.hidden.bias"]).clamp(min=0)
+    expected = hidden @ state["projection.out.weight"].T + state["projection.out.bias"]
     torch.testing.assert_close(output.embedding, expected / expected.square().sum(1, keepdim=True).sqrt())
     with torch.autocast("cpu", torch.bfloat16):
         cast = model(images)
     assert cast.logits.dtype == torch.bfloat16 and cast.embedding.dtype == torch.float32
-    # Layers in bfloat16, but not the length.
+    # The layers are in bfloat16, but the normalization is not.
     assert not torch.equal(cast.embedding, output.embedding)
     torch.testing.assert_close(cast.embedding.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
     assert model.eval()(images).embedding is None
@@ -120,11 +121,11 @@ def test_a_projection_of_zero_has_a_finite_gradient():
     embedding = head(features)
     embedding.sum().backward()
     assert not embedding.any() and features.grad is not None and features.grad.isfinite().all()
-    assert all(each.grad is not None and each.grad.isfinite().all() for each in head.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
-def test_all_weights_have_a_gradient_whatever_the_losses_read():
-    """Of zeros where that is the right one; and the others' is the same bits as without the second head."""
+def test_all_weights_get_a_gradient_from_any_loss():
+    """Weights that a loss does not use get zeros; the others get the same bits as without the second head."""
     torch.manual_seed(0)
     plain = Classifier("test_resnet", 5, zero_gamma=False)
     torch.manual_seed(0)
@@ -134,21 +135,21 @@ def test_all_weights_have_a_gradient_whatever_the_losses_read():
         F.cross_entropy(network.train()(images).logits, labels).backward()
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, parameter in model.named_parameters():
-        found = parameter.grad
+        actual = parameter.grad
         right = torch.zeros_like(parameter) if name.startswith("projection.") else expected[name]
-        assert found is not None and right is not None and torch.equal(found, right), name
+        assert actual is not None and right is not None and torch.equal(actual, right), name
     model.zero_grad()
     output = model(images)
     assert output.embedding is not None
     output.embedding[:, 0].sum().backward()
     for name, parameter in model.named_parameters():
-        found = parameter.grad
-        assert found is not None and bool(found.any()) != name.startswith(model.classifier_prefix), name
+        actual = parameter.grad
+        assert actual is not None and bool(actual.any()) != name.startswith(model.classifier_prefix), name
 
 
 def test_a_network_with_a_projection_head_compiles_into_one_graph():
     model = Classifier("test_resnet", 5, projection_head=True).train()
     torch.compiler.reset()
-    found = torch._dynamo.explain(model)(torch.randn(2, 3, 32, 32))
-    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    explained = torch._dynamo.explain(model)(torch.randn(2, 3, 32, 32))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
     torch.compiler.reset()

@@ -1,22 +1,22 @@
-"""The thread that works ahead of a pipeline."""
+"""The thread that prepares a pipeline's inputs ahead."""
 
 import threading
 import time
 
 import pytest
 
-from fasttrain.pipelines.ahead import Ahead
+from fasttrain.pipelines.ahead import PrefetchedSource
 
 
-def alive() -> int:
+def threads_alive() -> int:
     return sum(thread.name == "fasttrain-ahead" for thread in threading.enumerate())
 
 
-def counting(most: int, made: list[int]):
+def counting(count: int, produced: list[int]):
     def source(info):
-        if info.iteration == most:
+        if info.iteration == count:
             raise StopIteration
-        made.append(info.iteration)
+        produced.append(info.iteration)
         return info.iteration * 10
 
     return source
@@ -29,30 +29,30 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
-def test_batches_come_in_order_and_then_it_ends():
-    with Ahead(counting(7, []), depth=2) as feed:
+def test_batches_come_in_order_until_the_end():
+    with PrefetchedSource(counting(7, []), depth=2) as feed:
         assert [feed(None) for _ in range(7)] == [0, 10, 20, 30, 40, 50, 60]
         for _ in range(3):  # as often as DALI asks
             with pytest.raises(StopIteration):
                 feed(None)
-    assert not alive()
+    assert not threads_alive()
 
 
-def test_it_is_ahead_by_its_depth_and_no_further():
-    made: list[int] = []
-    with Ahead(counting(100, made), depth=3) as feed:
-        wait_for(lambda: len(made) == 4)  # three wait, and one is in hand
+def test_it_works_ahead_by_its_depth_only():
+    produced: list[int] = []
+    with PrefetchedSource(counting(100, produced), depth=3) as feed:
+        wait_for(lambda: len(produced) == 4)  # three in the queue and one waiting for room
         time.sleep(0.05)
-        assert len(made) == 4 and feed(None) == 0
-        wait_for(lambda: len(made) == 5)
-    assert not alive() and len(made) <= 6
+        assert len(produced) == 4 and feed(None) == 0
+        wait_for(lambda: len(produced) == 5)
+    assert not threads_alive() and len(produced) <= 6
 
 
-def test_an_error_comes_with_the_batch_that_has_it():
+def test_an_error_is_raised_for_its_batch():
     def source(info):
         return 1 // (2 - info.iteration)
 
-    with Ahead(source, depth=4) as feed:
+    with PrefetchedSource(source, depth=4) as feed:
         assert [feed(None), feed(None)] == [0, 1]
         with pytest.raises(ZeroDivisionError):
             feed(None)

@@ -1,4 +1,4 @@
-"""Random erasing: boxes distributed as torchvision's are, and their graph."""
+"""Random erasing: the distribution of boxes against torchvision's, and the DALI graph."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from scipy import stats
 from torchvision.transforms import RandomErasing
 
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.pipelines import erasing, operation_graph
+from fasttrain.pipelines import erasing
 from fasttrain.pipelines.philox import uniforms
 
 SIZE = 224
 USUAL = ((0.02, 0.33), (0.3, 3.3))
 LONG = ((0.05, 0.3), (0.2, 1.0))
-HARD = ((0.5, 1.0), (0.2, 3.0))  # of which some images' tries all fail
+HARD = ((0.5, 1.0), (0.2, 3.0))  # all tries fail for some images
 
 
 def ours(count: int, p: float, area, ratio, size: int = SIZE) -> np.ndarray:
@@ -22,30 +22,30 @@ def ours(count: int, p: float, area, ratio, size: int = SIZE) -> np.ndarray:
 
 
 def theirs(count: int, area, ratio, size: int = SIZE) -> np.ndarray:
-    """torchvision's boxes, zeros where it leaves an image as it is."""
+    """torchvision's boxes; zeros where it erases nothing."""
     torch.manual_seed(0)
     image = torch.empty(1, 1, 1).expand(3, size, size)
-    found = [RandomErasing.get_params(image, area, ratio, [0.0])[:4] for _ in range(count)]
-    return np.array([(0, 0, 0, 0) if each == (0, 0, size, size) else each for each in found])
+    boxes = [RandomErasing.get_params(image, area, ratio, [0.0])[:4] for _ in range(count)]
+    return np.array([(0, 0, 0, 0) if box == (0, 0, size, size) else box for box in boxes])
 
 
 @pytest.mark.parametrize(("area", "ratio"), [USUAL, LONG, HARD])
-def test_boxes_are_distributed_as_torchvisions(area, ratio):
-    """Kolmogorov–Smirnov on sides, corners, areas and ratios of boxes; Fisher's test on how many there are."""
+def test_boxes_have_torchvisions_distribution(area, ratio):
+    """Kolmogorov–Smirnov tests on sides, corners, areas and ratios of boxes; Fisher's test on their number."""
     count = 4000
-    mine, expected = ours(10 * count, 1.0, area, ratio), theirs(count, area, ratio)
-    assert mine.dtype == np.int32 and mine.shape == (10 * count, 4)
-    lost, lost_there = (int((boxes[:, 2] == 0).sum()) for boxes in (mine, expected))
-    assert stats.fisher_exact([[lost, 10 * count - lost], [lost_there, count - lost_there]]).pvalue > 1e-3
-    assert (mine[mine[:, 2] == 0] == 0).all()
-    assert (lost_there > 0) == ((area, ratio) == HARD)
-    a, b = (boxes[boxes[:, 2] > 0].astype(float).T for boxes in (mine, expected))
-    for each in range(4):
-        assert stats.ks_2samp(a[each], b[each]).pvalue > 1e-3
+    found, expected = ours(10 * count, 1.0, area, ratio), theirs(count, area, ratio)
+    assert found.dtype == np.int32 and found.shape == (10 * count, 4)
+    empty, expected_empty = (int((boxes[:, 2] == 0).sum()) for boxes in (found, expected))
+    assert stats.fisher_exact([[empty, 10 * count - empty], [expected_empty, count - expected_empty]]).pvalue > 1e-3
+    assert (found[found[:, 2] == 0] == 0).all()
+    assert (expected_empty > 0) == ((area, ratio) == HARD)
+    a, b = (boxes[boxes[:, 2] > 0].astype(float).T for boxes in (found, expected))
+    for column in range(4):
+        assert stats.ks_2samp(a[column], b[column]).pvalue > 1e-3
     assert stats.ks_2samp(a[2] * a[3], b[2] * b[3]).pvalue > 1e-3
     assert stats.ks_2samp(a[2] / a[3], b[2] / b[3]).pvalue > 1e-3
-    for start, side in ((0, 2), (1, 3)):  # where a box begins, of the places that its size leaves it
-        assert stats.ks_2samp(*((each[start] + 0.5) / (SIZE - each[side] + 1) for each in (a, b))).pvalue > 1e-3
+    for start, side in ((0, 2), (1, 3)):  # a box's start, as a share of its possible starts
+        assert stats.ks_2samp(*((boxes[start] + 0.5) / (SIZE - boxes[side] + 1) for boxes in (a, b))).pvalue > 1e-3
 
 
 def test_boxes_are_inside_and_smaller_than_the_image():
@@ -54,11 +54,11 @@ def test_boxes_are_inside_and_smaller_than_the_image():
         assert (top >= 0).all() and (left >= 0).all() and (height < size).all() and (width < size).all()
         assert (top + height <= size).all() and (left + width <= size).all()
         if size == 8:
-            touching = ((top + height == size) & (height > 0)).any() and ((left + width == size) & (width > 0)).any()
-            assert touching and ((top == 0) & (height > 0)).any() and ((left == 0) & (width > 0)).any()
+            touches_end = ((top + height == size) & (height > 0)).any() and ((left + width == size) & (width > 0)).any()
+            assert touches_end and ((top == 0) & (height > 0)).any() and ((left == 0) & (width > 0)).any()
 
 
-def test_as_many_are_erased_as_asked_for():
+def test_p_is_the_share_of_erased_images():
     assert not ours(1000, 0.0, *USUAL).any()
     assert ours(1000, 1.0, *USUAL)[:, 2:].all()
     erased = int((ours(20_000, 0.25, *USUAL)[:, 2] > 0).sum())
@@ -70,26 +70,26 @@ def graph(images, boxes, on_gpu):
     pixels = fn.external_source(source=[images], dtype=types.UINT8, ndim=3, layout="HWC")
     anchor = fn.external_source(source=[np.ascontiguousarray(boxes[:, :2])], dtype=types.FLOAT, ndim=1)
     shape = fn.external_source(source=[np.ascontiguousarray(boxes[:, 2:])], dtype=types.FLOAT, ndim=1)
-    return operation_graph.erase(pixels.gpu() if on_gpu else pixels, anchor, shape)
+    return erasing.erase(pixels.gpu() if on_gpu else pixels, anchor, shape)
 
 
-def test_images_are_filled_with_the_mean_colour_inside_their_boxes_only():
+def test_images_are_filled_with_the_mean_color_inside_their_boxes_only():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 40, 40, 3)).astype(np.uint8)
     boxes = np.array([(0, 0, 0, 0), (3, 5, 10, 20), (39, 39, 1, 1), (0, 0, 40, 40), (0, 7, 0, 9), (30, 0, 10, 40)])
     pipe = graph(images, boxes.astype(np.float32), False, batch_size=6)
     pipe.build()
-    found = pipe.run()[0].as_array()
-    for image, (top, left, height, width), seen in zip(images, boxes, found, strict=True):
+    results = pipe.run()[0].as_array()
+    for image, (top, left, height, width), erased in zip(images, boxes, results, strict=True):
         inside = np.zeros((40, 40), bool)
         inside[top : top + height, left : left + width] = True
-        np.testing.assert_array_equal(seen[~inside], image[~inside])
-        normalised = (seen[inside] / 255 - IMAGENET_MEAN) / IMAGENET_STD
-        assert abs(normalised).max(initial=0) <= 0.5 / 255 / min(IMAGENET_STD)
+        np.testing.assert_array_equal(erased[~inside], image[~inside])
+        normalized = (erased[inside] / 255 - IMAGENET_MEAN) / IMAGENET_STD
+        assert abs(normalized).max(initial=0) <= 0.5 / 255 / min(IMAGENET_STD)
 
 
-def test_the_gpu_graph_serialises():
+def test_the_gpu_graph_serializes():
     pipe = graph(np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 4), np.float32), True, batch_size=1)
     assert len(pipe.serialize()) > 1000
-    (erase,) = [each for each in pipe._ops if "rase" in each.name]
+    (erase,) = [operator for operator in pipe._ops if "rase" in operator.name]
     assert erase.spec.OutputDevice(0) == "gpu"

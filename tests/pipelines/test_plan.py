@@ -1,4 +1,4 @@
-"""The plan's draws: the generator's known answers, torchvision's distributions, and independence of ranks."""
+"""The plan's draws: the generator's known answers, torchvision's distributions, and independence of the ranks."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,16 +17,16 @@ from fasttrain.kernels import mix as mix_kernel
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.pipelines import plan as planning
-from fasttrain.pipelines.philox import STEP, generator, passing_generator, philox4x32, uniforms
+from fasttrain.pipelines.philox import STEP, generator, philox4x32, reused_generator, uniforms
 from fasttrain.pipelines.plan import Box, Plan, epoch_order, image_draws, random_resized_crop, step_mix
 from fasttrain.utils.errors import UserError
 
-ks_2samp: Any = stats.ks_2samp  # its stubs do not know the result's fields
+ks_2samp: Any = stats.ks_2samp  # its stubs lack the result's fields
 
 
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
-    [  # the known answers that the authors of Philox publish for philox4x32-10
+    [  # the known answers that Philox's authors publish for philox4x32-10
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
@@ -42,9 +42,9 @@ def test_philox_gives_the_known_answers(counter, key, words):
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(1, 9))
-def test_a_passing_generator_draws_what_a_new_one_does(seed, epoch, step, draws):
-    """Whatever was drawn before from the one that is used again, and however much is left over in it."""
-    expected, found = generator(seed, STEP, epoch, step, 2), passing_generator(seed, STEP, epoch, step, 2)
+def test_the_reused_generator_draws_like_a_new_one(seed, epoch, step, draws):
+    """Whatever was drawn from it before, and however many words it has buffered."""
+    expected, found = generator(seed, STEP, epoch, step, 2), reused_generator(seed, STEP, epoch, step, 2)
     for rng in (expected, found):
         rng.integers(5, size=draws)
     assert expected.random() == found.random() and expected.beta(0.2, 0.2) == found.beta(0.2, 0.2)
@@ -65,22 +65,22 @@ def test_uniforms_are_uniform_and_uncorrelated():
 @given(st.lists(st.integers(0, 10_000), min_size=1, max_size=20, unique=True), st.integers(0, 2**63 - 1), st.data())
 @settings(max_examples=30, deadline=None)
 def test_a_draw_does_not_depend_on_its_batch(images, seed, data):
-    """Each image drawn alone has what it has in any batch."""
+    """An image has the same draws alone and in any batch."""
     numbers = np.array(images)
     sizes = np.array([[50 + n % 400, 40 + n % 300] for n in images], np.int32)
     epoch, view = data.draw(st.integers(0, 300)), data.draw(st.integers(0, 2))
     other = AugmentConfig(autoaugment="none", randaugment=3, erase=0.5)
     augment = data.draw(st.sampled_from([AugmentConfig(), other]))
     together = image_draws(seed, epoch, numbers, sizes, augment, 64, view)
-    for at in range(len(images)):
-        alone = image_draws(seed, epoch, numbers[at : at + 1], sizes[at : at + 1], augment, 64, view)
-        for whole, single in zip(together, alone, strict=True):
-            np.testing.assert_array_equal(whole[at], single[0])
+    for row in range(len(images)):
+        alone = image_draws(seed, epoch, numbers[row : row + 1], sizes[row : row + 1], augment, 64, view)
+        for batch_values, single in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(batch_values[row], single[0])
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 1000))
 @settings(max_examples=200, deadline=None)
-def test_crops_lie_inside_the_image(height, width, seed):
+def test_crops_are_inside_the_image(height, width, seed):
     u = uniforms(seed, 1, 0, np.arange(50), 22)
     boxes = random_resized_crop(u, np.tile(np.array([height, width], np.int32), (50, 1)), (0.08, 1.0), (3 / 4, 4 / 3))
     top, left, h, w = boxes.T
@@ -89,8 +89,8 @@ def test_crops_lie_inside_the_image(height, width, seed):
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (224, 224), (100, 800), (900, 90), (40, 41)])
-def test_crops_are_distributed_as_torchvisions(shape):
-    """Two-sample Kolmogorov-Smirnov on each of the four numbers; wide and tall images take the fallback often."""
+def test_crops_have_torchvisions_distribution(shape):
+    """Two-sample Kolmogorov-Smirnov on each of the four numbers. Wide and tall images often take the fallback."""
     count = 4000
     u = uniforms(11, 1, 0, np.arange(count), 22)
     ours = random_resized_crop(u, np.tile(np.array(shape, np.int32), (count, 1)), (0.08, 1.0), (3 / 4, 4 / 3))
@@ -101,7 +101,18 @@ def test_crops_are_distributed_as_torchvisions(shape):
         assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-4, name
 
 
-def test_crop_falls_back_to_the_centre():
+def test_aspect_ratios_are_log_uniform():
+    """Small crops of a large image always fit, so the first try's ratio is the crop's."""
+    count, ratio = 4000, (1 / 4, 4.0)
+    u = uniforms(3, 1, 0, np.arange(count), 22)
+    crops = random_resized_crop(u, np.full((count, 2), 4000, np.int32), (0.01, 0.05), ratio)
+    logs = np.log(crops[:, 3] / crops[:, 2])
+    assert stats.kstest(logs, stats.uniform(np.log(ratio[0]), np.log(ratio[1] / ratio[0])).cdf).pvalue > 1e-3
+    areas = crops[:, 2] * crops[:, 3] / 4000**2
+    assert stats.kstest(areas, stats.uniform(0.01, 0.04).cdf).pvalue > 1e-3
+
+
+def test_crop_falls_back_to_the_center():
     u = np.full((22, 2), 0.999)
     boxes = random_resized_crop(u, np.array([[10, 1000], [1000, 10]], np.int32), (0.9, 1.0), (3 / 4, 4 / 3))
     assert boxes.tolist() == [[0, 493, 10, 13], [493, 0, 13, 10]]
@@ -115,7 +126,7 @@ def test_flips_are_fair_and_independent_of_the_crop():
     assert not image_draws(3, 0, np.arange(99), sizes[:99], AugmentConfig(flip=0.0), 224).flip.any()
 
 
-def test_an_epoch_takes_each_image_once_and_another_order_each_time():
+def test_an_epoch_has_each_image_once_in_a_new_order():
     orders = [epoch_order(5, epoch, 1000) for epoch in range(3)]
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(1000))
@@ -134,7 +145,7 @@ def test_global_batches_are_the_same_at_any_number_of_ranks(world, micro):
             plan = Plan.of(
                 replace(RECIPE, image_size=64, batch_size=8, epochs=3, micro_batch=micro), index_of(50), world, rank
             )
-            parts += [plan.images(step, each) for each in range(plan.micro_batches)]
+            parts += [plan.images(step, micro_batch) for micro_batch in range(plan.micro_batches)]
         assert np.concatenate(parts).tolist() == alone.images(step, 0).tolist()
 
 
@@ -146,41 +157,41 @@ def test_an_epoch_drops_only_its_last_partial_batch():
 
 
 @pytest.mark.parametrize(
-    ("changes", "world", "says"),
+    ("changes", "world", "message"),
     [
         ({"batch_size": 64}, 1, "50 images are fewer than one batch of 64"),
         ({"batch_size": 9}, 2, "batch_size 9 does not divide among 2 ranks"),
         ({"micro_batch": 3}, 2, "micro_batch 3 does not divide a rank's 4 images"),
     ],
 )
-def test_batches_that_do_not_work_out_are_refused(changes, world, says):
-    with pytest.raises(UserError, match=says):
+def test_batches_that_do_not_divide_raise(changes, world, message):
+    with pytest.raises(UserError, match=message):
         Plan.of(replace(RECIPE, **({"batch_size": 8} | changes)), index_of(50), world)
 
 
 def test_cutmix_boxes_have_the_papers_distribution():
-    """Against the paper's own code, drawn from numpy: box areas by KS, and the mean share of E[λ] ≈ 0.68."""
+    """Against the paper's own code with numpy: box areas by KS, and the mean share E[λ] ≈ 0.68."""
     size, count = 224, 4000
     boxes = [step_mix(1, 0, step, size, MixConfig(cutmix=1.0)) for step in range(count)]
     assert all(isinstance(box, Box) for box in boxes)
     ours = np.array([(b.bottom - b.top) * (b.right - b.left) for b in boxes if isinstance(b, Box)]) / size**2
     rng = np.random.default_rng(0)
     theirs = np.empty(count)
-    for at in range(count):
+    for row in range(count):
         cut = int(size * np.sqrt(1 - rng.beta(1, 1)))
         cx, cy = rng.integers(size), rng.integers(size)
         x1, y1 = np.clip(cx - cut // 2, 0, size), np.clip(cy - cut // 2, 0, size)
         x2, y2 = np.clip(cx + cut // 2, 0, size), np.clip(cy + cut // 2, 0, size)
-        theirs[at] = (x2 - x1) * (y2 - y1) / size**2
+        theirs[row] = (x2 - x1) * (y2 - y1) / size**2
     assert ks_2samp(ours, theirs).pvalue > 1e-4
     assert 1 - ours.mean() == pytest.approx(0.68, abs=0.02)
 
 
-def test_mixup_draws_its_share_of_the_steps_and_the_papers_distribution():
-    by = [step_mix(3, 0, step, 64, MixConfig(cutmix=0.3, mixup=0.5, mixup_alpha=0.2)) for step in range(4000)]
-    lams = [each for each in by if isinstance(each, float)]
+def test_mixup_has_its_share_of_the_steps_and_the_papers_distribution():
+    mixes = [step_mix(3, 0, step, 64, MixConfig(cutmix=0.3, mixup=0.5, mixup_alpha=0.2)) for step in range(4000)]
+    lams = [mixing for mixing in mixes if isinstance(mixing, float)]
     assert stats.binomtest(len(lams), 4000, 0.5).pvalue > 1e-4
-    assert stats.binomtest(sum(isinstance(each, Box) for each in by), 4000, 0.3).pvalue > 1e-4
+    assert stats.binomtest(sum(isinstance(mixing, Box) for mixing in mixes), 4000, 0.3).pvalue > 1e-4
     assert stats.kstest(lams, stats.beta(0.2, 0.2).cdf).pvalue > 1e-4
 
 
@@ -193,16 +204,16 @@ def test_mixup_reaches_the_kernels_table():
         assert sorted(table[:, mix_kernel.PARTNER]) == list(range(8))
 
 
-def test_half_of_the_steps_mix_and_the_box_is_the_steps_own():
+def test_half_of_the_steps_mix_and_a_step_has_one_box():
     mixing = [step_mix(2, 0, step, 64, MixConfig()) is not None for step in range(2000)]
     assert stats.binomtest(sum(mixing), 2000).pvalue > 1e-4
-    two = [
+    plans = [
         Plan.of(replace(RECIPE, image_size=64, batch_size=8, epochs=3, micro_batch=2), index_of(50), 2, r)
         for r in (0, 1)
     ]
     partners = set()
     for step in range(18):
-        tables = [plan.mix_params(step, micro) for plan in two for micro in range(2)]
+        tables = [plan.mix_params(step, micro) for plan in plans for micro in range(2)]
         assert len({mixed for _, mixed in tables}) == 1
         assert len({table[:, mix_kernel.BOX].tobytes() for table, _ in tables}) == 1
         for table, mixed in tables:
@@ -213,26 +224,26 @@ def test_half_of_the_steps_mix_and_the_box_is_the_steps_own():
     assert len(partners) == 2  # both permutations of two occur
 
 
-def test_the_memo_of_orders_is_read_only():
+def test_cached_orders_are_read_only():
     order = planning.epoch_order(0, 0, 10)
     with pytest.raises(ValueError, match="read-only"):
         order[0] = 1
 
 
-def test_views_are_drawn_independently_and_the_first_is_that_of_a_plan_with_one():
+def test_views_are_independent_and_the_first_equals_a_plans_only_view():
     sizes = np.tile(np.array([300, 400], np.int32), (5000, 1))
     augment = AugmentConfig(autoaugment="none", randaugment=2, erase=0.5)
     views = [image_draws(4, 1, np.arange(5000), sizes, augment, 224, view) for view in range(3)]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         for name in ("crop", "flip", "op", "erased"):
-            one, other = (getattr(views[each], name).reshape(5000, -1)[:, 0] for each in (first, second))
+            one, other = (getattr(views[view], name).reshape(5000, -1)[:, 0] for view in (first, second))
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.06, name
     both, one = (replace(plan_of(), views=count).draws(0, np.arange(8), sizes[:8]) for count in (2, 1))
     for ours, alone in zip(both, one, strict=True):
         np.testing.assert_array_equal(ours, alone)
 
 
-def test_rows_aside_are_never_mixed_and_all_views_are():
+def test_ema_views_are_never_mixed_and_all_others_are():
     plan = replace(plan_of(mix=MixConfig(cutmix=1.0)), views=2, ema_views=1)
     for step in range(5):
         table, mixed = plan.mix_params(step, 0)
@@ -242,9 +253,9 @@ def test_rows_aside_are_never_mixed_and_all_views_are():
         np.testing.assert_array_equal(table[16:], mix_kernel.plain_params(24)[16:])
 
 
-def test_one_image_alone_is_not_contrasted():
+def test_a_contrastive_loss_needs_two_images():
     losses = (SymmetricCrossEntropy(), Contrastive())
     recipe = replace(RECIPE, image_size=64, batch_size=8, micro_batch=1, losses=losses)
-    with pytest.raises(UserError, match="nothing to contrast one image with"):
+    with pytest.raises(UserError, match="a contrastive loss needs two or more images at once"):
         Plan.of(recipe, index_of(50))
     assert Plan.of(recipe, index_of(50), world=2).views == 2

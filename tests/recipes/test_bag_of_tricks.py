@@ -1,4 +1,4 @@
-"""Bag of Tricks: each rung of the ladder is one change, and each setting changes what it should and nothing else."""
+"""Bag of Tricks: each recipe differs from its base in one trick, and each setting does what it should."""
 
 from dataclasses import replace
 
@@ -17,15 +17,19 @@ from fasttrain.models import Classifier
 from fasttrain.training import optim
 
 
-def flat(recipe) -> dict:
-    found: dict = {}
+def flat_settings(recipe) -> dict:
+    flat: dict = {}
     for key, value in toml.to_dict(recipe).items():
-        found |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
-    return found
+        flat |= (
+            {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+    return flat
 
 
-# Each rung, the one below it, and the settings in which they differ.
-LADDER = [
+# A recipe, the recipe that it builds on, and the settings in which they differ.
+TRICKS = [
     (
         "efficient",
         "baseline",
@@ -40,14 +44,14 @@ LADDER = [
 ]
 
 
-@pytest.mark.parametrize(("rung", "below", "changed"), LADDER)
-def test_a_rung_is_its_trick_and_nothing_else(rung, below, changed):
-    ours, theirs = (flat(recipes.by_name(f"bag_of_tricks/{name}")) for name in (rung, below))
+@pytest.mark.parametrize(("name", "base", "changed"), TRICKS)
+def test_a_recipe_adds_only_its_trick(name, base, changed):
+    ours, theirs = (flat_settings(recipes.by_name(f"bag_of_tricks/{recipe}")) for recipe in (name, base))
     different = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
     assert different == changed | {"name"}
 
 
-def test_the_rungs_have_the_papers_numbers():
+def test_the_recipes_have_the_papers_numbers():
     baseline, efficient, mixup, both = (
         recipes.by_name(f"bag_of_tricks/{name}") for name in ("baseline", "efficient", "mixup", "mixup-distillation")
     )
@@ -58,7 +62,7 @@ def test_the_rungs_have_the_papers_numbers():
     assert both.losses == (CrossEntropy(0.1), Distillation(temperature=20.0))
 
 
-# ---- each setting on its own
+# ---- single settings
 
 
 def test_linear_scaling_is_a_setting():
@@ -73,45 +77,45 @@ def rates(**settings) -> np.ndarray:
     return np.array([optim.lr_schedule(recipe, 10)(step) for step in range(1200)])
 
 
-def test_the_warm_up_has_its_length_and_leaves_the_peak():
+def test_warm_up_is_linear_and_ends_at_the_peak():
     for epochs in (0, 1, 5):
-        found = rates(warmup_epochs=epochs, schedule="step")
+        values = rates(warmup_epochs=epochs, schedule="step")
         start = epochs * 10
-        np.testing.assert_allclose(found[:start], 0.1 * np.arange(start) / max(1, start))
-        assert found[start] == pytest.approx(0.1) and found.max() == found[start]
+        np.testing.assert_allclose(values[:start], 0.1 * np.arange(start) / max(1, start))
+        assert values[start] == pytest.approx(0.1) and values.max() == values[start]
 
 
-def test_the_step_schedule_is_torchs_after_the_warm_up():
-    found = rates(warmup_epochs=5, schedule="step")
+def test_the_step_schedule_equals_torchs_after_warm_up():
+    values = rates(warmup_epochs=5, schedule="step")
     parameter = torch.nn.Parameter(torch.zeros(1))
     sgd = torch.optim.SGD([parameter], lr=0.1)
-    theirs = torch.optim.lr_scheduler.MultiStepLR(sgd, milestones=[300, 600, 900], gamma=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(sgd, milestones=[300, 600, 900], gamma=0.1)
     expected: list[float] = []
     for _ in range(1200):
-        expected.append(float(theirs.get_last_lr()[0]))
+        expected.append(float(scheduler.get_last_lr()[0]))
         sgd.step()
-        theirs.step()
-    np.testing.assert_allclose(found[50:], expected[50:])
+        scheduler.step()
+    np.testing.assert_allclose(values[50:], expected[50:])
 
 
-def test_the_cosine_schedule_is_torchs_after_the_warm_up():
-    found = rates(warmup_epochs=5, schedule="cosine")
+def test_the_cosine_schedule_equals_torchs_after_warm_up():
+    values = rates(warmup_epochs=5, schedule="cosine")
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=1150)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=1150)
     for step in range(50, 1200):
-        assert found[step] == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        assert values[step] == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
         sgd.step()
-        theirs.step()
+        scheduler.step()
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "test_resnet", "tresnet_m", "seresnext50_32x4d", "resnest14d"])
-def test_zero_gamma_is_the_last_norm_of_each_block_and_nothing_else(arch):
+def test_zero_gamma_changes_only_the_last_norm_of_each_block(arch):
     torch.manual_seed(0)
     with_zero = Classifier(arch, 5).state_dict()
     torch.manual_seed(0)
     without = Classifier(arch, 5, zero_gamma=False).state_dict()
     changed = {name for name in with_zero if not torch.equal(with_zero[name], without[name])}
-    assert changed == {name for name, each in with_zero.items() if name.endswith("weight") and not each.any()}
+    assert changed == {name for name, tensor in with_zero.items() if name.endswith("weight") and not tensor.any()}
     assert changed and all((without[name] == 1).all() and without[name].ndim == 1 for name in changed)
     blocks = [name for name, module in timm.create_model(arch).named_modules() if hasattr(module, "zero_init_last")]
     assert not blocks or {name.split(".bn")[0].removeprefix("backbone.") for name in changed} == set(blocks)
@@ -120,26 +124,26 @@ def test_zero_gamma_is_the_last_norm_of_each_block_and_nothing_else(arch):
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_half_precision_keeps_master_weights_in_float32(index, tmp_path, precision, dtype, monkeypatch):
 
-    seen = set()
+    dtypes = set()
 
-    class Watched(Classifier):
+    class RecordingClassifier(Classifier):
         def forward(self, images):
             output = super().forward(images)
-            seen.add((images.dtype, output.logits.dtype))
+            dtypes.add((images.dtype, output.logits.dtype))
             return output
 
-    monkeypatch.setattr(prepare, "Classifier", Watched)
+    monkeypatch.setattr(prepare, "Classifier", RecordingClassifier)
     run(tiny(epochs=1, precision=precision), tmp_path / "run", index)
-    assert seen == {(dtype, dtype)}
+    assert dtypes == {(dtype, dtype)}
     from fasttrain.checkpoints import checkpoint
 
     saved = checkpoint.load(tmp_path / "run" / "last")
-    assert {each.dtype for each in (saved.model | saved.train).values()} == {torch.float32, torch.int64}
+    assert {tensor.dtype for tensor in (saved.model | saved.train).values()} == {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "resnet50c", "resnet50d"])
-def test_the_tweaks_are_timms_networks(arch):
-    """B is torch's own ResNet-50 (the stride in the 3x3), C has a stem of three 3x3, D pools in the shortcut."""
+def test_resnet_variants_have_the_papers_tweaks(arch):
+    """ResNet-B is torch's ResNet-50, with the stride in the 3x3; C has a stem of three 3x3; D pools in the shortcut."""
     network = Classifier(arch, 10).backbone
     stem, shortcut = network.conv1, network.layer2[0].downsample
     strides = [network.layer2[0].conv1.stride[0], network.layer2[0].conv2.stride[0]]
@@ -148,8 +152,7 @@ def test_the_tweaks_are_timms_networks(arch):
     assert isinstance(shortcut[0], torch.nn.AvgPool2d) == (arch == "resnet50d")
 
 
-def test_smoothing_and_mixup_are_settings_of_the_loop(index, tmp_path):
-    """The same run but for one setting: each reaches the loop, where the first loss is another."""
+def test_smoothing_and_mixup_change_the_first_loss(index, tmp_path):
     base = tiny(epochs=1, mix=MixConfig(cutmix=0), losses=(CrossEntropy(0.0),))
     losses: dict[str, float] = {}
     variants: dict[str, dict] = {
@@ -159,5 +162,5 @@ def test_smoothing_and_mixup_are_settings_of_the_loop(index, tmp_path):
     }
     for name, changes in variants.items():
         run(replace(base, **changes), tmp_path / name, index)
-        losses[name] = next(each["loss"] for each in events(tmp_path / name) if each["event"] == "train")
+        losses[name] = next(event["loss"] for event in events(tmp_path / name) if event["event"] == "train")
     assert len(set(losses.values())) == 3

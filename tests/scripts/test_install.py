@@ -1,4 +1,4 @@
-"""What setup.py asks pip for, which packages that resolves to, and what scripts/environment.sh does with it."""
+"""The requirements in setup.py, the packages that pip resolves them to, and scripts/environment.sh."""
 
 import json
 import os
@@ -12,6 +12,8 @@ from helpers import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+pytestmark = pytest.mark.slow
+
 CUDA12, CUDA13 = "nvidia-dali-cuda120", "nvidia-dali-cuda130"
 
 
@@ -23,38 +25,38 @@ def egg_info(folder: Path, cuda: str | None) -> subprocess.CompletedProcess:
 
 
 def requirements(folder: Path, cuda: str | None) -> dict[str, Requirement]:
-    """What the package asks for, without its extras, by name."""
+    """The package's requirements without its extras, by name."""
     done = egg_info(folder, cuda)
     assert done.returncode == 0, done.stderr
-    wanted = map(Requirement, Distribution.at(folder / "fasttrain.egg-info").requires or [])
-    return {one.name: one for one in wanted if not one.marker}
+    required = map(Requirement, Distribution.at(folder / "fasttrain.egg-info").requires or [])
+    return {requirement.name: requirement for requirement in required if not requirement.marker}
 
 
 @pytest.mark.parametrize(
     ("cuda", "dali", "other"),
     [(None, CUDA13, CUDA12), ("", CUDA13, CUDA12), ("13", CUDA13, CUDA12), ("12", CUDA12, CUDA13)],
 )
-def test_one_dali_is_asked_for(tmp_path, cuda, dali, other):
-    wanted = requirements(tmp_path, cuda)
-    assert dali in wanted and other not in wanted
-    taken = list(wanted[dali].specifier.filter(["2.1.1", "2.2.0", "2.3.0", "2.4.0", "2.4.1", "2.5.0", "3.0.0"]))
-    assert taken == ["2.2.0", "2.3.0", "2.4.0", "2.4.1"]
+def test_exactly_one_dali_is_required(tmp_path, cuda, dali, other):
+    required = requirements(tmp_path, cuda)
+    assert dali in required and other not in required
+    accepted = list(required[dali].specifier.filter(["2.1.1", "2.2.0", "2.3.0", "2.4.0", "2.4.1", "2.5.0", "3.0.0"]))
+    assert accepted == ["2.2.0", "2.3.0", "2.4.0", "2.4.1"]
 
 
-@pytest.mark.parametrize(("cuda", "taken"), [("13", ["2.11.0", "2.15.0"]), ("12", ["2.10.0", "2.10.0+cu128"])])
-def test_the_torch_asked_for_is_built_for_that_cuda(tmp_path, cuda, taken):
+@pytest.mark.parametrize(("cuda", "accepted"), [("13", ["2.11.0", "2.15.0"]), ("12", ["2.10.0", "2.10.0+cu128"])])
+def test_the_required_torch_is_built_for_the_chosen_cuda(tmp_path, cuda, accepted):
     versions = ["2.9.1", "2.10.0", "2.10.0+cu128", "2.11.0", "2.15.0"]
-    assert list(requirements(tmp_path, cuda)["torch"].specifier.filter(versions)) == taken
+    assert list(requirements(tmp_path, cuda)["torch"].specifier.filter(versions)) == accepted
 
 
 @pytest.mark.parametrize("cuda", ["11", "12.8", "cu12", " 12"])
-def test_another_cuda_is_refused_in_one_line(tmp_path, cuda):
+def test_an_unsupported_cuda_is_refused_in_one_line(tmp_path, cuda):
     done = egg_info(tmp_path, cuda)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
     assert done.stderr.splitlines() == [f"FASTTRAIN_CUDA must be 12 or 13, not {cuda!r}"]
 
 
-# pip with no settings of this machine, except those that lead to the package index.
+# pip without this machine's settings, except those that it needs to reach the package index.
 def pip(*arguments: str) -> subprocess.CompletedProcess:
     kept = ("PIP_CERT", "PIP_PROXY", "PIP_INDEX_URL")
     env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_") or name in kept}
@@ -62,18 +64,19 @@ def pip(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "pip", *arguments], env=env, capture_output=True, text=True)
 
 
-def resolve(wanted: list[str], machine: str, target: Path) -> dict[str, dict]:
+def resolve(required: list[str], machine: str, target: Path) -> dict[str, dict]:
     """pip's report on each package that it would install on a Linux machine with Python 3.12, by name.
 
-    The machine has glibc 2.28, which is that of RHEL 8. pip takes its wheels, but decides about markers by the machine
-    that it runs on itself.
+    The machine has glibc 2.28, like RHEL 8. pip chooses wheels for that machine, but evaluates markers for the machine
+    that it runs on.
     """
     tags = [f"manylinux_2_{minor}_{machine}" for minor in range(28, 16, -1)] + [f"manylinux2014_{machine}"]
     options = ["--quiet", "--dry-run", "--ignore-installed", "--only-binary=:all:", "--report=-", "--retries=2"]
     options += ["--python-version=3.12", f"--target={target}", *(f"--platform={tag}" for tag in tags)]
-    done = pip("install", *options, *wanted)
+    done = pip("install", *options, *required)
     assert done.returncode == 0, done.stderr
-    return {one["metadata"]["name"].lower().replace("_", "-"): one for one in json.loads(done.stdout)["install"]}
+    packages = json.loads(done.stdout)["install"]
+    return {package["metadata"]["name"].lower().replace("_", "-"): package for package in packages}
 
 
 @pytest.fixture(scope="module")
@@ -86,47 +89,47 @@ def package_index():
 @pytest.mark.slow
 @pytest.mark.parametrize("cuda", ["13", "12"])
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_pip_finds_builds_for(package_index, tmp_path, machine, cuda):
-    wanted = [str(one) for one in requirements(tmp_path, cuda).values()]
-    found = resolve(wanted, machine, tmp_path / "target")
-    for one in found.values():
-        wheel = one["download_info"]["url"].rsplit("/", 1)[-1]
+def test_pip_finds_builds(package_index, tmp_path, machine, cuda):
+    required = [str(requirement) for requirement in requirements(tmp_path, cuda).values()]
+    packages = resolve(required, machine, tmp_path / "target")
+    for package in packages.values():
+        wheel = package["download_info"]["url"].rsplit("/", 1)[-1]
         assert wheel.endswith((f"{machine}.whl", "-any.whl")), wheel
-    assert Version("2.2") <= Version(found[f"nvidia-dali-cuda{cuda}0"]["metadata"]["version"]) < Version("2.5")
+    assert Version("2.2") <= Version(packages[f"nvidia-dali-cuda{cuda}0"]["metadata"]["version"]) < Version("2.5")
     other = {"13": "12", "12": "13"}[cuda]
-    assert not [name for name in found if name.endswith((f"-cu{other}", f"-cuda{other}0"))]
+    assert not [name for name in packages if name.endswith((f"-cu{other}", f"-cuda{other}0"))]
 
     linux = {"platform_system": "Linux", "platform_machine": machine, "python_version": "3.12", "extra": ""}
-    asked = map(Requirement, found["torch"]["metadata"]["requires_dist"])
-    libraries = {one.name for one in asked if not one.marker or one.marker.evaluate(linux)}
+    of_torch = map(Requirement, packages["torch"]["metadata"]["requires_dist"])
+    libraries = {library.name for library in of_torch if not library.marker or library.marker.evaluate(linux)}
     # PyPI's torch 2.10 for aarch64 has no CUDA. `fasttrain doctor` names the index that has a build with it.
     assert (f"nvidia-cudnn-cu{cuda}" in libraries) == ((machine, cuda) != ("aarch64", "12"))
 
 
 @pytest.fixture
 def environment(tmp_path):
-    """Runs `environment ""` of scripts/environment.sh in a folder of its own, with a Python that does nothing but
-    write down what it was asked for, and answers what that was."""
+    """A function that runs `environment ""` of scripts/environment.sh in a new folder, with a fake Python that only
+    records its arguments. It returns the error output and these arguments."""
     (tmp_path / "bin").mkdir()
-    asked = tmp_path / "asked"
-    python = f'#!/bin/sh\n[ "$1" = -c ] || echo "$*" >>"{asked}"\n'
-    for place in (tmp_path / "bin" / "python", tmp_path / "venv" / "bin" / "python"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(python)
-        place.chmod(0o755)
+    calls = tmp_path / "calls"
+    python = f'#!/bin/sh\n[ "$1" = -c ] || echo "$*" >>"{calls}"\n'
+    for path in (tmp_path / "bin" / "python", tmp_path / "venv" / "bin" / "python"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(python)
+        path.chmod(0o755)
     (tmp_path / "setup.py").touch()
 
     def run(system: str = "Linux x86_64", cuda: str | None = None) -> tuple[str, list[str]]:
         uname = tmp_path / "bin" / "uname"
         uname.write_text(f"#!/bin/sh\necho '{system}'\n")
         uname.chmod(0o755)
-        asked.write_text("")
+        calls.write_text("")
         env = {name: value for name, value in os.environ.items() if name != "FASTTRAIN_CUDA"}
         env |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "VENV": "venv"}
         env |= {} if cuda is None else {"FASTTRAIN_CUDA": cuda}
         script = f'set -euo pipefail; . "{ROOT}/scripts/environment.sh"; environment ""'
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
-        lines = [line.replace(" --disable-pip-version-check", "") for line in asked.read_text().splitlines()]
+        lines = [line.replace(" --disable-pip-version-check", "") for line in calls.read_text().splitlines()]
         return done.stderr if done.returncode else "", lines
 
     return run
@@ -150,10 +153,10 @@ def test_another_cuda_replaces_dali(environment):
     assert environment() == ("", [removal, INSTALL])
 
 
-def test_cuda_12_on_aarch64_takes_torch_from_its_own_index(environment):
+def test_cuda_12_on_aarch64_uses_pytorchs_package_index(environment):
     assert environment("Linux aarch64") == ("", [INSTALL])
-    error, asked = environment("Linux aarch64", cuda="12")
-    assert not error and "--extra-index-url https://download.pytorch.org/whl/cu12" in asked[-1]
+    error, calls = environment("Linux aarch64", cuda="12")
+    assert not error and "--extra-index-url https://download.pytorch.org/whl/cu12" in calls[-1]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +167,6 @@ def test_cuda_12_on_aarch64_takes_torch_from_its_own_index(environment):
         ("Linux x86_64", "11", "FASTTRAIN_CUDA must be 12 or 13, not 11"),
     ],
 )
-def test_an_environment_that_cannot_be_is_refused_in_one_line(environment, system, cuda, error):
-    said, asked = environment(system, cuda)
-    assert said.splitlines() == [f"bash: {error}"] and not asked
+def test_an_unsupported_environment_is_refused_in_one_line(environment, system, cuda, error):
+    output, calls = environment(system, cuda)
+    assert output.splitlines() == [f"bash: {error}"] and not calls

@@ -1,4 +1,4 @@
-"""The whole report, end to end and tiny: seven runs, their views, the ensemble, a submission and its score."""
+"""scripts/report.sh end to end at a tiny size: seven runs, their views, the ensemble, a submission and its score."""
 
 import json
 import os
@@ -13,16 +13,18 @@ from helpers import ROOT
 from fasttrain import recipes
 from fasttrain.evaluation import predictions
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "scripts" / "report.sh"
 
 
 def report(*args: object) -> subprocess.CompletedProcess:
-    # The network is tiny and most of the time is start-up, which goes to one core.
+    # The network is tiny: most of the time is start-up on one core.
     env = {**os.environ, "FASTTRAIN": str(Path(sys.executable).with_name("fasttrain")), "OMP_NUM_THREADS": "1"}
     return subprocess.run(["bash", str(SCRIPT), *map(str, args)], capture_output=True, text=True, env=env, timeout=540)
 
 
-def test_its_models_are_the_ensembles():
+def test_its_models_are_those_of_the_ensemble():
     lines = SCRIPT.read_text().split('models="\n')[1].split('"')[0].splitlines()
     table = dict(line.split() for line in lines)
     assert sorted(table) == sorted(recipes.ENSEMBLE)
@@ -36,10 +38,10 @@ def test_its_models_are_the_ensembles():
 
 @pytest.fixture(scope="module")
 def data(demo_set, tmp_path_factory):
-    """The challenge's layout in small: 20 and 5 images a class, 30 test images with labels."""
+    """A small set in the challenge's layout: 20 and 5 images per class, and 30 test images with labels."""
     folder = tmp_path_factory.mktemp("challenge") / "data"
     labels: list[str] = []
-    for number, cls in enumerate(sorted(each.name for each in (demo_set / "train").iterdir())):
+    for number, cls in enumerate(sorted(path.name for path in (demo_set / "train").iterdir())):
         for split, count in (("train", 20), ("val", 5)):
             (folder / split / cls).mkdir(parents=True)
             for path in sorted((demo_set / split / cls).iterdir())[:count]:
@@ -53,7 +55,7 @@ def data(demo_set, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_whole_report_runs_and_goes_on(data, tmp_path):
+def test_the_full_report_runs_and_resumes(data, tmp_path):
     out = tmp_path / "out"
     done = report("--smoke", data, out)
     assert done.returncode == 0, done.stderr
@@ -62,14 +64,14 @@ def test_the_whole_report_runs_and_goes_on(data, tmp_path):
         log = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
         assert log[-1]["event"] == "end"
         assert (out / name / "val.npz").exists()
-        inits = [each for each in log if each["event"] == "note" and each["text"].startswith("init: ")]
+        inits = [event for event in log if event["event"] == "note" and event["text"].startswith("init: ")]
         assert len(inits) == (1 if "+" in name else 0)
     fused, test = predictions.load(out / "val.npz"), predictions.load(out / "test.npz")
     assert fused.probs.shape == (50, 10) and test.probs.shape == (30, 10) and test.labels is None
     rows = (out / "submission.csv").read_text().splitlines()
     assert rows[0] == "Image IDs,Predictions" and len(rows) == 31
 
-    # Again, with one model's probabilities lost: only those are made again, and all the rest stays.
+    # Repeat it without one model's probabilities: only these are computed again, and the other files stay.
     victim = out / recipes.ENSEMBLE[3]
     (victim / "val.npz").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz") if path.parent != out}
@@ -84,16 +86,16 @@ def test_the_whole_report_runs_and_goes_on(data, tmp_path):
     [
         ((), "usage:"),
         (("--fast", "a", "b"), "unknown option --fast"),
-        (("nowhere", "out"), "there is no nowhere/train"),
+        (("nowhere", "out"), "folder nowhere/train does not exist"),
     ],
 )
-def test_wrong_arguments_are_one_line(args, says):
+def test_wrong_arguments_are_reported_in_one_line(args, says):
     done = report(*args)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("script", ["torchrun_one_node.sh", "torchrun_nodes.sh"])
-def test_launchers_say_that_there_is_no_gpu(tmp_path, script):
+def test_launchers_report_that_there_is_no_gpu(tmp_path, script):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "1", "NODE_RANK": "0", "MASTER": "localhost"}

@@ -1,4 +1,4 @@
-"""scripts/soak.py: its own parts, and a small soak with every fault."""
+"""scripts/soak.py: its functions, and a small soak with every fault."""
 
 import importlib.util
 import itertools
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "scripts" / "soak.py"
 spec = importlib.util.spec_from_file_location("soak", SCRIPT)
 assert spec and spec.loader
@@ -21,14 +22,14 @@ soak = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(soak)
 
 
-def test_the_schedule_is_the_seeds_and_has_each_fault_once_in_a_span():
+def test_the_schedule_depends_on_the_seed_and_has_each_fault_once_per_span():
     plan = list(itertools.islice(soak.schedule(3, soak.KINDS, 100), 24))
     assert plan == list(itertools.islice(soak.schedule(3, soak.KINDS, 100), 24))
     assert plan != list(itertools.islice(soak.schedule(4, soak.KINDS, 100), 24))
     for span in range(3):
         part = plan[8 * span : 8 * span + 8]
         assert {kind for _, kind in part} == set(soak.KINDS) and part[-1][0] == 800 * (span + 1)
-    assert [at for at, _ in plan] == sorted(at for at, _ in plan)
+    assert [step for step, _ in plan] == sorted(step for step, _ in plan)
 
 
 def log(*events: tuple[str, int]) -> str:
@@ -44,29 +45,29 @@ def log(*events: tuple[str, int]) -> str:
         (log(("start", 0), ("train", 5), ("eval", 4)), "line 3: eval of step 4"),
         (log(("start", 0), ("train", 5), ("resume", 9)), "line 3: resume at step 9"),
         (log(("train", 5)), "line 1: train of step 5"),
-        (log(("start", 0)) + '{"event": "train", "st\n', "line 2 is no event"),
-        (log(("start", 0)) + "[1]\n", "line 2 is no event"),
-        (log(("start", 0)) + '{"event": "note"}', "the last line has no end"),
+        (log(("start", 0)) + '{"event": "train", "st\n', "line 2 is not an event"),
+        (log(("start", 0)) + "[1]\n", "line 2 is not an event"),
+        (log(("start", 0)) + '{"event": "note"}', "the last line is incomplete"),
     ],
 )
-def test_flaws_of_a_log(text, says):
-    found = soak.flaws(text)
-    assert len(found) == bool(says) and says in "".join(found)
+def test_problems_of_a_log(text, says):
+    problems = soak.log_problems(text)
+    assert len(problems) == bool(says) and says in "".join(problems)
 
 
-def test_growth_is_that_of_the_longest_undisturbed_stretch():
-    """Two processes; the second one grows by 2 MiB in 1000 steps and is disturbed at second 500."""
+def test_growth_is_fitted_to_the_longest_stretches_without_faults():
+    """Two processes; the second one grows by 2 MiB per 1000 steps and has a fault at second 500."""
     rows = [
         {"time": t, "run": 1 + (t > 200), "step": 10 * t, "rss_mib": 500 + 0.02 * t * (t > 200) + 9 * (t == 201),
          "handles": 40, "threads": 7, "under_way": t != 201}
         for t in range(1000)
     ]  # fmt: skip
     faults = [{"time": 200.5, "until": 201.5}, {"time": 500, "until": 510}]
-    found = soak.stretches(rows, faults, 300)
-    assert [(part[0]["step"], part[-1]["step"]) for part in found] == [(5410, 9990), (2320, 4990), (300, 2000)]
-    line = soak.growth(found[0])
-    assert line["rss_mib"]["per_1000_steps"] == 2 and line["handles"]["per_1000_steps"] == 0 and line["n"] == 459
-    assert soak.growth(found[2])["rss_mib"]["per_1000_steps"] == 0
+    parts = soak.stretches(rows, faults, 300)
+    assert [(part[0]["step"], part[-1]["step"]) for part in parts] == [(5410, 9990), (2320, 4990), (300, 2000)]
+    fits = soak.growth(parts[0])
+    assert fits["rss_mib"]["per_1000_steps"] == 2 and fits["handles"]["per_1000_steps"] == 0 and fits["n"] == 459
+    assert soak.growth(parts[2])["rss_mib"]["per_1000_steps"] == 0
     assert soak.stretches(rows[:5], [], 300) == []
 
 
@@ -80,25 +81,25 @@ sys.exit(3)
 """
 
 
-def test_an_end_that_breaks_every_promise_is_noticed(tmp_path):
+def test_an_exit_that_breaks_every_promise_is_reported(tmp_path):
     args = Namespace(seed=0, minutes=0, patience=10, interval=0.1)
     bad = soak.Soak(args, [sys.executable, "-c", BAD.replace("HOME", str(tmp_path))], tmp_path, tmp_path / "data")
     bad.start()
     bad.fault = "SIGTERM"
-    bad.stop(signal.SIGCONT)  # which does nothing
-    said = "; ".join(bad.broken)
-    for part in ("ended with 3 in place of 75", "left 1 processes", "a traceback", "said 2 lines", "left its lock",
-                 "did not say 'stopped by SIGCONT'", "its log ends with {}"):  # fmt: skip
-        assert part in said
-    assert not soak.members(bad.process.pid)
+    bad.stop(signal.SIGCONT)  # has no effect
+    broken = "; ".join(bad.broken)
+    for part in ("ended with 3 instead of 75", "left 1 processes", "a traceback", "printed 2 error lines",
+                 "left its lock", "did not print 'stopped by SIGCONT'", "its log ends with {}"):  # fmt: skip
+        assert part in broken
+    assert not soak.session_processes(bad.process.pid)
 
 
-def test_a_run_that_hangs_is_ended(tmp_path):
+def test_a_run_that_hangs_is_killed(tmp_path):
     args = Namespace(seed=0, minutes=0, patience=0.3, interval=0.1)
     slow = soak.Soak(args, ["sleep", "60"], tmp_path, tmp_path / "data")
     slow.start()
-    slow.ended(0)
-    assert slow.broken == ["start: had not ended after 0.3 s"] and not soak.members(slow.process.pid)
+    slow.check_exit(0)
+    assert slow.broken == ["start: did not end within 0.3 s"] and not soak.session_processes(slow.process.pid)
     assert slow.samples and slow.samples[0]["threads"] == 1 and slow.samples[0]["rss_mib"] > 0
 
 
@@ -109,22 +110,22 @@ def start(out: Path, *args: object) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_every_fault_is_survived(demo_set, tmp_path):
-    """The images given are not touched."""
+def test_a_run_survives_every_fault(demo_set, tmp_path):
+    """The original images do not change."""
     before = {path: path.read_bytes() for path in demo_set.rglob("*.jpg")}
     figures, plot = tmp_path / "soak.json", tmp_path / "soak.png"
     process = start(tmp_path / "soak", "--data", demo_set, "--steps", 200, "--json", figures, "--plot", plot)
-    said, _ = process.communicate(timeout=540)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output
     result = json.loads(figures.read_text())
-    assert result["faults"] == {kind: {"injected": 1, "survived": 1} for kind in soak.KINDS}, said
+    assert result["faults"] == {kind: {"injected": 1, "survived": 1} for kind in soak.KINDS}, output
     assert result["steps"] == 200 and result["ended"] == "whole" and result["broken"] == []
     assert plot.stat().st_size > 10_000
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
 @pytest.mark.slow
-def test_the_run_is_bit_for_bit_the_undisturbed_one_and_ctrl_c_loses_nothing(demo_set, tmp_path):
+def test_the_run_is_bit_equal_to_one_without_faults_and_ctrl_c_loses_nothing(demo_set, tmp_path):
     args = ("--data", demo_set, "--steps", 100, "--compare", "--only", "SIGTERM", "--only", "SIGKILL",
             "--json", tmp_path / "soak.json")  # fmt: skip
     process = start(tmp_path / "soak", *args)
@@ -134,15 +135,15 @@ def test_the_run_is_bit_for_bit_the_undisturbed_one_and_ctrl_c_loses_nothing(dem
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
     result = json.loads((tmp_path / "soak.json").read_text())
     assert result["ended"] == "interrupted" and result["broken"] == [] and 0 < result["steps"] < 100
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not [each for each in commands if str(tmp_path / "soak").encode() in each]
+    assert not [command for command in commands if str(tmp_path / "soak").encode() in command]
     process = start(tmp_path / "soak", *args)
-    said, _ = process.communicate(timeout=540)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output
     result = json.loads((tmp_path / "soak.json").read_text())
     assert result["bit_equal"] is True and result["steps"] == 100
-    assert all(each == {"injected": 1, "survived": 1} for each in result["faults"].values())
+    assert all(counts == {"injected": 1, "survived": 1} for counts in result["faults"].values())

@@ -1,5 +1,5 @@
-"""Replayed steps. A CPU has no CUDA graphs, but here is a tape that keeps what they keep: which operations, on which
-memory, in which order, and no line of Python. What a step takes from the host while it is recorded stays as it was."""
+"""Replayed steps, on a CPU. `Tape` stands in for CUDA graphs: it records the operations, their memory and their order,
+and no Python. As in a graph, a value from the host is fixed when the step is recorded."""
 
 import copy
 from dataclasses import replace
@@ -32,14 +32,22 @@ from fasttrain.utils.errors import UserError
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
 STEPS = 14
-
-
-ASKING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh")
+# Operations that read values on the host, make constants there, or have a result whose shape depends on values.
+NOT_RECORDABLE = (
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "lift_fresh",
+)
 
 
 class Tape(TorchDispatchMode):
-    """Keeps every operation on tensors; to ask for a value or a number of values, or to make a constant on the host, is
-    an error, since CUDA's graphs cannot."""
+    """Records every operation on tensors. Like a CUDA graph, it refuses operations that read a value or a number of
+    values on the host, or make a constant there."""
 
     def __init__(self):
         super().__init__()
@@ -47,8 +55,8 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        by_mask = name == "index" and any(each.dtype == torch.bool for each in args[1] if each is not None)
-        assert not by_mask and name not in ASKING, f"asks the device: {func}"
+        by_mask = name == "index" and any(index.dtype == torch.bool for index in args[1] if index is not None)
+        assert not by_mask and name not in NOT_RECORDABLE, f"cannot be recorded: {func}"
         result = func(*args, **kwargs or {})
         self.calls.append((func, args, kwargs or {}, result))
         return result
@@ -56,18 +64,18 @@ class Tape(TorchDispatchMode):
     @torch.no_grad()
     def replay(self):
         for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
-            for was, now in zip(tensors(result), tensors(again), strict=True):
-                if was.data_ptr() != now.data_ptr():
-                    was.detach().copy_(now)
+            new_result = func(*args, **kwargs)
+            for recorded, new in zip(tensors(result), tensors(new_result), strict=True):
+                if recorded.data_ptr() != new.data_ptr():
+                    recorded.detach().copy_(new)
 
 
-def tensors(result):
-    return [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-class Taped:
-    """Records on tapes. A tape does what it records at once; so its first replay does nothing."""
+class TapeRecorder:
+    """Records on tapes. Recording on a tape also runs the work, so the first replay does nothing."""
 
     def __init__(self):
         self.tapes: list[Tape] = []
@@ -79,7 +87,7 @@ class Taped:
 
     def record(self, work):
         with Tape() as tape:
-            told = work()
+            result = work()
         self.tapes.append(tape)
         before = self.replayed
 
@@ -88,7 +96,7 @@ class Taped:
                 tape.replay()
             self.replayed += 1
 
-        return told, replay
+        return result, replay
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +104,18 @@ def index(demo_set):
     return part_of(demo_set, 12)
 
 
-def steps_of(recipe, index, recorder, seen):
-    """The Step after STEPS steps, as it is or with its work on tapes. seen: called before each, and after the last."""
+def train_steps(recipe, index, recorder, callback):
+    """A Step after STEPS steps, eager or with a recorder. callback: called before each step and after the last."""
     torch.manual_seed(5)
     plan = Plan.of(recipe, index)
     step = Step(recipe, plan, Classifier.of(recipe, len(index.classes)), torch.from_numpy(index.labels), ALONE)
     if recorder is not None:
         step.graphs = Graphs(CPU, recipe.mix.kinds, recorder)
-    feed = batches(plan, index, CPU, 1, stop_step=STEPS)
+    loader = batches(plan, index, CPU, 1, stop_step=STEPS)
     for number in range(STEPS):
-        seen(number, step)
-        step(number, feed)
-    seen(STEPS, step)
+        callback(number, step)
+        step(number, loader)
+    callback(STEPS, step)
     return step
 
 
@@ -120,7 +128,7 @@ CASES: dict[str, dict[str, Any]] = {
         "losses": (CrossEntropy(), Triplet(), ArcFace()),
         "images_per_class": 4,
     },
-    "views, mean teacher, weights that follow the epoch": {
+    "views, mean teacher, loss weights that follow the epoch": {
         "mix": MixConfig(cutmix=0.5),
         "losses": (SymmetricCrossEntropy(), Contrastive(decay="cosine"), MeanTeacher(ramp_epochs=2)),
         "ema": EmaConfig(0.8),
@@ -129,8 +137,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_replayed_steps_are_the_steps(index, case):
-    """Weights, momentum, averages, statistics and all that is metered, with learning rates that change."""
+def test_replayed_steps_equal_eager_steps(index, case):
+    """Weights, momentum, averages, statistics and all metrics, with learning rates that change."""
     recipe = tiny(
         epochs=20,
         batch_size=12,
@@ -139,32 +147,36 @@ def test_replayed_steps_are_the_steps(index, case):
         **CASES[case],
     )
     recipe = resolve_auto(recipe, CPU)
-    taped = Taped()
+    tape_recorder = TapeRecorder()
     norms: dict[bool, list[float]] = {True: [], False: []}
 
-    def seen(number, step):
+    def callback(number, step):
         if number:
             norms[step.graphs is None].append(float(sum(step.guard.norms.values())))
 
-    plain, replayed = (steps_of(recipe, index, recorder, seen) for recorder in (None, taped))
-    kinds = len(taped.tapes)
+    eager, replayed = (train_steps(recipe, index, recorder, callback) for recorder in (None, tape_recorder))
+    kinds = len(tape_recorder.tapes)
     assert kinds == (1 if case == "never mixed" else 2)
-    assert taped.ran >= kinds * WARM_UP and taped.replayed == STEPS - taped.ran >= 4
+    assert tape_recorder.ran >= kinds * WARM_UP and tape_recorder.replayed == STEPS - tape_recorder.ran >= 4
     assert norms[False] == pytest.approx(norms[True], rel=1e-4)
-    for found, expected in zip(vars(plain.state).values(), vars(replayed.state).values(), strict=True):
-        compare(found, expected)
-    own = replayed.meter.read(ALONE).means
-    assert own == pytest.approx(plain.meter.read(ALONE).means, rel=1e-4) and own["loss"] > 0
+    for expected, actual in zip(vars(eager.state).values(), vars(replayed.state).values(), strict=True):
+        compare(actual, expected)
+    means = replayed.meter.read(ALONE).means
+    assert means == pytest.approx(eager.meter.read(ALONE).means, rel=1e-4) and means["loss"] > 0
 
 
-def compare(found, expected):
-    """Two networks, averages, optimizers or scalers."""
-    if found is None or isinstance(found, torch.amp.GradScaler):
+def compare(actual, expected):
+    """Compare two networks, averages or optimizers; both may be missing. Scalers are disabled."""
+    if actual is None:
+        assert expected is None
         return
-    states = [(each.model if hasattr(each, "model") else each).state_dict() for each in (found, expected)]
-    leaves, others = map(tensors, states)
-    assert len(leaves) > 10
-    for one, other in zip(leaves, others, strict=True):
+    if isinstance(actual, torch.amp.GradScaler):
+        assert actual.state_dict() == expected.state_dict() == {}
+        return
+    states = [(part.model if hasattr(part, "model") else part).state_dict() for part in (actual, expected)]
+    actual_tensors, expected_tensors = map(tensors, states)
+    assert len(actual_tensors) > 10
+    for one, other in zip(actual_tensors, expected_tensors, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -173,45 +185,45 @@ def test_a_replayed_step_that_is_not_finite_changes_nothing(index):
     recipe = resolve_auto(tiny(batch_size=12, mix=MixConfig(cutmix=0), machine=machine, epochs=20), CPU)
     factor, states = torch.ones(()), []
 
-    def seen(number, step):
+    def callback(number, step):
         if number == 0:
             step.model.register_forward_pre_hook(lambda _, images: (images[0] * factor,))
         factor.fill_(float("nan") if number == STEPS - 2 else 1.0)
         states.append(copy.deepcopy(step.model.state_dict()))
 
-    step = steps_of(recipe, index, Taped(), seen)
+    step = train_steps(recipe, index, TapeRecorder(), callback)
     for name, before in states[-3].items():
         assert torch.equal(states[-2][name], before), name
-    assert not all(torch.equal(states[-1][name], each) for name, each in states[-2].items())
+    assert not all(torch.equal(states[-1][name], tensor) for name, tensor in states[-2].items())
     assert list(step.meter.read(ALONE).failures) == [STEPS - 2]
 
 
-def test_what_a_recording_takes_from_the_host_stays(index):
-    """The tape shows it: a learning rate of the host's would be that of the recorded step for ever."""
+def test_a_recording_fixes_values_from_the_host(index):
+    """So a learning rate on the host would stay that of the recorded step."""
     weight = torch.zeros(2)
     rates = iter((1.0, 10.0, 100.0))
-    told, replay = Taped().record(lambda: weight.add_(next(rates)))
+    result, replay = TapeRecorder().record(lambda: weight.add_(next(rates)))
     replay()
     replay()
-    assert told is weight and weight.tolist() == [2.0, 2.0]
-    for asking in (
+    assert result is weight and weight.tolist() == [2.0, 2.0]
+    for work in (
         lambda: weight.sum().item(),
         lambda: bool(weight[0] > 1),
         lambda: weight[weight > 1],
         lambda: torch.tensor([1.0]),
     ):
-        with pytest.raises(AssertionError, match="asks the device"):
-            Taped().record(asking)
+        with pytest.raises(AssertionError, match="cannot be recorded"):
+            TapeRecorder().record(work)
 
 
-def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
+def test_a_rare_kind_does_not_delay_recording_forever():
     count = torch.zeros(())
-    taped = Taped()
-    made = Graphs[torch.Tensor](CPU, {True, False}, taped)
+    tape_recorder = TapeRecorder()
+    graphs = Graphs[torch.Tensor](CPU, {True, False}, tape_recorder)
     batch = HostBatch(torch.zeros(1, 2, 2, 3), torch.zeros(1), torch.zeros(1, 7), True)
     for step in range(PATIENCE + 5):
-        made(lambda now, staged: count.add_(1), StepScalars(0.0, 0.0), 0.1, [batch._replace(mixed=step != 50)])
-    assert taped.ran == PATIENCE and taped.replayed == 5 and not made.complete
+        graphs(lambda scalars, batches: count.add_(1), StepScalars(0.0, 0.0), 0.1, [batch._replace(mixed=step != 50)])
+    assert tape_recorder.ran == PATIENCE and tape_recorder.replayed == 5 and not graphs.complete
     assert count == PATIENCE + 5
 
 
@@ -219,7 +231,7 @@ def test_a_kind_that_is_rare_is_not_waited_for_for_ever():
     ("setting", "needs"),
     [("precision=fp16", "precision bf16 or fp32"), ("optim.impl=apex", "optim.impl=torch")],
 )
-def test_what_cannot_be_replayed_is_refused(index, setting, needs):
+def test_settings_that_cannot_be_replayed_are_refused(index, setting, needs):
     recipe = toml.override(tiny(machine=MachineConfig(device="cpu", compile="graphs")), tuple(setting.split("=")))
     with pytest.raises(UserError, match=f"machine.compile=graphs replays whole steps and needs {needs}"):
         require_replayable(resolve_auto(recipe, CPU), ALONE)

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: they change nothing, runs go back and past them, and say what it was."""
+"""Losses and gradients that are not finite: such a step changes nothing, runs go back, and a report is written."""
 
 import json
 import math
@@ -35,16 +35,16 @@ from fasttrain.utils.errors import RunError
 
 @pytest.fixture(scope="module")
 def index(demo_set):
-    """100 images: five steps an epoch of 20."""
+    """100 images: five steps of 20 per epoch."""
     return part_of(demo_set, 10)
 
 
 def poison(monkeypatch, calls, value=math.nan):
-    """Put `value` into one pixel of the images that the network gets in the given calls of the mix, from 0."""
-    honest, count = inputs.mix, [0]
+    """Set one pixel of the network's input to `value` in the given calls of `inputs.mix`, counted from 0."""
+    original, count = inputs.mix, [0]
 
     def mix(*args):
-        mixed = honest(*args)
+        mixed = original(*args)
         if count[0] in calls:
             mixed.images[0, 0, 0, 0] = value
         count[0] += 1
@@ -54,81 +54,86 @@ def poison(monkeypatch, calls, value=math.nan):
 
 
 def explode(monkeypatch, steps):
-    """Make one gradient infinite in the given steps, with a loss that is finite."""
-    honest, count = Guard.check, [0]
+    """Make one gradient infinite in the given steps, while the loss is finite."""
+    original, count = Guard.check, [0]
 
     def check(guard):
         if count[0] in steps:
             next(iter(guard.parameters.values())).grad[0] = math.inf
         count[0] += 1
-        return honest(guard)
+        return original(guard)
 
     monkeypatch.setattr(Guard, "check", check)
 
 
-def at(out: Path, step: int | str):
+def tensors_at(out: Path, step: int | str):
+    """All tensors of a run's checkpoint, by step or by name."""
     saved = checkpoint.load(out / "checkpoints" / (f"step-{step:08}" if isinstance(step, int) else step))
     return saved.model | saved.train
 
 
-EVERY = CheckpointConfig(every_steps=1, keep=99)
+def failed_steps(log: list[dict]) -> list[int]:
+    """The steps, counted from 1, that a run's log reports as not finite."""
+    return [step["step"] for event in log if event["event"] == "not_finite" for step in event["steps"]]
 
 
-@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+EVERY_STEP = CheckpointConfig(every_steps=1, keep=99)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("micro_batch", [0, 10])
-def test_a_step_that_is_not_finite_changes_nothing(index, tmp_path, monkeypatch, how, step, micro_batch):
-    """Weights, momentum, BatchNorm's statistics and their count; in the first step too, where torch's own fused SGD
-    would leave the momentum to whatever is in memory. Of two micro-batches the second is bad."""
-    recipe = tiny(epochs=1, checkpoint=EVERY, micro_batch=micro_batch, optim=OptimConfig(warmup_epochs=0))
+def test_a_step_that_is_not_finite_changes_nothing(index, tmp_path, monkeypatch, kind, step, micro_batch):
+    """Weights, momentum, BatchNorm's statistics and their count stay. This includes the first step, where torch's fused
+    SGD would leave the momentum uninitialized. Of two micro-batches the second one is bad."""
+    recipe = tiny(epochs=1, checkpoint=EVERY_STEP, micro_batch=micro_batch, optim=OptimConfig(warmup_epochs=0))
     run(recipe, tmp_path / "good", index)
     with monkeypatch.context() as patch:
-        if how == "gradient":
+        if kind == "gradient":
             explode(patch, {step})
         else:
-            poison(patch, {2 * step + 1 if micro_batch else step}, float(how))
+            poison(patch, {2 * step + 1 if micro_batch else step}, float(kind))
         run(recipe, tmp_path / "bad", index)
     if step:
-        before = at(tmp_path / "good", step)
+        before = tensors_at(tmp_path / "good", step)
     else:
         torch.manual_seed(recipe.seed)
         before = dict(prepare.Classifier.of(recipe, 10).state_dict())
-    after = at(tmp_path / "bad", step + 1)
+    after = tensors_at(tmp_path / "bad", step + 1)
     momenta = {name for name in after if name.startswith("momentum.")}
     assert (
         momenta and after.keys() - momenta == before.keys() - momenta and any("running_var" in name for name in after)
     )
-    for name, each in after.items():
-        expected = before[name] if name in before else torch.zeros_like(each)
-        assert torch.equal(each, expected), name
-    told = [each for each in events(tmp_path / "bad") if each["event"] == "not_finite"]
-    assert [each["step"] for event in told for each in event["steps"]] == [step + 1]
-    assert told[0]["steps"][0]["grad_norm"] in ("nan", "inf")
-    # The log's means are of the good steps alone, and the run goes on to learn from them.
-    losses = [each["loss"] for each in events(tmp_path / "bad") if each["event"] == "train"]
-    assert all(math.isfinite(each) for each in losses)
-    assert not torch.equal(at(tmp_path / "bad", 5)["backbone.fc.weight"], after["backbone.fc.weight"])
+    for name, tensor in after.items():
+        expected = before[name] if name in before else torch.zeros_like(tensor)
+        assert torch.equal(tensor, expected), name
+    failures = [event for event in events(tmp_path / "bad") if event["event"] == "not_finite"]
+    assert failed_steps(failures) == [step + 1]
+    assert failures[0]["steps"][0]["grad_norm"] in ("nan", "inf")
+    # The logged means leave out the failed step, and training continues.
+    losses = [event["loss"] for event in events(tmp_path / "bad") if event["event"] == "train"]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert not torch.equal(tensors_at(tmp_path / "bad", 5)["backbone.fc.weight"], after["backbone.fc.weight"])
 
 
-def test_averaged_weights_and_metrics_of_bad_steps(index, tmp_path, monkeypatch):
-    """A window without a good step has no loss; the average takes in weights, never what is not finite."""
-    recipe = tiny(epochs=1, checkpoint=EVERY, ema=EmaConfig(0.9))
+def test_averaged_weights_and_metrics_leave_out_bad_steps(index, tmp_path, monkeypatch):
+    """A log interval without a good step has no loss. The averaged weights stay finite."""
+    recipe = tiny(epochs=1, checkpoint=EVERY_STEP, ema=EmaConfig(0.9))
     poison(monkeypatch, {0, 1})
     run(recipe, tmp_path / "run", index)
-    trained = [each for each in events(tmp_path / "run") if each["event"] == "train"]
-    assert trained[0]["loss"] is None and trained[0]["grad_norm"] is None and trained[0]["terms"] == {}
-    assert all(each.isfinite().all() for each in weights(tmp_path / "run").values())
+    first = next(event for event in events(tmp_path / "run") if event["event"] == "train")
+    assert first["loss"] is None and first["grad_norm"] is None and first["terms"] == {}
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
     assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
 
 
-def test_the_logged_gradient_norm_is_that_of_the_step(index, tmp_path, monkeypatch):
-    """Beside autograd's own gradients, in float64."""
+def test_the_logged_gradient_norm_equals_autograds_in_float64(index, tmp_path, monkeypatch):
     norms = []
-    honest = Guard.check
+    original = Guard.check
 
     def check(guard):
         norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in guard.parameters.values())))
-        return honest(guard)
+        return original(guard)
 
     monkeypatch.setattr(Guard, "check", check)
     run(
@@ -136,56 +141,56 @@ def test_the_logged_gradient_norm_is_that_of_the_step(index, tmp_path, monkeypat
         tmp_path / "run",
         index,
     )
-    found = [each["grad_norm"] for each in events(tmp_path / "run") if each["event"] == "train"]
-    assert found == pytest.approx(norms, rel=1e-5) and len(found) == 5
+    logged_norms = [event["grad_norm"] for event in events(tmp_path / "run") if event["event"] == "train"]
+    assert logged_norms == pytest.approx(norms, rel=1e-5) and len(logged_norms) == 5
 
 
 # ---- going back
 
 
 def watch_images(monkeypatch):
-    """The numbers of the images of every batch that comes from the pipeline."""
-    honest, seen = training.batches, []
+    """Returns a list that gets the image indices of each batch from the pipeline."""
+    original, indices = training.batches, []
 
-    def watched(*args, **settings):
-        for batch in honest(*args, **settings):
-            seen.append(batch.numbers.tolist())
+    def recording(*args, **settings):
+        for batch in original(*args, **settings):
+            indices.append(batch.indices.tolist())
             yield batch
 
-    monkeypatch.setattr(training, "batches", watched)
-    return seen
+    monkeypatch.setattr(training, "batches", recording)
+    return indices
 
 
 RECIPE = tiny(epochs=3, guard=GuardConfig(patience=2, rewinds=2), checkpoint=CheckpointConfig(every_steps=1, keep=3))
 
 
-def test_a_run_goes_back_and_on_with_other_images(index, tmp_path, monkeypatch):
-    """Steps 7 and 8 (from 1) fail; the run goes on from the checkpoint of step 6 with the images of steps 9, 10, …"""
+def test_a_run_goes_back_and_resumes_with_other_images(index, tmp_path, monkeypatch):
+    """Steps 7 and 8 (from 1) fail. The run resumes from the checkpoint of step 6 with the images of steps 9, 10, …"""
     with monkeypatch.context() as patch:
-        seen = watch_images(patch)
+        indices = watch_images(patch)
         poison(patch, {6, 7})
         result = run(RECIPE, tmp_path / "run", index, index)
     assert result.steps == 15
     plan = Plan.of(RECIPE, index)
     order = [plan.images(step, 0).tolist() for step in range(17)]
-    assert seen == order[:8] + order[8:17]
+    assert indices == order[:8] + order[8:17]
     log = events(tmp_path / "run")
-    assert [each["step"] for each in log if each["event"] == "resume"] == [6]
+    assert [event["step"] for event in log if event["event"] == "resume"] == [6]
     meta = checkpoint.load(tmp_path / "run" / "last").meta
     assert (meta["step"], meta["shift"], meta["rewinds"], meta["streak"]) == (15, 2, 1, 0)
-    assert all(each.isfinite().all() for each in weights(tmp_path / "run").values())
-    # What was written while steps failed is no place to come back to.
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    # The checkpoint that was written during the failed steps is gone.
     assert not (tmp_path / "run" / "checkpoints" / "step-00000008").exists()
 
 
 def test_a_run_that_went_back_is_resumed_exactly(index, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         poison(patch, {6, 7})
-        run(RECIPE, tmp_path / "whole", index, index)
-    honest = training.batches
+        run(RECIPE, tmp_path / "expected", index, index)
+    original = training.batches
 
     def failing(plan, train_index, device, threads, start=0, **settings):
-        for count, batch in enumerate(honest(plan, train_index, device, threads, start, **settings)):
+        for count, batch in enumerate(original(plan, train_index, device, threads, start, **settings)):
             if start + count == 11:
                 raise KeyboardInterrupt
             yield batch
@@ -196,12 +201,12 @@ def test_a_run_that_went_back_is_resumed_exactly(index, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(RECIPE, tmp_path / "stopped", index, index)
     run(RECIPE, tmp_path / "stopped", index, index)
-    same(tmp_path / "stopped", tmp_path / "whole")
+    same(tmp_path / "stopped", tmp_path / "expected")
 
 
-def test_a_run_that_does_not_get_past_it_ends_with_a_report(index, tmp_path, monkeypatch, capsys):
+def test_a_run_that_keeps_failing_ends_with_a_report(index, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        seen = watch_images(patch)
+        indices = watch_images(patch)
         poison(patch, set(range(6, 99)))
         with pytest.raises(RunError, match=r"not finite in step 8 .* \S*not_finite.json has the steps") as caught:
             run(RECIPE, tmp_path / "run", index, index)
@@ -209,29 +214,29 @@ def test_a_run_that_does_not_get_past_it_ends_with_a_report(index, tmp_path, mon
     assert capsys.readouterr().err.count("going back to") == 2
     report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
     assert report["step"] == 8 and report["rewinds"] == 2
-    assert [each["step"] for each in report["steps"]] == [7, 8]
-    assert [each["images"] for each in report["steps"]] == [[index.paths[n] for n in batch] for batch in seen[-2:]]
-    assert all(each["loss"] == each["cross_entropy"] == each["grad_norm"] == "nan" for each in report["steps"])
+    assert [step["step"] for step in report["steps"]] == [7, 8]
+    assert [step["images"] for step in report["steps"]] == [[index.paths[n] for n in batch] for batch in indices[-2:]]
+    assert all(step["loss"] == step["cross_entropy"] == step["grad_norm"] == "nan" for step in report["steps"])
     assert set(report["gradient_norms"].values()) == {"nan"} and "backbone.fc.weight" in report["gradient_norms"]
-    # The same command, with the cause gone, goes on.
+    # Without the cause, the same command resumes.
     assert run(RECIPE, tmp_path / "run", index, index).steps == 15
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(index, tmp_path, monkeypatch):
+def test_without_a_checkpoint_the_run_ends(index, tmp_path, monkeypatch):
     poison(monkeypatch, {0, 1})
     with pytest.raises(RunError, match="not finite in step 2"):
         run(RECIPE, tmp_path / "run", index)
     assert json.loads((tmp_path / "run" / "not_finite.json").read_text())["rewinds"] == 0
 
 
-def test_a_learning_rate_without_bounds_is_caught_by_itself(index, tmp_path):
-    """Nothing injected: weights that grow beyond float32 make the next losses infinite."""
+def test_a_huge_learning_rate_is_caught(index, tmp_path):
+    """Without injected values: the weights overflow float32, and the next losses are not finite."""
     recipe = replace(RECIPE, optim=OptimConfig(lr=1e30, lr_batch=0), guard=GuardConfig(patience=2, rewinds=0), epochs=1)
     with pytest.raises(RunError, match="not finite"):
         run(recipe, tmp_path / "run", index)
 
 
-def test_triplet_with_accumulation_is_guarded_too(index, tmp_path, monkeypatch):
+def test_triplet_with_accumulation_is_guarded(index, tmp_path, monkeypatch):
     recipe = replace(
         RECIPE,
         losses=(CrossEntropy(0.1), Triplet()),
@@ -245,7 +250,7 @@ def test_triplet_with_accumulation_is_guarded_too(index, tmp_path, monkeypatch):
         assert (
             run(recipe, tmp_path / "run", index, index).steps == recipe.epochs * Plan.of(recipe, index).steps_per_epoch
         )
-    assert all(math.isfinite(each["loss"] or 0) for each in logged(tmp_path / "run").values() if "loss" in each)
+    assert all(math.isfinite(event["loss"] or 0) for event in logged(tmp_path / "run").values() if "loss" in event)
 
 
 DEFAULTS = tiny(
@@ -253,33 +258,33 @@ DEFAULTS = tiny(
 )
 
 
-def test_with_the_default_settings_a_run_goes_back_too(index, tmp_path, monkeypatch):
-    """Ten steps in a row, a log point only each 20 steps and at epochs' ends, and saves in between, of which two are
-    kept: the one from before them has to be among those."""
+def test_a_run_with_default_settings_goes_back(index, tmp_path, monkeypatch):
+    """Ten failed steps in a row, log points every 20 steps and after each epoch, and saves in between. Two checkpoints
+    are kept, and one of them must be older than the failed steps."""
     with monkeypatch.context() as patch:
         poison(patch, set(range(12, 25)))
         assert run(DEFAULTS, tmp_path / "run", index, index).steps == 30
     log = events(tmp_path / "run")
-    went = [each for each in log if each["event"] == "resume"]
-    assert [(each["step"], each["rewinds"]) for each in went] == [(12, 1)]
-    assert [e["step"] for each in log if each["event"] == "not_finite" for e in each["steps"]] == list(range(13, 26))
+    resumes = [event for event in log if event["event"] == "resume"]
+    assert [(event["step"], event["rewinds"]) for event in resumes] == [(12, 1)]
+    assert failed_steps(log) == list(range(13, 26))
 
 
-def test_every_failed_step_is_told_where_log_points_are_rare(index, tmp_path, monkeypatch, capsys):
+def test_every_failed_step_is_reported_where_log_points_are_rare(index, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {0, 3})
     run(replace(DEFAULTS, epochs=1, guard=GuardConfig(patience=1, rewinds=0)), tmp_path / "run", index)
-    told = [each for each in events(tmp_path / "run") if each["event"] == "not_finite"]
-    assert [each["step"] for each in told[0]["steps"]] == [1, 4]
-    # The last step was good, so there is nothing to go back from.
+    first = next(event for event in events(tmp_path / "run") if event["event"] == "not_finite")
+    assert [step["step"] for step in first["steps"]] == [1, 4]
+    # The last step was good, so the run does not go back.
     assert "not finite in step 1, 4, which changed nothing" in capsys.readouterr().err
 
 
-def test_a_parameter_that_nothing_uses(index, tmp_path, monkeypatch):
-    """It has no gradient and no norm, and does not hide the others' in the report."""
-    made = prepare.Classifier.of
+def test_an_unused_parameter_is_not_reported(index, tmp_path, monkeypatch):
+    """It has no gradient and no norm. The report still has the norms of the others."""
+    original = prepare.Classifier.of
 
     def of(recipe, classes):
-        model = made(recipe, classes)
+        model = original(recipe, classes)
         model.unused = nn.Parameter(torch.zeros(3))
         return model
 
@@ -292,9 +297,9 @@ def test_a_parameter_that_nothing_uses(index, tmp_path, monkeypatch):
 
 
 def test_the_best_before_going_back_stays_the_best(index, tmp_path, monkeypatch):
-    """An evaluation in the middle of failing steps is of weights that are whole."""
-    tops = iter([0.1, 0.9, 0.3, 0.5, 0.4])  # step 10 comes twice
-    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(tops), 1.0, 100))
+    """Evaluating between failed steps scores the last good weights."""
+    top1s = iter([0.1, 0.9, 0.3, 0.5, 0.4])  # step 10 is evaluated twice
+    monkeypatch.setattr(training, "evaluate", lambda *args: training.Scores(next(top1s), 1.0, 100))
     poison(monkeypatch, {9, 10})
     machine = MachineConfig(device="cpu", compile="off", log_steps=1, workers=2)
     result = run(replace(RECIPE, epochs=4, machine=machine), tmp_path / "run", index, index)
@@ -303,39 +308,39 @@ def test_the_best_before_going_back_stays_the_best(index, tmp_path, monkeypatch)
     assert best["scores"]["top1"] == 0.9 and best["step"] == 10
 
 
-def test_buffers_of_every_layout_and_dtype_are_kept_whole():
-    """Also those that lie in memory in another order, as channels_last makes them."""
+def test_buffers_of_every_layout_and_dtype_are_restored():
+    """Also buffers with another memory order, such as channels_last."""
     model = nn.Linear(3, 2)
-    made = {
-        "four": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        "turned": torch.rand(3, 4).T,
+    buffers = {
+        "channels_last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": torch.rand(3, 4).T,
         "plain": torch.rand(2, 3),
         "count": torch.tensor(3),
-        "none": torch.rand(0, 2),
+        "empty": torch.rand(0, 2),
         "flag": torch.tensor([True, False]),
     }
-    for name, each in made.items():
-        model.register_buffer(name, each)
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
     optimizer, scaler = optim.sgd(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
     guard = Guard(model, scaler, CPU.device)
     for bad in (False, True, False):
-        before = {name: each.clone() for name, each in model.named_buffers()}
-        for each in model.parameters():
-            each.grad = torch.full_like(each, math.nan if bad else 1.0)
-        for each in model.buffers():
-            each.logical_not_() if each.dtype == torch.bool else each.add_(1)
-        after = {name: each.clone() for name, each in model.named_buffers()}
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, math.nan if bad else 1.0)
+        for buffer in model.buffers():
+            buffer.logical_not_() if buffer.dtype == torch.bool else buffer.add_(1)
+        after = {name: buffer.clone() for name, buffer in model.named_buffers()}
         update(optimizer, scaler, guard)
-        for name, each in model.named_buffers():
-            assert torch.equal(each, (before if bad else after)[name]), name
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, (before if bad else after)[name]), name
 
 
 # ---- float16's scaler
 
 
-def test_a_scaler_looking_for_its_scale_is_no_failure():
-    """Float16 gradients of 3 · 2^16 and 3 · 2^15 overflow, those of 3 · 2^14 do not: two steps are skipped, none has
-    failed."""
+def test_steps_skipped_while_the_scaler_looks_for_a_scale_have_not_failed():
+    """Float16 gradients of 3 · 2^16 and 3 · 2^15 overflow, those of 3 · 2^14 do not: two steps are skipped, and none
+    has failed."""
     model = nn.Linear(2, 1, bias=False)
     optimizer = optim.sgd(model, OptimConfig())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
@@ -343,19 +348,19 @@ def test_a_scaler_looking_for_its_scale_is_no_failure():
     start = model.weight.detach().clone()
     for group in optimizer.param_groups:
         group["lr"] = 0.1
-    moved = []
+    finite = []
     for _ in range(4):
         loss = 3 * nn.functional.linear(torch.tensor([[1.0, 0.5]]).half(), model.weight.half()).float().sum()
         scaler.scale(loss).backward(guard.seed(loss))
         norm, _, failed = update(optimizer, scaler, guard)
-        moved.append(math.isfinite(norm))
+        finite.append(math.isfinite(norm))
         assert not failed
-    assert moved == [False, False, True, True]
+    assert finite == [False, False, True, True]
     assert norm.item() == pytest.approx(3 * math.sqrt(1.25), rel=1e-5)
     assert model.weight.isfinite().all() and not torch.equal(model.weight, start)
 
 
-def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
+def test_a_nan_loss_fails_the_step_once_the_scale_is_1():
     model = nn.Linear(2, 1)
     optimizer, scaler = optim.sgd(model, OptimConfig()), torch.amp.GradScaler("cpu", init_scale=4.0)
     guard = Guard(model, scaler, CPU.device)
@@ -364,20 +369,20 @@ def test_a_loss_that_is_nan_has_failed_once_the_scale_is_down():
         loss = model(torch.tensor([[1.0, math.nan]])).sum()
         scaler.scale(loss).backward(guard.seed(loss))
         failed.append(update(optimizer, scaler, guard).failed.item())
-    assert failed == [0, 0, 1, 1, 1] and all(each.isfinite().all() for each in model.parameters())  # at 1, ½ and ¼
+    assert failed == [0, 0, 1, 1, 1] and all(p.isfinite().all() for p in model.parameters())  # at scales 1, ½ and ¼
 
 
 # ---- two ranks
 
-RANKED = """
+RANK_PROGRAM = """
 import os, sys
 from fasttrain.cli.main import main
 from fasttrain.training import inputs
-honest, count = inputs.mix, [0]
+original, count = inputs.mix, [0]
 
 
 def mix(*args):
-    mixed = honest(*args)
+    mixed = original(*args)
     if os.environ["RANK"] == "1" and count[0] in (2, 3):
         mixed.images[0, 0, 0, 0] = float("nan")
     count[0] += 1
@@ -389,11 +394,11 @@ main(sys.argv[1:])
 """
 
 
-def test_what_one_rank_computes_changes_neither(demo_set, tmp_path):
-    """Steps 3 and 4 are bad on rank 1 alone; both ranks leave them out, go back together and end alike."""
-    (tmp_path / "ranked.py").write_text(RANKED)
+def test_a_bad_step_of_one_rank_changes_nothing_on_either_rank(demo_set, tmp_path):
+    """Steps 3 and 4 are bad on rank 1 alone. Both ranks skip them and go back together."""
+    (tmp_path / "rank.py").write_text(RANK_PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "ranked.py"), "run", "--arch", "test_resnet", "--image-size", "32", "--epochs", "1"]
+    command += [str(tmp_path / "rank.py"), "run", "--arch", "test_resnet", "--image-size", "32", "--epochs", "1"]
     command += [
         "--device",
         "cpu",
@@ -410,9 +415,9 @@ def test_what_one_rank_computes_changes_neither(demo_set, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("going back to") == 1
     log = events(tmp_path / "out")
-    assert [each["step"] for each in log if each["event"] == "resume"] == [2]
-    assert [e["step"] for each in log if each["event"] == "not_finite" for e in each["steps"]] == [3, 4]
+    assert [event["step"] for event in log if event["event"] == "resume"] == [2]
+    assert failed_steps(log) == [3, 4]
     meta = checkpoint.load(tmp_path / "out" / "last").meta
     assert (meta["step"], meta["shift"], meta["rewinds"]) == (10, 2, 1)
-    before, after = at(tmp_path / "out", "step-00000002"), at(tmp_path / "out", "left0-step-00000003")
-    assert not [name for name, each in after.items() if not torch.equal(each, before[name])]
+    before, after = tensors_at(tmp_path / "out", "step-00000002"), tensors_at(tmp_path / "out", "left0-step-00000003")
+    assert not [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]

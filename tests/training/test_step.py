@@ -1,4 +1,4 @@
-"""A training step, beside a loop written out with torch's own optimizer, and no part of the project's but the plan."""
+"""A training step against a plain loop with torch's optimizer, which shares only the plan with the project."""
 
 import copy
 from dataclasses import replace
@@ -16,38 +16,38 @@ from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
 from fasttrain.prepare import resolve_auto
 from fasttrain.training.optim import lr_at
-from fasttrain.training.step import Step
+from fasttrain.training.step import Step, generator_seed
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 STEPS = 6
 
 
-def mixed_by_hand(pixels, labels, params, classes, smoothing):
-    """Normalised images [B, 3, H, W] and targets [B, K], image by image in float64."""
+def mix_in_a_loop(pixels, labels, params, classes, smoothing):
+    """Normalized images [B, 3, H, W] and targets [B, K], image by image in float64."""
     images = (pixels.numpy() / 255 - MEAN) / STD
-    size, wrong = images.shape[1], smoothing / (classes - 1)
-    made: list[np.ndarray] = []
+    size, off_target = images.shape[1], smoothing / (classes - 1)
+    mixed: list[np.ndarray] = []
     targets = []
-    for own, (partner, mode, top, bottom, left, right, lam) in zip(images, params.tolist(), strict=True):
+    for original, (partner, mode, top, bottom, left, right, lam) in zip(images, params.tolist(), strict=True):
         other, share = images[int(partner)], 1.0
-        image = own.copy()
+        image = original.copy()
         if mode == 1:
             box = slice(int(top), int(bottom)), slice(int(left), int(right))
             image[box] = other[box]
             share = 1 - (bottom - top) * (right - left) / size**2
         elif mode == 2:
-            image, share = lam * own + (1 - lam) * other, lam
-        target = np.full(classes, wrong)
-        target[labels[len(made)]] += share * (1 - smoothing - wrong)
-        target[labels[int(partner)]] += (1 - share) * (1 - smoothing - wrong)
-        made.append(image)
+            image, share = lam * original + (1 - lam) * other, lam
+        target = np.full(classes, off_target)
+        target[labels[len(mixed)]] += share * (1 - smoothing - off_target)
+        target[labels[int(partner)]] += (1 - share) * (1 - smoothing - off_target)
+        mixed.append(image)
         targets.append(target)
-    return torch.from_numpy(np.stack(made)).float().permute(0, 3, 1, 2), torch.from_numpy(np.stack(targets))
+    return torch.from_numpy(np.stack(mixed)).float().permute(0, 3, 1, 2), torch.from_numpy(np.stack(targets))
 
 
 @pytest.mark.parametrize("micro_batch", [0, 5])
-def test_a_step_does_what_a_loop_written_out_does(demo_set, micro_batch):
+def test_a_step_equals_a_plain_loop(demo_set, micro_batch):
     index = scan(demo_set / "train")
     recipe = replace(
         recipes.for_arch("test_resnet"),
@@ -64,26 +64,38 @@ def test_a_step_does_what_a_loop_written_out_does(demo_set, micro_batch):
     plan, classes = Plan.of(recipe, index), len(index.classes)
     torch.manual_seed(3)
     model = Classifier.of(recipe, classes)
-    by_hand = copy.deepcopy(model).train()
+    reference = copy.deepcopy(model).train()
     step = Step(recipe, plan, model, torch.from_numpy(index.labels), ALONE)
-    feed, again = (batches(plan, index, ALONE.device, 1, stop_step=STEPS) for _ in range(2))
-    sgd = torch.optim.SGD(by_hand.parameters(), momentum=0.9, weight_decay=1e-2)
+    loader, reference_loader = (batches(plan, index, ALONE.device, 1, stop_step=STEPS) for _ in range(2))
+    sgd = torch.optim.SGD(reference.parameters(), momentum=0.9, weight_decay=1e-2)
     modes = set()
     for number in range(STEPS):
-        found = step(number, feed).item()
+        loss = step(number, loader).item()
         losses = []
         sgd.zero_grad()
         for micro in range(plan.micro_batches):
-            pixels, numbers = next(again)
+            pixels, indices = next(reference_loader)
             params = plan.mix_params(number, micro)[0]
             modes |= set(params[:, 1].tolist())
-            images, targets = mixed_by_hand(pixels, index.labels[numbers], params, classes, 0.1)
-            losses.append(-(targets * by_hand(images).logits.double().log_softmax(1)).sum(1).mean())
+            images, targets = mix_in_a_loop(pixels, index.labels[indices], params, classes, 0.1)
+            losses.append(-(targets * reference(images).logits.double().log_softmax(1)).sum(1).mean())
             (losses[-1] / plan.micro_batches).backward()
         sgd.param_groups[0]["lr"] = lr_at(number, steps=plan.steps, warmup_steps=5, peak=0.1)
         sgd.step()
-        assert found == pytest.approx(sum(each.item() for each in losses) / len(losses), rel=1e-5)
+        assert loss == pytest.approx(sum(value.item() for value in losses) / len(losses), rel=1e-5)
     assert modes == {0.0, 1.0, 2.0}
-    expected = by_hand.state_dict()
-    for name, each in model.state_dict().items():
-        assert torch.allclose(each, expected[name], rtol=1e-3, atol=1e-5), name
+    expected = reference.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_every_step_and_rank_has_its_own_seed():
+    """So that dropout differs between ranks and steps."""
+    seeds = {
+        generator_seed(seed, step, Ranks(rank, 4, rank, 4, ALONE.device))
+        for seed in (0, 1)
+        for step in range(100)
+        for rank in range(4)
+    }
+    assert len(seeds) == 800 and all(0 <= seed < 2**63 for seed in seeds)
+    assert generator_seed(2**63 - 1, 5, ALONE) < 2**63
