@@ -144,6 +144,7 @@ def prepare(
         if changed:
             notes.append(f"resuming with changes: {'; '.join(changed)}")
         progress = Progress.from_meta(saved.meta, recipe.losses, plan.steps_per_epoch)
+        notes += resume.check_validation(saved.meta, progress, val_index)
         plan = replace(plan, shift=saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"])
 
     torch.backends.cudnn.benchmark = True  # tries all algorithms once per shape; the shapes do not change

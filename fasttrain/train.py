@@ -10,13 +10,13 @@ from typing import NamedTuple
 from torch import nn
 
 from fasttrain.checkpoints.async_save import Saver
-from fasttrain.checkpoints.resume import rewind
+from fasttrain.checkpoints.resume import rewind, val_fingerprint
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.distributed.stop_signals import StopSignals
 from fasttrain.distributed.watchdog import EVALUATING, SAVING, Watch
-from fasttrain.evaluation.evaluate import evaluate
+from fasttrain.evaluation.evaluate import EvaluationFailed, evaluate
 from fasttrain.evaluation.predictions import Scores
 from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
@@ -51,8 +51,8 @@ def train(
 
     resume_from: the checkpoint to resume from; None: start. Every rank calls this with the same arguments, except for
     `ranks`. Raises UserError where the settings, the data and the checkpoint do not fit together; RunError where an
-    image cannot be decoded, memory runs out or losses stay not finite; and Stopped after SIGTERM or SIGUSR1, once the
-    step is done and saved.
+    image cannot be decoded, memory runs out or losses stay not finite; and Stopped after SIGTERM, SIGUSR1 or SIGHUP,
+    once the step is done and saved.
     """
     with StopSignals() as signals:
         while True:
@@ -97,7 +97,12 @@ def train_loop(run: Run, signals: StopSignals) -> Result:
             if epoch_ends:
                 log_collapsed(run, log, epoch)
                 if val_loader is not None and evaluates_after(recipe, epoch):
-                    progress.scores = evaluate_epoch(run, log, watch, val_loader, epoch)
+                    try:
+                        progress.scores = evaluate_epoch(run, log, watch, val_loader, epoch)
+                    except EvaluationFailed as failure:
+                        save(run, saver, epoch, epoch_ends)
+                        saver.finish(last=True)
+                        raise failure.__cause__ or failure from None
 
             stopping = signals.agreed(ranks)
             if stopping or saves_after(recipe, plan, step + 1):
@@ -182,6 +187,7 @@ def save(run: Run, saver: Saver, epoch: int, epoch_ends: bool) -> None:
         meta = {
             **run.fingerprint,
             **progress.to_meta(),
+            "val": val_fingerprint(run.val_index),
             "epoch_steps": plan.steps_per_epoch,
             "world": ranks.world,
             "shift": plan.shift,

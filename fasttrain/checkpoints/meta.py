@@ -60,6 +60,7 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
     "classes": lambda value: _list_of(_is_text)(value) and 0 < len(value) == len(set(value)),
     "data": _is_text,  # a fingerprint of the training images' names and labels
     "sizes": _is_text,  # a fingerprint of the training images' heights and widths
+    "val": lambda value: value is None or _is_text(value),  # resume.val_fingerprint
     # The plan
     "epoch_steps": _is_positive,  # steps per epoch
     "world": _is_positive,  # ranks
@@ -73,7 +74,7 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
     "rewinds": _is_count,
     "logged": _dict_of(_list_of(_is_number)),
 }
-_OPTIONAL = ("versions", "scores")  # nothing reads them
+_OPTIONAL = ("versions", "scores", "val")  # older checkpoints may not have them
 
 
 def read(folder: Path) -> dict[str, Any]:

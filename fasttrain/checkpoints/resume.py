@@ -14,7 +14,7 @@ from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.training.guard import Diverged
-from fasttrain.training.progress import step_of
+from fasttrain.training.progress import Progress, step_of
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -91,6 +91,28 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def val_fingerprint(index: Index | None) -> str | None:
+    """What identifies the validation images: their names, labels and sizes. None without validation images."""
+    return None if index is None else f"{index.fingerprint()} {index.fingerprint_of_sizes()}"
+
+
+def check_validation(meta: dict[str, Any], progress: Progress, val_index: Index | None) -> list[str]:
+    """Compare the validation images with a checkpoint's. Returns lines to log. If they differ, earlier scores do not
+    count any more, since scores over different images cannot be compared."""
+    now = val_fingerprint(val_index)
+    before = meta.get("val", now)
+    if before == now:
+        return []
+    if now is None:
+        if progress.best is None:
+            return ["this run no longer has validation images"]
+        return [f"this run no longer has validation images; `best` stays the checkpoint with top-1 {progress.best:.2%}"]
+    progress.best = progress.best_on_disk = None
+    if before is None:
+        return ["this run has validation images from now on; `best` is chosen by their top-1"]
+    return ["the validation images differ from before: earlier scores do not count, and `best` is chosen again"]
 
 
 def machine_changes(meta: dict[str, Any], recipe: Recipe, ranks: Ranks) -> list[str]:

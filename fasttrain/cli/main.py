@@ -14,6 +14,7 @@ from fasttrain.cli.evaluate import evaluate_, predict
 from fasttrain.cli.recipes import recipes_, show
 from fasttrain.cli.run import run
 from fasttrain.utils.errors import CommandError
+from fasttrain.utils.output import tolerant_output
 
 
 class _Group(click.Group):
@@ -44,7 +45,8 @@ class _Group(click.Group):
 
 
 def _print_error(line: str) -> None:
-    click.echo(f"fasttrain: {line}", err=True)
+    with tolerant_output():  # the exit status tells, even if nobody reads the line
+        click.echo(f"fasttrain: {line}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

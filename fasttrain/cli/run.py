@@ -25,6 +25,7 @@ from fasttrain.cli.recipes import chosen_recipe, on_demo_set
 from fasttrain.config.choices import DEVICES, LOSS_COMBINATIONS, ON_BAD
 from fasttrain.distributed import signals
 from fasttrain.utils.errors import Stopped, UserError
+from fasttrain.utils.output import tolerant_output
 
 if TYPE_CHECKING:
     from fasttrain.config.schema import Recipe
@@ -67,8 +68,15 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
 
         torchrun --nproc-per-node N -m fasttrain run …
     """
-    if not dry_run:
-        signals.install()
+    if dry_run:
+        _run(out, resume, dry_run, **options)
+        return
+    signals.install()
+    with tolerant_output():
+        _run(out, resume, dry_run, **options)
+
+
+def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     from fasttrain.checkpoints.run_dir import lock, open_run
     from fasttrain.config import toml
     from fasttrain.data.index import open_data

@@ -148,6 +148,8 @@ class PeerFailure(RunError):
 
 def _first_failure(error: Exception, rank: int) -> Exception:
     """The error to end with: this rank's own, or PeerFailure if another rank failed first."""
+    if isinstance(error, PeerFailure):
+        return error
     try:
         store = dist.distributed_c10d._get_default_store()
         if not isinstance(error, CommandError):  # a broken collective may mean that another rank has failed

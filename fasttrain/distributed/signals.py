@@ -1,20 +1,23 @@
-"""SIGTERM and SIGUSR1, with which schedulers stop a process: recorded, for a run to ask about."""
+"""SIGTERM and SIGUSR1, with which schedulers stop a process, and SIGHUP of a terminal that closes: recorded, for a run
+to ask about."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _received = [""]
 _handlers_before: dict[int, Any] = {}
 
 
 def install() -> None:
-    """From now on these signals are recorded and do not end the process. The handler raises nothing, because an
-    exception out of a handler can be lost, for example in an import."""
+    """From now on these signals are recorded and do not end the process; ignored ones stay ignored. The handler raises
+    nothing, because an exception out of a handler can be lost, for example in an import."""
     if threading.current_thread() is threading.main_thread():  # only this thread can set handlers
         for number in STOPPING:
+            if signal.getsignal(number) == signal.SIG_IGN:  # as nohup does for SIGHUP
+                continue
             before = signal.signal(number, _record)
             _handlers_before.setdefault(number, before)
 

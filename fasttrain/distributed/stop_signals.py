@@ -11,7 +11,7 @@ from fasttrain.distributed.ranks import Ranks
 
 
 class StopSignals:
-    """While this context is open, SIGTERM and SIGUSR1 do not end the process: the loop asks for them at each step."""
+    """While this context is open, the stop signals do not end the process: the loop asks for them at each step."""
 
     LAG = 2  # steps after which GPUs' votes are read
 

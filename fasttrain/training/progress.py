@@ -47,12 +47,13 @@ class Progress:
 
     def update_best(self, validates: bool) -> bool:
         """Whether the weights of this step are the best so far; if so, their top-1 becomes `best`. Called right before
-        they are saved. validates: the run has validation images; without them the newest weights are the best."""
+        they are saved. validates: the run has validation images. Without them the newest weights are the best, unless
+        there are some with a score."""
         improved = bool(self.scores and (self.best is None or self.scores.top1 > self.best))
         self.best_on_disk = self.best
         if self.scores and improved:
             self.best = self.scores.top1
-        return improved or not validates
+        return improved or (not validates and self.best is None)
 
     def to_meta(self) -> dict[str, Any]:
         """The part of meta.json that `from_meta` reads, and the scores. The step itself is written by

@@ -238,6 +238,18 @@ def test_changed_images_and_classes(index, run_at_step_3):
     assert [event["step"] for event in events(run_at_step_3) if event["event"] == "resume"] == [2]
 
 
+def test_changed_sizes_are_refused_unless_bad_images_are_skipped(index, run_at_step_3):
+    """Crops are planned from sizes. With on_bad=skip, an image that became unreadable has the size 0."""
+    sizes = index.sizes.copy()
+    sizes[5] = 0
+    changed = replace(index, sizes=sizes)
+    with pytest.raises(UserError, match="training images have other sizes"):
+        run(tiny(), run_at_step_3, changed)
+    skip = tiny()
+    skip = replace(skip, data=replace(skip.data, on_bad="skip"))
+    assert run(skip, run_at_step_3, changed).steps == 6
+
+
 def test_another_batch_size_resumes_at_the_same_fraction_of_the_epoch(index, run_at_step_3):
     result = run(tiny(batch_size=10, resume=ResumeConfig(("batch_size",))), run_at_step_3, index)
     assert result.steps == 12
