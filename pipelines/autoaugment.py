@@ -58,7 +58,9 @@ def strength(op: Op, bin_: int, sign: int) -> float:
             return sign * 0.3 * share
         case Op.COLOR | Op.CONTRAST | Op.SHARPNESS:
             return 1 + sign * 0.9 * share
-    return 0.0
+        case Op.IDENTITY | Op.INVERT | Op.EQUALIZE | Op.AUTO_CONTRAST:
+            return 0.0
+    raise ValueError(f"AutoAugment has no strength for {op.name}")
 
 
 class _Table(NamedTuple):

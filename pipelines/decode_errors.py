@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain.data.index import Index
-from fasttrain.pipelines.decode_graph import decode
+from fasttrain.pipelines.decode_graph import decode, header_size
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.text import printable
@@ -18,7 +18,8 @@ from fasttrain.utils.text import printable
 @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
 def _decode_one() -> Any:
     path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
-    return decode(fn.io.file.read(path), Decoder("cpu"), on_gpu=False)
+    encoded = fn.io.file.read(path)
+    return decode(encoded, header_size(encoded), Decoder("cpu"), on_gpu=False)
 
 
 def decode_problem(path: str, size: Sequence[int] | None = None) -> str:
@@ -40,6 +41,13 @@ def decode_problem(path: str, size: Sequence[int] | None = None) -> str:
     if size is not None and (height, width) != tuple(size):
         return f"it has {width} x {height} pixels, but had {size[1]} x {size[0]} when the folder was scanned"
     return ""
+
+
+def check_sizes(headers: NDArray[np.int32], sizes: NDArray[np.int32]) -> None:
+    """Raises RuntimeError, as the pipeline does, where headers have other sizes than the index, int32 [n, 2] each: the
+    files were replaced after the scan, and crops were planned for the old ones."""
+    if (headers != sizes).any():
+        raise RuntimeError("images have other sizes than when the folder was scanned")
 
 
 def require_folder(path: str) -> None:

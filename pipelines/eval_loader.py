@@ -12,8 +12,8 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from fasttrain.data.index import Index
-from fasttrain.pipelines.decode_errors import decode_error
-from fasttrain.pipelines.decode_graph import decode
+from fasttrain.pipelines.decode_errors import check_sizes, decode_error
+from fasttrain.pipelines.decode_graph import decode, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.train_loader import PREFETCH, Input, output_stream
 from fasttrain.pipelines.views import Views, region
@@ -72,7 +72,8 @@ class Source:
 
 @pipeline_def
 def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
-    """read → decode → one resize per crop. Returns uint8 HWC images, one output per crop, and their indices."""
+    """read → decode → one resize per crop. Returns uint8 HWC images, one output per crop, their indices, and their
+    sizes in the headers."""
     expected = inputs(source.views)
     outputs = fn.external_source(
         source=source,
@@ -83,7 +84,9 @@ def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) ->
         ndim=[value.ndim for value in expected.values()],
     )
     nodes = {name: outputs[row] for row, name in enumerate(expected)}
-    images = decode(fn.io.file.read(nodes["path"]), decoder, on_gpu)
+    encoded = fn.io.file.read(nodes["path"])
+    size = header_size(encoded)
+    images = decode(encoded, size, decoder, on_gpu)
     views = [
         fn.resize(
             images,
@@ -96,7 +99,7 @@ def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) ->
         )
         for position, crop in enumerate(source.views.crops)
     ]
-    return (*views, nodes["number"])
+    return (*views, nodes["number"], size)
 
 
 class EvalLoader:
@@ -142,11 +145,13 @@ class EvalLoader:
         if not self.first_pass:
             self.pipe.reset()
         self.first_pass = False
+        index = self.source.index
         for batch in range(len(self)):
+            chunk = self.source.chunk(batch)
             try:
-                *pixels, indices = self.pipe.run(output_stream(self.device))
+                *pixels, indices, headers = self.pipe.run(output_stream(self.device))
+                check_sizes(np.array(headers.as_array()), index.sizes[chunk])
             except RuntimeError as error:
-                index, chunk = self.source.index, self.source.chunk(batch)
                 raise decode_error(error, [index.paths[number] for number in chunk], index.sizes[chunk]) from None
             tensors = tuple(torch.from_dlpack(crop.as_tensor()) for crop in pixels)
             yield Crops(tensors, torch.from_numpy(np.array(indices.as_array())))

@@ -4,8 +4,9 @@ The plan chooses each operation and its strength in numpy. `arguments` turns the
 the graph. Several operations share one branch of the graph (see `Kind`), because branches are expensive on a GPU, and
 warps on a CPU.
 
-To add an operation: name it in `Op`, give it a branch in `Kind`, compute its arguments in `arguments`, write its branch
-in `apply`, and list it in a policy (`autoaugment` or `randaugment`).
+To add an operation: name it in `Op`, name its branch in `Kind` and `_KINDS`, compute its arguments in `arguments` (new
+ones also in `Arguments` and `INPUTS`), and write its branch in `apply`. Then list it in a policy and give it strengths
+there (`OPERATIONS` and `strength` in `randaugment`).
 """
 
 from contextlib import suppress
@@ -54,24 +55,24 @@ class Kind(IntEnum):
     SOLARIZE = 8
 
 
-_KIND_OF = np.zeros(len(Op), np.int32)
-for _op, _kind in (
-    (Op.POSTERIZE, Kind.BITS),
-    (Op.SOLARIZE, Kind.SOLARIZE),
-    (Op.INVERT, Kind.BITS),
-    (Op.EQUALIZE, Kind.EQUALIZE),
-    (Op.AUTO_CONTRAST, Kind.AUTO_CONTRAST),
-    (Op.ROTATE, Kind.WARP),
-    (Op.SHEAR_X, Kind.WARP),
-    (Op.SHEAR_Y, Kind.WARP),
-    (Op.TRANSLATE_X, Kind.WARP),
-    (Op.TRANSLATE_Y, Kind.WARP),
-    (Op.COLOR, Kind.COLOR),
-    (Op.BRIGHTNESS, Kind.CONTRAST),
-    (Op.CONTRAST, Kind.CONTRAST),
-    (Op.SHARPNESS, Kind.SHARPNESS),
-):
-    _KIND_OF[_op] = _kind
+_KINDS = {
+    Op.IDENTITY: Kind.NONE,
+    Op.POSTERIZE: Kind.BITS,
+    Op.SOLARIZE: Kind.SOLARIZE,
+    Op.INVERT: Kind.BITS,
+    Op.EQUALIZE: Kind.EQUALIZE,
+    Op.AUTO_CONTRAST: Kind.AUTO_CONTRAST,
+    Op.ROTATE: Kind.WARP,
+    Op.SHEAR_X: Kind.WARP,
+    Op.SHEAR_Y: Kind.WARP,
+    Op.TRANSLATE_X: Kind.WARP,
+    Op.TRANSLATE_Y: Kind.WARP,
+    Op.COLOR: Kind.COLOR,
+    Op.BRIGHTNESS: Kind.CONTRAST,
+    Op.CONTRAST: Kind.CONTRAST,
+    Op.SHARPNESS: Kind.SHARPNESS,
+}
+_KIND_OF = np.array([_KINDS[op] for op in Op], np.int32)
 
 
 class Arguments(NamedTuple):
@@ -170,7 +171,7 @@ def apply(images: Any, a: Arguments, size: int, interp: Any) -> Any:
         result = fn.filter(images, a.kernel)
     elif a.kind == Kind.AUTO_CONTRAST.value:
         result = auto_contrast(images)
-    else:  # Kind.SOLARIZE
+    else:  # Kind.SOLARIZE; new branches go above
         result = images ^ (a.flip * (images >= a.threshold))
     return result
 

@@ -45,7 +45,9 @@ def strength(op: Op, magnitude: int, sign: int) -> float:
             return 8 - round(4 * share)
         case Op.SOLARIZE:
             return 255 - 255 * share
-    return 0.0
+        case Op.IDENTITY | Op.EQUALIZE | Op.AUTO_CONTRAST:
+            return 0.0
+    raise ValueError(f"RandAugment has no strength for {op.name}")
 
 
 class _Table(NamedTuple):

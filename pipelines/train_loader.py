@@ -14,8 +14,8 @@ from nvidia.dali.pipeline import Pipeline
 from fasttrain.data.index import Index
 from fasttrain.pipelines import erasing, operations
 from fasttrain.pipelines.ahead import PrefetchedSource
-from fasttrain.pipelines.decode_errors import Skip, decode_error, substitutes
-from fasttrain.pipelines.decode_graph import decode_region
+from fasttrain.pipelines.decode_errors import Skip, check_sizes, decode_error, substitutes
+from fasttrain.pipelines.decode_graph import decode_region, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.operations import Arguments
@@ -140,8 +140,8 @@ def graph(
 ) -> tuple[Any, ...]:
     """read → decode the region that the views need → for each view: crop → resize with flip → operations → erase.
 
-    Returns uint8 HWC images, one output per view, and their indices. feed: what DALI calls for each batch; `source` by
-    default.
+    Returns uint8 HWC images, one output per view, their indices, and their sizes in the headers. feed: what DALI calls
+    for each batch; `source` by default.
     """
     plan = source.plan
     inputs = batch_inputs(plan)
@@ -155,11 +155,12 @@ def graph(
     )
     nodes = {name: outputs[row] for row, name in enumerate(inputs)}
     encoded = fn.io.file.read(nodes["path"])
-    images = decode_region(encoded, nodes["region_start"], nodes["region_shape"], decoder, on_gpu)
+    size = header_size(encoded)
+    images = decode_region(encoded, size, nodes["region_start"], nodes["region_shape"], decoder, on_gpu)
     views = []
     for view in range(plan.views_total):
         views.append(_view(images, _with_prefix(f"view{view}", nodes), plan, on_gpu))
-    return *views, nodes["number"]
+    return *views, nodes["number"], size
 
 
 def _with_prefix(prefix: str, nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,7 +261,8 @@ def batches(
             pipe.build()
             while done < total:
                 try:
-                    *views, indices = pipe.run(output_stream(device))
+                    *views, indices, headers = pipe.run(output_stream(device))
+                    check_sizes(np.array(headers.as_array()), index.sizes[np.array(indices.as_array())])
                 except RuntimeError as error:
                     suspects = source.indices(done - source.skip_batches)
                     if on_skip is not None and replace_bad(suspects):

@@ -82,7 +82,14 @@ def contenders(rows: Rows) -> str:
             more = [f"{row[key]:.2f}" if key in row else "" for key in extra]
             title = "" if number else case.partition(" ")[2]
             lines.append([title, row["contender"], spread, *rate, f"{row['seconds'] / own:.2f}", *more])
-    head = ["", "contender", "ms per step", *(["img/s"] if rates else []), f"x {OWN}", *(titles[key] for key in extra)]
+    head = [
+        "",
+        "contender",
+        "ms per step",
+        *(["img/s"] if rates else []),
+        f"time / {OWN}'s",
+        *(titles[key] for key in extra),
+    ]
     return "\n\n".join([grid(head, lines), *best])
 
 

@@ -18,7 +18,8 @@ from fasttrain.training.progress import Progress, step_of
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
-# A run may resume with other values of these: none changes which images a step takes or what is done to them.
+# A run may resume with other values of these: none changes which images a step takes or how each is augmented.
+# micro_batch changes which images are mixed with each other, so `machine_changes` reports it.
 _FREE = ("name", "micro_batch", "init", "guard", "evaluation", "checkpoint", "resume", "data", "machine")
 
 
@@ -116,10 +117,15 @@ def check_validation(meta: dict[str, Any], progress: Progress, val_index: Index 
 
 
 def machine_changes(meta: dict[str, Any], recipe: Recipe, ranks: Ranks) -> list[str]:
-    """What differs from a checkpoint's machine and matters, one line each: the number of ranks, the decoder."""
+    """What differs in how a checkpoint's run was computed, one line each: ranks, micro-batch, decoder."""
     changes = []
     if meta["world"] != ranks.world:
         changes.append(f"ranks were {meta['world']} and are {ranks.world}")
+    micro_batch = meta["recipe"].get("micro_batch", recipe.micro_batch)
+    if micro_batch != recipe.micro_batch:
+        changes.append(
+            f"micro_batch was {printable(str(micro_batch))} and is {recipe.micro_batch}: other partners are mixed"
+        )
     decoder = meta["recipe"]["machine"].get("decoder", recipe.machine.decoder)
     if decoder != recipe.machine.decoder:
         changes.append(f"the decoder was {printable(decoder)} and is {recipe.machine.decoder}: pixels differ slightly")

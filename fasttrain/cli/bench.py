@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Figures = tuple[Iterable[list["Row"]], dict[str, Any]]  # a benchmark's rows, case by case, and its settings
 
 
-@click.group()
+@click.group(short_help="Measure this machine.")
 def bench() -> None:
     """Measure this machine, compared with other libraries in the same run."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -114,7 +114,7 @@ def _report(
     click.echo(common.table([*rows_of.values()][-1]))
 
 
-@bench.command("kernels", cls=GroupedCommand)
+@bench.command("kernels", cls=GroupedCommand, short_help="The Triton kernels.")
 @_benchmark(rounds=15)
 def bench_kernels(rank: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
     """The kernels (mix, triplet, averaging of weights), compared with eager, compiled and library versions."""
@@ -123,7 +123,7 @@ def bench_kernels(rank: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
     return kernels(rank.device, rounds, only), {"rounds": rounds}
 
 
-@bench.command("pipeline", cls=GroupedCommand)
+@bench.command("pipeline", cls=GroupedCommand, short_help="The training pipeline.")
 @data_option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
 @training_option("--batch-size", "batch_sizes", type=click.IntRange(2), multiple=True, default=(64,), show_default=True,
                  help="Images per batch. Repeatable.")  # fmt: skip
@@ -212,7 +212,7 @@ def _losses(chosen: "list[Recipe]") -> dict[str, list[str]]:
     return {recipe.name: [loss.name for loss in recipe.losses] for recipe in chosen}
 
 
-@bench.command("step", cls=GroupedCommand)
+@bench.command("step", cls=GroupedCommand, short_help="The training step.")
 @_network_options
 @model_option("--recipe", "recipe_names", multiple=True, metavar="NAME|FILE.toml", help="Recipe. Repeatable.")
 @model_option("--classes", type=click.IntRange(2), default=1000, show_default=True, help="Classes of the network.")
@@ -252,7 +252,7 @@ def bench_step(
     return rows, {"losses": _losses(chosen), "classes": classes, "steps": steps, "rounds": rounds}
 
 
-@bench.command("train", cls=GroupedCommand)
+@bench.command("train", cls=GroupedCommand, short_help="Whole runs.")
 @data_option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
 @_network_options
 @machine_option("--workers", type=click.IntRange(0), default=0, show_default=True,

@@ -17,7 +17,7 @@ def data_() -> None:
     """Make and check folders of images."""
 
 
-@data_.command("demo")
+@data_.command("demo", short_help="Generate the demo set.")
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
 def data_demo(folder: Path, seed: int) -> None:
@@ -30,7 +30,7 @@ def data_demo(folder: Path, seed: int) -> None:
     click.echo(f"{status} {printable(folder)}: {len(demo_set.CLASSES)} classes, 500 train and 250 val images")
 
 
-@data_.command("check")
+@data_.command("check", short_help="Name every bad file of a folder.")
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--quarantine", type=FOLDER, metavar="DIR", help="Move bad files here; `data restore` moves them back.")
 @click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
@@ -63,7 +63,7 @@ def data_check(folder: str, quarantine: str | None, out: Path | None, workers: i
         sys.exit(1)
 
 
-@data_.command("restore")
+@data_.command("restore", short_help="Undo a quarantine.")
 @click.argument("quarantine", metavar="QUARANTINE", type=FOLDER)
 @click.argument("folder", metavar="DIR", type=FOLDER)
 def data_restore(quarantine: str, folder: str) -> None:
@@ -77,7 +77,7 @@ def data_restore(quarantine: str, folder: str) -> None:
 _link_option = click.option("--link/--copy", default=False, help="Make hard links or copies. Default: copies.")
 
 
-@data_.command("vipriors")
+@data_.command("vipriors", short_help="Build the VIPriors challenge's data set.")
 @click.option("--imagenet", required=True, type=FOLDER, metavar="DIR", help="Holds train/<wnid>/ and val/.")
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="The set to make.")
 @_link_option
@@ -92,7 +92,7 @@ def data_vipriors(imagenet: str, out: str, link: bool) -> None:
     _print_placed(out, vipriors.prepare(Path(imagenet), Path(out), link))
 
 
-@data_.command("cut")
+@data_.command("cut", short_help="Draw a small set from a large folder.")
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--per-class", required=True, type=click.IntRange(1), help="Training images per class.")
 @click.option("--val-per-class", type=click.IntRange(0), help="Validation images per class. Default: as many.")

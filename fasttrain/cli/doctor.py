@@ -9,7 +9,7 @@ from fasttrain.cli.options import FILE, FOLDER
 from fasttrain.utils.errors import UserError
 
 
-@click.command()
+@click.command(short_help="Check what this machine lacks.")
 @click.option("--gpu", is_flag=True, help="Try every image decoder on the GPU instead; takes one to two minutes.")
 @click.option("--data", type=FOLDER, metavar="DIR", help="With --gpu: images in class folders. Default: drawn ones.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="With --gpu: write the figures.")

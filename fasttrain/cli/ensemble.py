@@ -10,7 +10,7 @@ from fasttrain.cli.options import FILE
 from fasttrain.utils.errors import UserError
 
 
-@click.command()
+@click.command(short_help="Average the probabilities of several models.")
 @click.argument("files", metavar="FILE.npz…", nargs=-1, required=True, type=FILE)
 @click.option("--weights", metavar="W,W,…", help="One weight per file. Default: equal weights.")
 @click.option(
@@ -91,7 +91,7 @@ def _parse_weights(text: str, count: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-@click.command()
+@click.command(short_help="Score a submission offline.")
 @click.argument("submission_path", metavar="SUBMISSION.csv", type=FILE)
 @click.option("--labels", required=True, type=FILE, metavar="FILE.csv",
               help="The right classes: the line Image IDs,Labels, then id,class.")  # fmt: skip

@@ -74,7 +74,7 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-@click.command("eval", cls=GroupedCommand)
+@click.command("eval", cls=GroupedCommand, short_help="Evaluate a checkpoint on labeled images.")
 @_network_command
 @data_option("--data", required=True, type=FOLDER, metavar="DIR",
              help="Labeled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
@@ -119,7 +119,7 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
         click.echo(f"wrote {printable(path)}")
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Save probabilities of images without labels.")
 @_network_command
 @data_option("--images", required=True, type=FOLDER, metavar="DIR", help="Images, in DIR and its folders.")
 @output_option("--out", required=True, type=FILE, metavar="FILE.npz", help="Write the probabilities here.")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fasttrain.config.schema import Recipe
 
 
-@click.command("recipes")
+@click.command("recipes", short_help="List the recipes, or print one.")
 @click.argument("name", metavar="[NAME|FILE.toml]", required=False)
 def recipes_(name: str | None) -> None:
     """List the recipes, or print one as TOML, with a comment for each setting.
@@ -42,7 +42,7 @@ def recipes_(name: str | None) -> None:
     click.echo(recipes.table())
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Draw a batch as the network sees it.")
 @model_option("--arch", metavar="A", help="Network whose recipe to show.")
 @model_option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe to show.")
 @data_option("--data", type=FOLDER, metavar="DIR", help="Training images. Default: the recipe's, or the demo set.")
@@ -104,8 +104,8 @@ def chosen_recipe(arch: str | None, recipe_name: str | None, loss: str | None = 
 
     recipe = recipes.for_arch(arch, loss or "ce")
     if arch not in ARCHS and writes_files():
-        defaults = f"batch {recipe.batch_size}, {recipe.epochs} epochs by default"
-        click.echo(f"{arch} has no report recipe: {defaults}", err=True)
+        defaults = f"batch {recipe.batch_size}, {recipe.epochs} epochs, AutoAugment, CutMix"
+        click.echo(f"no recipe for {arch}: using the defaults ({defaults})", err=True)
     return recipe
 
 

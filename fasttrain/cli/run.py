@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 @click.command(cls=GroupedCommand)
 @model_option("--arch", metavar="A", help="Network: tresnet_xl, resnest101e, seresnext101_32x4d or any other of timm.")
-@model_option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe, instead of the network's own.")
+@model_option(
+    "--recipe",
+    "recipe_name",
+    metavar="NAME|FILE.toml",
+    help="Recipe by name (see `fasttrain recipes`) or a TOML file; excludes --arch.",
+)
 @model_option("--loss", type=click.Choice(LOSS_COMBINATIONS),
               help="With --arch: the losses. Default: ce; the others fine-tune the weights of --init.")  # fmt: skip
 @model_option("--init", metavar="RUN|FILE", help="Weights to start from: a run's best, or a file of timm's weights.")
@@ -47,7 +52,9 @@ if TYPE_CHECKING:
 @training_option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
 @training_option("--batch-size", type=click.IntRange(1), help="Images per step, over all ranks. Default: the recipe's.")
 @training_option("--image-size", type=click.IntRange(8), help="Side of the images, in pixels. Default: the recipe's.")
-@training_option("--lr", type=float, help="Peak learning rate. Default: the recipe's, scaled by the batch size.")
+@training_option(
+    "--lr", type=float, help="Peak learning rate, as it is. Default: the recipe's, scaled by the batch size."
+)
 @training_option("--seed", type=click.IntRange(0), help="Random seed. Default: the recipe's.")
 @training_option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
 @machine_option("--device", type=click.Choice(DEVICES), help="Default: auto, a GPU where there is one.")
@@ -63,7 +70,7 @@ if TYPE_CHECKING:
 def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     """Train a network.
 
-    Without --data it trains on a small drawn set for a few epochs. A run that was stopped resumes with the same
+    Without --data it trains on a small generated set for a few epochs. A run that was stopped resumes with the same
     command. With several GPUs:
 
         torchrun --nproc-per-node N -m fasttrain run …

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # config imports torch, and commands that only read files nee
     from fasttrain.config.schema import DataConfig
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_CACHE_FORMAT = "fasttrain-index-2"
+_CACHE_FORMAT = "fasttrain-index-3"
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,9 +207,9 @@ def _report_ignored(root: Path, ignored: Counter[str]) -> None:
 
 
 def _stamp(name: str, entry: os.DirEntry[str]) -> str:
-    """A file's name, size and modification time, as text for the cache's key."""
+    """What changes when a file does, as text for the cache's key: its name, size, times and inode."""
     info = entry.stat()
-    return f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0"
+    return f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ctime_ns}\0{info.st_ino}\0"
 
 
 def _paths_and_sizes(
@@ -222,7 +222,8 @@ def _paths_and_sizes(
     sizes = _load_sizes(cache, len(paths))
     if sizes is None:
         sizes = _read_sizes(paths, progress)
-        _store_sizes(cache, sizes)
+        if sizes.all():  # a file that cannot be read is tried again next time
+            _store_sizes(cache, sizes)
     return paths, sizes
 
 
@@ -288,7 +289,8 @@ def _require_readable(paths: Sequence[str], sizes: NDArray[np.int32]) -> None:
 
 
 def _header_size(path: str) -> tuple[int, int]:
-    """An image's (height, width) as stored; (0, 0) where the header cannot be read."""
+    """An image's (height, width) as stored; (0, 0) if the file has no header of an image. Raises UserError if the file
+    cannot be read: that says nothing about the image."""
     from PIL import Image
 
     try:
@@ -296,7 +298,9 @@ def _header_size(path: str) -> tuple[int, int]:
             tags = getattr(image, "tag_v2", {})  # PIL gives a TIFF's size after it applies the orientation, tag 274
             transposed = tags.get(274) in range(5, 9)
             return (image.width, image.height) if transposed else (image.height, image.width)
-    except Exception:  # PIL raises whatever the broken header leads its parsers to
+    except Exception as error:  # PIL raises whatever the broken header leads its parsers to
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"cannot read {printable(path)}: {error.strerror}") from None
         return 0, 0
 
 
@@ -310,7 +314,7 @@ def _load_sizes(cache: Path, count: int) -> NDArray[np.int32] | None:
         return None
     if sizes.shape != (count, 2) or sizes.dtype != np.int32:
         return None
-    return sizes if ((sizes > 0).all(1) | (sizes == 0).all(1)).all() else None
+    return sizes if (sizes > 0).all() else None
 
 
 def _store_sizes(cache: Path, sizes: NDArray[np.int32]) -> None:

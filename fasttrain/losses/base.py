@@ -88,7 +88,7 @@ class Loss(Protocol):
 
     @property
     def weight(self) -> float:
-        """Its factor in the sum of a recipe's losses."""
+        """Factor of the loss. Calling the loss multiplies by it; the training step only adds the terms."""
         ...
 
     def __call__(self, output: Output, batch: Batch) -> Term | None:

@@ -43,7 +43,7 @@ class Guard:
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients, by parameter
         self.buffers = [_Buffers(buffers) for buffers in by_dtype(map(_flat, model.buffers()))]
 
-    def seed(self, loss: Tensor, share: float = 1.0) -> Tensor:
+    def first_gradient(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The gradient with which backward starts: `share`, or nan where the loss is not finite. With nan the
         parameters' gradients are not finite either, whatever the network does."""
         value = loss.detach()

@@ -69,7 +69,7 @@ class Step:
         self.meter = Meter(names, device, rows=recipe.machine.log_steps)
         self.guard = Guard(model, self.scaler, device)
 
-        self.network: Network = model
+        self.network: Network = model  # what a step calls: the model, in DDP and compiled where the recipe says so
         self.no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
         compiled = recipe.machine.compile != "off"
         if ranks.world > 1:
@@ -108,9 +108,9 @@ class Step:
         on_host = (self.inputs.on_host(step, micro, images) for micro, images in micro_batches)
         scalars = self.inputs.scalars(step)
         if self.graphs is None:
-            output = self.on_device(scalars, (batch.to(self.ranks.device) for batch in on_host))
+            output = self.forward_backward_update(scalars, (batch.to(self.ranks.device) for batch in on_host))
         else:
-            output = self.graphs(self.on_device, scalars, lr, on_host)
+            output = self.graphs(self.forward_backward_update, scalars, lr, on_host)
             self.guard.norms = output.norms
         self.meter.commit(step, output.row)
         if self.ema:
@@ -119,7 +119,7 @@ class Step:
                 self.ranks.share_buffers(self.ema.model)
         return output.row.values[0]
 
-    def on_device(self, scalars: StepScalars, batches: Iterable[HostBatch]) -> StepOutput:
+    def forward_backward_update(self, scalars: StepScalars, batches: Iterable[HostBatch]) -> StepOutput:
         """The device's part of a step: forward, loss, backward for each micro-batch, then the update."""
         micro_batches, scaler = self.plan.micro_batches, self.scaler
         share = 1 / micro_batches  # of each micro-batch's loss in the step's
@@ -129,9 +129,10 @@ class Step:
             with nullcontext() if is_last else self.no_sync():
                 with self.inputs.autocast():
                     output = self.network(images)
-                terms = {loss.name: term for loss in self.recipe.losses if (term := loss(output, batch)) is not None}
+                terms = {fn.name: term for fn in self.recipe.losses if (term := fn(output, batch)) is not None}
                 loss = reduce(add, (term.loss for term in terms.values()))
-                scaler.scale(loss).backward(self.guard.seed(loss, share))
+                # The gradient starts with `share`, or with nan where the loss is not finite.
+                scaler.scale(loss).backward(self.guard.first_gradient(loss, share))
             self.meter.add(metrics(loss, terms), share)
 
         check = update(self.optimizer, scaler, self.guard, scalars.lr)

@@ -250,6 +250,13 @@ def test_changed_sizes_are_refused_unless_bad_images_are_skipped(index, run_at_s
     assert run(skip, run_at_step_3, changed).steps == 6
 
 
+def test_another_micro_batch_is_reported(index, run_at_step_3):
+    """It changes which images are mixed with each other."""
+    assert run(tiny(micro_batch=10), run_at_step_3, index).steps == 6
+    (changes,) = [event["changed"] for event in events(run_at_step_3) if event["event"] == "resume"]
+    assert changes == ["micro_batch was 0 and is 10: other partners are mixed"]
+
+
 def test_another_batch_size_resumes_at_the_same_fraction_of_the_epoch(index, run_at_step_3):
     result = run(tiny(batch_size=10, resume=ResumeConfig(("batch_size",))), run_at_step_3, index)
     assert result.steps == 12

@@ -58,7 +58,7 @@ def test_run_trains_evaluates_and_resumes(demo_set, tmp_path):
     images.symlink_to(demo_set)
     first = call("run", *TINY, "--data", images, "--epochs", 1, "--out", out)
     assert "best top-1" in first.stdout and f"best checkpoint: {out}/best, last: {out}/last)" in first.stdout
-    assert "test_resnet has no report recipe" in first.stderr
+    assert "no recipe for test_resnet: using the defaults" in first.stderr
     assert (out / "best" / "model.safetensors").is_file()
     recipe = recipes.by_name(str(out / "recipe.toml"))
     assert recipe.data.train == (str(images),) and recipe.precision == "fp32" and recipe.epochs == 1

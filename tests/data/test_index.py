@@ -1,5 +1,6 @@
 """Scanning folders: which files are indexed, ignored or refused, and what is cached."""
 
+import errno
 import os
 
 import numpy as np
@@ -94,6 +95,32 @@ def test_headers_are_read_again_only_after_a_change(small, monkeypatch):
     picture(small / "zebra" / "b.jpg", (77, 66))
     assert scan(small).sizes.tolist()[2] == [66, 77] and read
     assert not list(small.rglob("*.npy")), "the cache must not be next to the images"
+
+
+def test_a_repaired_file_is_read_again(small):
+    """Also if its size and modification time are those of the damaged one."""
+    victim = small / "zebra" / "b.jpg"
+    content, times = victim.read_bytes(), victim.stat()
+    victim.write_bytes(bytes(len(content)))
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="not a readable image"):
+        scan(small)
+    assert (scan(small, keep_unreadable=True).sizes == 0).any()
+    victim.write_bytes(content)
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert scan(small).sizes.all()
+
+
+def test_a_file_that_cannot_be_opened_says_nothing_about_the_image(small, monkeypatch):
+    def too_many_files(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", too_many_files)
+        for keep in (False, True):
+            with pytest.raises(UserError, match=r"cannot read \S+: Too many open files"):
+                scan(small, keep_unreadable=keep)
+    assert len(scan(small)) == 3
 
 
 @pytest.mark.parametrize("damage", [b"", b"not an array", b"PK\x03\x04", None])

@@ -95,7 +95,7 @@ def test_only_rank_0_writes_and_prints(two_ranks):
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     assert [event["event"] for event in log].count("start") == 1 and log[0]["world"] == 2
     assert [event["images"] for event in log if event["event"] == "eval"] == [250]
-    assert done.stdout.count("run folder:") == 1 and done.stderr.count("has no report recipe") == 1
+    assert done.stdout.count("run folder:") == 1 and done.stderr.count("no recipe for") == 1
 
 
 def test_triplet_trains_on_two_ranks_as_on_one(demo_set, tmp_path):

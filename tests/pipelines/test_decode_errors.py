@@ -15,12 +15,14 @@ from helpers import broken_files, events, run, tiny
 from PIL import Image
 
 from fasttrain.config.schema import AugmentConfig, DataConfig
-from fasttrain.data import index as dataset
 from fasttrain.data.check import BAD
 from fasttrain.data.decode_check import check_files
+from fasttrain.data.index import Index, open_data
 from fasttrain.pipelines.decode_errors import Skip, decode_problem
+from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
+from fasttrain.pipelines.views import views_by_name
 from fasttrain.utils.errors import RunError, UserError
 
 
@@ -34,8 +36,8 @@ def folder(demo_set, tmp_path) -> Path:
     return tmp_path / "set"
 
 
-def scan(folder: Path) -> dataset.Index:
-    return dataset.open_data(DataConfig(train=(str(folder),), on_bad="skip"))[0]
+def scan(folder: Path) -> Index:
+    return open_data(DataConfig(train=(str(folder),), on_bad="skip"))[0]
 
 
 def plan_of(index, **changes) -> Plan:
@@ -156,9 +158,9 @@ def test_validation_never_skips(folder):
     Path(index.paths[0]).write_bytes(b"this is not a picture")
     shutil.copytree(folder, folder.parent / "val")
     with pytest.raises(UserError, match="not a readable image"):
-        dataset.open_data(DataConfig(train=(str(folder),), val=str(folder.parent / "val"), on_bad="skip"))
+        open_data(DataConfig(train=(str(folder),), val=str(folder.parent / "val"), on_bad="skip"))
     with pytest.raises(UserError, match="not a readable image"):
-        dataset.scan(folder)
+        scan(folder)
 
 
 def test_run_has_the_option(folder, tmp_path):
@@ -185,6 +187,29 @@ def test_run_has_the_option(folder, tmp_path):
     assert f"skipping {victim}: its header cannot be read; instead: " in result.stderr
     log = [json.loads(line) for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
     assert [event["path"] for event in log if event["event"] == "skip"] == [str(victim)]
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_valid_image_of_another_size_is_not_used(demo_set, tmp_path, on_bad):
+    """A larger image replaces one after the scan: the planned crop fits, but it was planned for another image."""
+    shutil.copytree(demo_set / "train", tmp_path / "images")
+    index = scan(tmp_path / "images")
+    plan = plan_of(index)
+    victim = index.paths[plan.images(1, 0)[3]]
+    with Image.open(victim) as image:
+        larger = image.resize((image.width + 100, image.height + 100))
+    larger.save(victim)
+    skips: list[Skip] = []
+    on_skip = skips.append if on_bad == "skip" else None
+    stream = batches(plan, index, torch.device("cpu"), 1, stop_step=3, on_skip=on_skip)
+    if on_bad == "skip":
+        assert len(list(stream)) == 3 and [skip.path for skip in skips] == [victim]
+        return
+    with pytest.raises(RunError, match=f"cannot decode {victim}: it has .* pixels, but had"):
+        list(stream)
+    views = views_by_name("center", 32)
+    with pytest.raises(RunError, match=f"cannot decode {victim}: it has .* pixels, but had"):
+        list(EvalLoader(index, views, 50, torch.device("cpu"), 1))
 
 
 MANY_FAILURES = """

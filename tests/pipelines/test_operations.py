@@ -159,7 +159,10 @@ def test_each_image_gets_its_own_operation():
     rng = np.random.default_rng(0)
     batch = [rng.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8) for _ in Op]
     ops = np.array(list(Op), np.int32)
-    values = np.array([strength(op, 6, -1) or randaugment.strength(op, 18, -1) for op in Op], np.float32)
+    of_autoaugment = [op for op in Op if op not in randaugment.OPERATIONS]
+    values = np.array(
+        [strength(op, 6, -1) if op in of_autoaugment else randaugment.strength(op, 18, -1) for op in Op], np.float32
+    )
     arguments = [np.ascontiguousarray(argument) for argument in operations.arguments(ops, values, SIZE)]
     pipe = one_operation(batch, arguments, types.INTERP_NN, batch_size=len(batch))
     pipe.build()

@@ -351,7 +351,7 @@ def test_steps_skipped_while_the_scaler_looks_for_a_scale_have_not_failed():
     finite = []
     for _ in range(4):
         loss = 3 * nn.functional.linear(torch.tensor([[1.0, 0.5]]).half(), model.weight.half()).float().sum()
-        scaler.scale(loss).backward(guard.seed(loss))
+        scaler.scale(loss).backward(guard.first_gradient(loss))
         norm, _, failed = update(optimizer, scaler, guard)
         finite.append(math.isfinite(norm))
         assert not failed
@@ -367,7 +367,7 @@ def test_a_nan_loss_fails_the_step_once_the_scale_is_1():
     failed = []
     for _ in range(5):
         loss = model(torch.tensor([[1.0, math.nan]])).sum()
-        scaler.scale(loss).backward(guard.seed(loss))
+        scaler.scale(loss).backward(guard.first_gradient(loss))
         failed.append(update(optimizer, scaler, guard).failed.item())
     assert failed == [0, 0, 1, 1, 1] and all(p.isfinite().all() for p in model.parameters())  # at scales 1, ½ and ¼
 

@@ -50,5 +50,5 @@ def test_learning_rates_stay_between_zero_and_peak(steps, warmup, peak):
 
 
 def test_an_unknown_schedule_is_an_error():
-    with pytest.raises(ValueError, match="no learning-rate schedule 'linear'"):
-        lr_at(5, steps=10, warmup_steps=0, peak=0.1, schedule="linear")
+    with pytest.raises(ValueError, match="no learning-rate schedule 'no such'"):
+        lr_at(5, steps=10, warmup_steps=0, peak=0.1, schedule="no such")
