@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import CPU as ALONE
+from helpers import tiny
 
 from fasttrain import recipes
 from fasttrain.config import toml
-from fasttrain.config.schema import MachineConfig
+from fasttrain.config.schema import MachineConfig, MixConfig
+from fasttrain.losses.contrastive import Contrastive
 from fasttrain.pipelines import decoders
-from fasttrain.prepare import decoder_of, resolve_auto
+from fasttrain.prepare import check, decoder_of, resolve_auto
 from fasttrain.utils.errors import UserError
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -68,3 +71,12 @@ def test_on_a_cpu_every_recipe_decodes_on_the_cpu():
     for decoder in ("auto", "gpu", "gpu-hardware"):
         recipe = replace(recipes.for_arch("resnet18"), machine=MachineConfig(decoder=decoder))
         assert decoder_of(recipe, CPU).kind == "cpu"
+
+
+def test_the_input_is_checked_with_all_views_of_its_images(index):
+    """One image at a time has too few rows for BatchNorm after the last stage; two views of it have enough."""
+    one = tiny(micro_batch=1, batch_size=2)
+    with pytest.raises(UserError, match="does not take one image of 32 x 32 pixels at once"):
+        check(one, index, ALONE)
+    two_views = replace(one, losses=(*one.losses, Contrastive()), micro_batch=1, batch_size=2, mix=MixConfig(cutmix=0))
+    assert check(two_views, index, replace(ALONE, world=2)).output.logits.shape == (2, 10)
