@@ -103,8 +103,8 @@ def load_teacher(recipe: Recipe, classes: Sequence[str], device: torch.device) -
 
 @dataclass
 class Run:
-    """A run that is ready for its next step. changed: what differs from the checkpoint that it resumes from. notes:
-    lines to log at the start."""
+    """A run that is ready for its next step. resumed: from a checkpoint. changed: what differs from that checkpoint's
+    run. notes: lines to log at the start."""
 
     recipe: Recipe
     out: Path
@@ -115,6 +115,7 @@ class Run:
     train_step: Step
     progress: Progress
     fingerprint: dict[str, Any]
+    resumed: bool
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -154,15 +155,16 @@ def prepare(
         train_step.guard.reset()
         train_step.meter.restore(saved.meta["meters"], saved.meta["streak"], ranks)
     return Run(
-        recipe,
-        out,
-        train_index,
-        val_index,
-        ranks,
-        plan,
-        train_step,
-        progress,
-        fingerprint,
+        recipe=recipe,
+        out=out,
+        train_index=train_index,
+        val_index=val_index,
+        ranks=ranks,
+        plan=plan,
+        train_step=train_step,
+        progress=progress,
+        fingerprint=fingerprint,
+        resumed=saved is not None,
         changed=changed,
         notes=notes,
     )
@@ -191,7 +193,7 @@ def open_log(run: Run) -> Log:
     """Open a run's log, and write and print how it starts. A run that resumes also gets its recipe.toml anew."""
     recipe, plan, progress, device = run.recipe, run.plan, run.progress, run.ranks.device
     start = progress.steps_done
-    if start and run.ranks.first:
+    if run.resumed and run.ranks.first:
         write_recipe(run.out, toml.to_toml(recipe))
     log = Log(
         run.out,

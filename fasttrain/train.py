@@ -62,6 +62,7 @@ def train(
             try:
                 return train_loop(run, signals)
             except Diverged as diverged:
+                del run  # the next one needs its memory
                 resume_from = ranks.from_first(partial(rewind, out, diverged, train_index, recipe.guard.rewinds))
                 if resume_from is None:
                     raise RunError(f"{diverged}; {printable(out / REPORT)} has the steps and their images") from None
@@ -70,7 +71,7 @@ def train(
 def train_loop(run: Run, signals: StopSignals) -> Result:
     """Train from the run's next step to its end. Raises Diverged where too many steps in a row were not finite."""
     recipe, plan, ranks, progress, train_step = run.recipe, run.plan, run.ranks, run.progress, run.train_step
-    log, val_loader = open_log(run), build_val_loader(run)
+    val_loader, log = build_val_loader(run), open_log(run)
     stream = batches(
         plan,
         run.train_index,
@@ -81,7 +82,7 @@ def train_loop(run: Run, signals: StopSignals) -> Result:
         decoder=decoder_of(recipe, ranks.device),
     )
     watch = Watch(ranks, recipe.machine.hang_timeout)
-    saver = Saver(run.out, recipe.checkpoint, log, alive=lambda: watch.at(progress.steps_done, SAVING))
+    saver = Saver(run.out, recipe.checkpoint, log, alive=lambda: watch.at(progress.steps_done - 1, SAVING))
     feed = Feed(stream, plan, run.train_index, watch, progress.steps_done, recipe.machine.hash_batches)
     with closing(log), saver, watch, gc_paused(), explain_out_of_memory(plan):
         for step, micro_batches in feed:

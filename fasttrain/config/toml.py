@@ -65,7 +65,7 @@ def _with_comments(text: str, recipe: Recipe) -> str:
     parts: dict[str, Any] = {"": recipe} | {f"losses.{loss.name}": loss for loss in recipe.losses}
     parts |= {name: value for name, value in vars(recipe).items() if dataclasses.is_dataclass(value)}
     lines, docs = [], field_docs(Recipe)
-    for line in text.splitlines():
+    for line in text.removesuffix("\n").split("\n"):  # not splitlines, which also splits at other characters
         if table := re.fullmatch(r"\[([\w.]+)\]", line):
             part: Any = type(parts[table[1]]) if table[1] in parts else None
             docs = field_docs(part) if part else {}

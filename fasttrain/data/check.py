@@ -245,7 +245,7 @@ def write_report(report: Report, path: str | Path) -> None:
     path = Path(path)
     require_writable(path)
     try:
-        with atomic(path) as temporary:
+        with atomic(path, sync=True) as temporary:
             temporary.write_text(report.to_json(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None

@@ -4,9 +4,9 @@ The files are written to `OUT.partial`, which is renamed to `OUT` once it is com
 the set, so nothing is ever written into a folder that holds anything else.
 """
 
+import fnmatch
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,10 +43,10 @@ def is_finished(out: Path, marker: str, stamp: Mapping[str, object]) -> bool:
         return True
     problem = "already exists and is not the requested set"
     try:
-        if _has_others(out, allowed=set()):
+        if _has_others(out):
             raise UserError(f"{printable(out)} {problem}; name another --out")
         # The first call may have been stopped while it wrote the marker.
-        if _has_others(partial, allowed={marker}) and read_json_object(partial / marker) != stamp:
+        if _has_others(partial, (marker, f"{marker}.part", ".part-*")) and read_json_object(partial / marker) != stamp:
             raise UserError(f"{printable(partial)} {problem}; remove it or name another --out")
     except OSError as error:
         raise UserError(f"cannot read the folder {printable(error.filename)}: {error.strerror}") from None
@@ -100,14 +100,14 @@ def place(
     current = ""  # path in `out`, for the error
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write(partial / marker, json.dumps(stamp, indent=1) + "\n")
+        _write(partial / marker, json.dumps(stamp, indent=1) + "\n", temporary)
     except OSError as error:
         raise UserError(f"cannot write to {printable(partial)}: {error.strerror}") from None
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         for current, text in texts.items():
-            _write(partial / current, text)
+            _write(partial / current, text, temporary)
         bar = tqdm(todo, desc="linking" if link else "copying", unit="file", disable=None if progress else True)
         for current in bar:
             with atomic(partial / current, temporary=temporary) as target:
@@ -115,9 +115,8 @@ def place(
                     _hard_link(sources[current], target)
                 else:
                     shutil.copyfile(sources[current], target)
-        stale = [path for path in partial.iterdir() if _is_temporary(path.name) or path.name.startswith(".part-")]
-        for path in stale:
-            path.unlink()
+        for stale in (*partial.glob(".part-*"), partial / f"{marker}.part"):  # left by killed processes
+            stale.unlink(missing_ok=True)
         os.rename(partial, out)  # fails, and changes nothing, if another process has filled `out` meanwhile
         if _is_our_list(missing):
             missing.unlink()
@@ -134,20 +133,15 @@ def _sibling(out: Path, suffix: str) -> Path:
     return out.parent / f"{out.name}.{suffix}"
 
 
-def _is_temporary(name: str) -> bool:
-    """Whether a file has the name of a temporary file of `atomic`, which a killed process leaves."""
-    return re.fullmatch(r"\.\w+\.\d+\.json", name) is not None
-
-
-def _has_others(folder: Path, allowed: set[str]) -> bool:
-    """Whether `folder` is not a folder but exists, or has entries that are neither allowed nor temporary."""
+def _has_others(folder: Path, allowed: tuple[str, ...] = ()) -> bool:
+    """Whether `folder` is not a folder but exists, or has entries whose names match no pattern of `allowed`."""
     if not folder.is_dir():
         return os.path.lexists(folder)
-    return any(name not in allowed and not _is_temporary(name) for name in os.listdir(folder))
+    return any(not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed) for name in os.listdir(folder))
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
+def _write(path: Path, text: str, temporary: Path) -> None:
+    with atomic(path, temporary=temporary):
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 

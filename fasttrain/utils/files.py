@@ -86,6 +86,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `folder` at the end of the block; that must not exist, or be empty.
     Where the block fails, the temporary folder is removed. Raises OSError."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same number
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -250,6 +250,16 @@ def test_changed_sizes_are_refused_unless_bad_images_are_skipped(index, run_at_s
     assert run(skip, run_at_step_3, changed).steps == 6
 
 
+def test_the_recipe_is_written_again_even_if_a_run_resumes_at_its_start(index, tmp_path):
+    """The first of three steps per epoch is the start of an epoch of one step."""
+    out = tmp_path / "run"
+    short = tiny(checkpoint=CheckpointConfig(every_steps=1, keep=9))
+    run(short, out, index)
+    start = out / "checkpoints" / "step-00000001"
+    run(tiny(batch_size=60, resume=ResumeConfig(("batch_size",))), out, index, resume=str(start))
+    assert "batch_size = 60\n" in (out / "recipe.toml").read_text()
+
+
 def test_another_micro_batch_is_reported(index, run_at_step_3):
     """It changes which images are mixed with each other."""
     assert run(tiny(micro_batch=10), run_at_step_3, index).steps == 6

@@ -2,12 +2,13 @@
 
 import dataclasses
 import tomllib
+from dataclasses import replace
 
 import pytest
 
 from fasttrain import recipes
 from fasttrain.config import toml
-from fasttrain.config.schema import Recipe
+from fasttrain.config.schema import DataConfig, Recipe
 from fasttrain.losses import LOSSES
 from fasttrain.utils.errors import UserError
 
@@ -48,3 +49,9 @@ def test_a_setting_adds_its_loss():
         toml.override(recipe, "losses.triplet.margn=0.5")
     with pytest.raises(UserError, match="images_per_class must be 2 or more with the loss triplet"):
         toml.override(recipe, "losses.triplet.margin=0.5")
+
+
+@pytest.mark.parametrize("text", ["/d/a\u2028b", "/d/a\u0085[optim]", "a\nlr = 3", 'x"""\n[mix]\ncutmix = 1'])
+def test_comments_and_strange_texts(text):
+    recipe = replace(recipes.for_arch("resnet18"), data=DataConfig(train=(text,), val=text))
+    assert toml.from_toml(toml.to_toml(recipe, comments=True)) == recipe

@@ -238,9 +238,10 @@ def test_folders_with_other_content_are_not_written_to(imagenet, tmp_path):
     out.unlink()
     out.mkdir()  # empty: nothing to lose
     partial.mkdir()
-    (partial / ".vipriors.123.json").touch()  # stopped while it wrote the marker
+    (partial / ".part-123").touch()
+    (partial / "vipriors.json.part").touch()  # stopped while it wrote the marker
     assert prepare(imagenet, out).made
-    assert not list(out.rglob(".*"))
+    assert not [*out.rglob(".*"), *out.rglob("*.part")]
 
 
 def test_a_finished_set_is_recognized_without_its_sources(imagenet, tmp_path):

@@ -1,9 +1,11 @@
 """Losses and gradients that are not finite: such a step changes nothing, runs go back, and a report is written."""
 
+import gc
 import json
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from fasttrain.losses.triplet import Triplet
 from fasttrain.pipelines.plan import Plan
 from fasttrain.training import inputs, optim
 from fasttrain.training.guard import Guard
-from fasttrain.training.step import update
+from fasttrain.training.step import Step, update
 from fasttrain.utils.errors import RunError
 
 
@@ -181,6 +183,24 @@ def test_a_run_goes_back_and_resumes_with_other_images(index, tmp_path, monkeypa
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
     # The checkpoint that was written during the failed steps is gone.
     assert not (tmp_path / "run" / "checkpoints" / "step-00000008").exists()
+
+
+def test_the_network_before_going_back_is_freed(index, tmp_path, monkeypatch):
+    """The next run's network would not fit next to it."""
+    alive: list[int] = []
+    steps: list[weakref.ref] = []
+    original = Step.__init__
+
+    def init(step, *args):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in steps))
+        steps.append(weakref.ref(step))
+        original(step, *args)
+
+    monkeypatch.setattr(Step, "__init__", init)
+    poison(monkeypatch, {3, 4})
+    run(RECIPE, tmp_path / "run", index)
+    assert alive == [0, 0]
 
 
 def test_a_run_that_went_back_is_resumed_exactly(index, tmp_path, monkeypatch):
