@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fasttrain.checkpoints import checkpoint
 from fasttrain.config.schema import Recipe
-from fasttrain.data.index import Index
+from fasttrain.data.index import Index, facts
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation.evaluate import probabilities
 from fasttrain.evaluation.predictions import Predictions
@@ -48,6 +48,7 @@ def predict(
     for size in crops.sizes:
         check_input_shape(meta_model, recipe.arch, 2, size, "name other --sizes or --views")
     index = ranks.in_turn(lambda: open_index(recipe, classes))
+    ranks.require_same({"network's classes": "\0".join(classes)} | facts(index, "input"))
     model.to(ranks.device).to(memory_format=torch.channels_last)
     machine = replace(recipe.machine, decoder=decoder)
     recipe = resolve_auto(replace(recipe, precision="auto", machine=machine), ranks.device)

@@ -17,7 +17,7 @@ from fasttrain.checkpoints.init_weights import initialize
 from fasttrain.checkpoints.run_dir import check_overwritable, write_recipe
 from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
-from fasttrain.data.index import Index, require_classes
+from fasttrain.data.index import Index, facts, require_classes
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.base import Output
 from fasttrain.models import Classifier, build_on_meta, check_input_shape
@@ -129,6 +129,7 @@ def prepare(
 ) -> Run:
     """Build a run of a resolved recipe, from a checkpoint, from other weights or from scratch. Raises UserError where
     the settings, the data and the checkpoint do not fit together."""
+    require_same_run(recipe, train_index, val_index, ranks)
     plan = check(recipe, train_index, ranks).plan
     teacher = load_teacher(recipe, train_index.classes, ranks.device)
     torch.manual_seed(recipe.seed)
@@ -168,6 +169,19 @@ def prepare(
         changed=changed,
         notes=notes,
     )
+
+
+def require_same_run(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks) -> None:
+    """Raises UserError on all ranks where they do not have the same recipe, classes, images and sizes. Folders and the
+    number of threads may differ."""
+    comparable = replace(
+        recipe,
+        data=replace(recipe.data, train=(), val=""),
+        init=replace(recipe.init, weights=""),
+        machine=replace(recipe.machine, workers=0),
+    )
+    recipe_text = repr(toml.to_dict(comparable))
+    ranks.require_same({"recipe": recipe_text} | facts(train_index, "training") | facts(val_index, "validation"))
 
 
 def build_val_loader(run: Run) -> "EvalLoader | None":

@@ -58,6 +58,17 @@ class Index:
         return hashlib.sha256(self.sizes.astype("<i4").tobytes()).hexdigest()
 
 
+def facts(index: Index | None, kind: str) -> dict[str, str]:
+    """What must be the same on all ranks of an index of `kind` images, for `Ranks.require_same`."""
+    if index is None:
+        return {f"set of {kind} images": "none"}
+    return {
+        f"set of classes of the {kind} images": "\0".join(index.classes),
+        f"set of {kind} images": index.fingerprint(),
+        f"{kind} image size": index.fingerprint_of_sizes(),
+    }
+
+
 def cache_dir() -> Path:
     """fasttrain's folder in the user's cache: $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,6 +90,27 @@ class Ranks:
         if self.local_rank:
             result = work()
         return result  # type: ignore[return-value]
+
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Check that all ranks have the same facts, by name. Raises UserError on all ranks, which names the first rank
+        that differs from rank 0, its host and what differs."""
+        if self.world == 1:
+            return
+
+        def compare(all_facts: list[tuple[str, Mapping[str, str]]]) -> str:
+            first_host, expected = all_facts[0]
+            for rank, (host, own) in enumerate(all_facts):
+                for name, value in expected.items():
+                    if own.get(name) != value:
+                        return (
+                            f"rank {rank} on {host} has another {name} than rank 0 on {first_host}; give all ranks the "
+                            "same"
+                        )
+            return ""
+
+        gathered = self.gather((os.uname().nodename, facts))
+        if difference := self.from_first(lambda: compare(gathered)):
+            raise UserError(difference)
 
     def from_first(self, work: Callable[[], T]) -> T:
         """The result of `work()` on rank 0, on every rank."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +179,36 @@ def test_a_failure_of_one_rank_ends_all_with_its_message(demo_set, tmp_path):
     lines = [line for line in done.stderr.splitlines() if "fasttrain: " in line]
     assert done.returncode != 0
     assert len(lines) == 1 and "rank 1" in lines[0] and str(damaged) in lines[0], done.stderr
+
+
+OWN_FOLDERS = """
+import os, sys
+from fasttrain.cli.main import main
+main([word.replace("NODE", f"node{os.environ['RANK']}") for word in sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("train/cross-checks-blue", "rank 1 on .* has another set of classes of the training images than rank 0 on"),
+        pytest.param("train/*/001.jpg", "has another set of training images than", marks=pytest.mark.slow),
+        pytest.param("val/*/*7.jpg", "has another set of validation images than", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_do_not_see_the_same_images_are_refused(demo_set, tmp_path, change, says):
+    """Each rank has folders of its own, as on machines with local copies; in rank 1's, something is renamed."""
+    for node in ("node0", "node1"):
+        shutil.copytree(demo_set, tmp_path / node)
+    victim = sorted((tmp_path / "node1").glob(change))[0]
+    victim.rename(victim.with_name(f"other-{victim.name}"))
+    if change == "train/cross-checks-blue":
+        (tmp_path / "node1/val/cross-checks-blue").rename(tmp_path / "node1/val/other-cross-checks-blue")
+    (tmp_path / "folders.py").write_text(OWN_FOLDERS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "folders.py"), "run", *SMALL, "--device", "cpu", "--data", str(tmp_path / "NODE")]
+    command += ["--out", str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fasttrain: ")]
+    assert done.returncode and len(lines) == 1 and re.search(says, lines[0]), done.stderr
