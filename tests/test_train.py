@@ -211,9 +211,21 @@ class SyncCounter(TorchDispatchMode):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"precision": precision} for precision in ("fp32", "bf16", "fp16")),
-        {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": InitConfig(force_scratch=True)},
-        {"losses": (CrossEntropy(), ArcFace()), "init": InitConfig(force_scratch=True), "ema": EmaConfig(0.9)},
+        *(pytest.param({"precision": name}, marks=pytest.mark.slow, id=name) for name in ("fp32", "bf16", "fp16")),
+        pytest.param(
+            {"losses": (CrossEntropy(), Triplet()), "images_per_class": 5, "init": InitConfig(force_scratch=True)},
+            marks=pytest.mark.slow,
+            id="triplet",
+        ),
+        pytest.param(
+            {
+                "losses": (CrossEntropy(), ArcFace()),
+                "init": InitConfig(force_scratch=True),
+                "ema": EmaConfig(0.9),
+                "precision": "bf16",
+            },
+            id="ArcFace, averages, bf16",
+        ),
     ],
 )
 def test_no_step_waits_for_the_device(index, tmp_path, changes):

@@ -102,6 +102,7 @@ def test_a_run_stopped_after_any_step_resumes_bit_for_bit(index, tmp_path, monke
         same(out, tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_a_run_stopped_many_times_resumes_bit_for_bit(index, tmp_path, monkeypatch):
     """It stops three times in the first epoch and twice in the second."""
     recipe = replace(RECIPES["triplet, EMA, accumulation"], epochs=2)
@@ -130,6 +131,7 @@ def evaluated_epochs(out: Path) -> list[int]:
     return [event["epoch"] for event in events(out) if event["event"] == "eval"]
 
 
+@pytest.mark.slow
 def test_rare_evaluation_does_not_change_the_results(index, tmp_path, monkeypatch):
     """Also where a stopped run resumes with another interval."""
     recipe = tiny(epochs=5)

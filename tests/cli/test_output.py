@@ -24,7 +24,7 @@ def shell(command, demo_set, tmp_path):
     [
         pytest.param("(RUN 2>&1; echo $? >TMP/status) | head -1", id="closed pipe"),
         pytest.param("RUN 2>/dev/full >/dev/full; echo $? >TMP/status", id="full disk", marks=pytest.mark.slow),
-        pytest.param("RUN 2>&- >&-; echo $? >TMP/status", id="closed streams"),
+        pytest.param("RUN 2>&- >&-; echo $? >TMP/status", id="closed streams", marks=pytest.mark.slow),
     ],
 )
 def test_output_that_cannot_be_written_does_not_end_a_run(demo_set, tmp_path, command):

@@ -155,6 +155,7 @@ def test_one_rank_resumes_the_run_of_two(two_ranks, demo_set):
     assert "10 steps" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_indivisible_batch_size_is_reported_in_one_line(demo_set, tmp_path):
     args = (*SMALL[:4], "--batch-size", 51, "--data", demo_set, "--out", tmp_path / "run")
     done = launch(tmp_path, 2, *args, check=False)

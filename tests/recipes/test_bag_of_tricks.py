@@ -121,7 +121,9 @@ def test_zero_gamma_changes_only_the_last_norm_of_each_block(arch):
     assert not blocks or {name.split(".bn")[0].removeprefix("backbone.") for name in changed} == set(blocks)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [pytest.param("bf16", torch.bfloat16, marks=pytest.mark.slow), ("fp16", torch.float16)]
+)
 def test_half_precision_keeps_master_weights_in_float32(index, tmp_path, precision, dtype, monkeypatch):
 
     dtypes = set()
