@@ -15,7 +15,7 @@ from fasttrain.pipelines.plan import Plan
 class Feed:
     """Iterating gives (step, its micro-batches) from `start_step` to the run's end.
 
-    stream: the pipeline's micro-batches. watch: is told when the step waits for images and when it trains. hash_images:
+    stream: the pipeline's micro-batches. watch: learns when the step waits for images and when it trains. hash_images:
     collect a hash of each image of the step in `hashes`, in the order of the images; waits for the device.
     """
 

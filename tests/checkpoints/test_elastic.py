@@ -125,9 +125,8 @@ with ranks("cpu") as this_rank:
 """
 
 
-@pytest.mark.parametrize(
-    "recipe", ["CutMix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("triplet", "mean teacher"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["CutMix", "triplet", "mean teacher"])
 def test_two_ranks_stopped_after_any_step_resume_bit_for_bit(small, tmp_path, recipe):
     """A signal to rank 1 alone makes both ranks finish the step, also with P x K batches and accumulation."""
     (tmp_path / "every_stop.py").write_text(EVERY_STOP)

@@ -100,6 +100,7 @@ def test_only_rank_0_writes_and_prints(two_ranks):
     assert done.stdout.count("run folder:") == 1 and done.stderr.count("no recipe for") == 1
 
 
+@pytest.mark.slow
 def test_triplet_trains_on_two_ranks_as_on_one(demo_set, tmp_path):
     """Triplets are mined over the gathered batch. The network has no BatchNorm, whose statistics would differ."""
     args = ("--arch", "test_convnext", "--loss", "ce+triplet", "--image-size", 32, "--batch-size", 40, "--epochs", 1)

@@ -163,7 +163,9 @@ def check_triplet(case, offset=0, margin=0.3, squared=False, gather=False):
 @on_device
 @pytest.mark.parametrize("margin", [0.3, 50.0, None])
 @pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("shape", [(2, 1, 1), (7, 5, 2), (16, 16, 4), (33, 70, 6)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (7, 5, 2), (16, 16, 4), pytest.param((33, 70, 6), marks=pytest.mark.slow)]
+)
 def test_triplet_equals_the_reference(shape, squared, margin):
     check_triplet(triplet_case(*shape), margin=margin, squared=squared)
 
