@@ -15,7 +15,8 @@ from fasttrain.data.index import Index
 from fasttrain.pipelines.decode_errors import check_sizes, decode_error
 from fasttrain.pipelines.decode_graph import decode, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
-from fasttrain.pipelines.train_loader import PREFETCH, Input, output_stream
+from fasttrain.pipelines.named_inputs import Input, read_inputs
+from fasttrain.pipelines.train_loader import PREFETCH, output_stream
 from fasttrain.pipelines.views import Views, region
 
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -74,16 +75,7 @@ class Source:
 def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
     """read → decode → one resize per crop. Returns uint8 HWC images, one output per crop, their indices, and their
     sizes in the headers."""
-    expected = inputs(source.views)
-    outputs = fn.external_source(
-        source=source,
-        num_outputs=len(expected),
-        batch=True,
-        batch_info=True,
-        dtype=[getattr(types, value.dtype) for value in expected.values()],
-        ndim=[value.ndim for value in expected.values()],
-    )
-    nodes = {name: outputs[row] for row, name in enumerate(expected)}
+    nodes = read_inputs(source, inputs(source.views))
     encoded = fn.io.file.read(nodes["path"])
     size = header_size(encoded)
     images = decode(encoded, size, decoder, on_gpu)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +18,13 @@ from fasttrain.pipelines.decode_errors import Skip, check_sizes, decode_error, s
 from fasttrain.pipelines.decode_graph import decode_region, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.images import Images
+from fasttrain.pipelines.named_inputs import Input, read_inputs
 from fasttrain.pipelines.operations import Arguments
 from fasttrain.pipelines.plan import Draws, Plan, operations_per_image
 
 PREFETCH = 2  # batches that are prepared ahead of the current one
 
 _INTERPOLATIONS = {"nearest": types.INTERP_NN, "linear": types.INTERP_LINEAR}
-
-
-class Input(NamedTuple):
-    """The name of DALI's type, and the number of dimensions per image, of an input of the graph."""
-
-    dtype: str
-    ndim: int
 
 
 def batch_inputs(plan: Plan) -> dict[str, Input]:
@@ -144,16 +138,7 @@ def graph(
     for each batch; `source` by default.
     """
     plan = source.plan
-    inputs = batch_inputs(plan)
-    outputs = fn.external_source(
-        source=feed or source,
-        num_outputs=len(inputs),
-        batch=True,
-        batch_info=True,
-        dtype=[getattr(types, value.dtype) for value in inputs.values()],
-        ndim=[value.ndim for value in inputs.values()],
-    )
-    nodes = {name: outputs[row] for row, name in enumerate(inputs)}
+    nodes = read_inputs(feed or source, batch_inputs(plan))
     encoded = fn.io.file.read(nodes["path"])
     size = header_size(encoded)
     images = decode_region(encoded, size, nodes["region_start"], nodes["region_shape"], decoder, on_gpu)
