@@ -158,7 +158,8 @@ def test_another_number_of_ranks_sees_the_same_images(small, tmp_path):
     hashes = batch_hashes(tmp_path / "one")
     assert batch_hashes(tmp_path / "changing") == hashes and len(hashes) == 6
     changes = [event["changed"] for event in events(tmp_path / "changing") if event["event"] == "resume"]
-    assert changes == [["ranks were 2 and are 1"], ["ranks were 1 and are 2"]]
+    micro_batch = "micro_batch was 0 and is 5: other partners are mixed"
+    assert changes == [["ranks were 2 and are 1"], ["ranks were 1 and are 2", micro_batch]]
 
 
 def test_hashes_of_several_views_do_not_depend_on_micro_batches(demo_set, tmp_path):
