@@ -132,6 +132,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_prediction_with_two_ranks_gives_the_same_probabilities(two_ranks, demo_set, tmp_path, one_thread):
     """Also where a rank has no images."""
     import numpy as np
@@ -150,6 +151,7 @@ def test_prediction_with_two_ranks_gives_the_same_probabilities(two_ranks, demo_
         np.testing.assert_array_equal(np.load(alone)["probs"], np.load(both)["probs"])
 
 
+@pytest.mark.slow
 def test_one_rank_resumes_the_run_of_two(two_ranks, demo_set):
     folder, _ = two_ranks
     done = launch(folder, 1, *SMALL, "--data", demo_set, "--out", folder / "run")
