@@ -15,9 +15,9 @@ _ON_GPU = {**_AS_STORED, "device": "mixed", "affine": False}
 def header_size(encoded: Any) -> Any:
     """Height and width from each file's header, int32 [2], without EXIF rotation.
 
-    The decoders below depend on it. When DALI's decoder meets a file without a header that it can parse, its other
-    threads may still read the batch, and it crashes now and then (seen with DALI 2.4). This operator fails first, and
-    does not crash.
+    The CPU's decoder gets its region from it. When that decoder meets a file without a header that it can parse, its
+    other threads may still read the batch, and it crashes now and then (seen with DALI 2.4). This operator fails first,
+    and does not crash.
     """
     return fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
 

@@ -16,7 +16,7 @@ from fasttrain.pipelines.decode_errors import check_sizes, decode_error
 from fasttrain.pipelines.decode_graph import decode, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.named_inputs import Input, read_inputs
-from fasttrain.pipelines.train_loader import PREFETCH, output_stream
+from fasttrain.pipelines.train_loader import output_stream, pipeline_options
 from fasttrain.pipelines.views import Views, region
 
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -114,16 +114,13 @@ class EvalLoader:
     ) -> None:
         indices = np.array_split(np.arange(len(index)), world)[rank]
         self.source = Source(indices, index, max(1, min(batch_size, len(indices))), views)
-        self.device, on_gpu = device, device.type == "cuda"
+        self.device = device
         self.pipe = graph(
             self.source,
             decoder or Decoder(resolve("auto", device)),
-            on_gpu,
+            device.type == "cuda",
             interpolation,
-            batch_size=self.source.batch_size,
-            num_threads=threads,
-            device_id=device.index or 0 if on_gpu else None,
-            prefetch_queue_depth=PREFETCH,
+            **pipeline_options(device, self.source.batch_size, threads),
         )
         self.pipe.build()
         self.first_pass = True

@@ -190,17 +190,23 @@ def build(
 ) -> Pipeline:
     """The pipeline, not yet built by DALI. device: that of the output. decoder: `auto` by default. feed: see
     `graph`."""
-    on_gpu = device.type == "cuda"
     return graph(
         source,
         decoder or Decoder(resolve("auto", device)),
-        on_gpu,
+        device.type == "cuda",
         feed,
-        batch_size=source.plan.micro_batch,
-        num_threads=threads,
-        device_id=device.index or 0 if on_gpu else None,
-        prefetch_queue_depth=PREFETCH,
+        **pipeline_options(device, source.plan.micro_batch, threads),
     )
+
+
+def pipeline_options(device: torch.device, batch_size: int, threads: int) -> dict[str, Any]:
+    """DALI's options of a pipeline whose output is on this device."""
+    return {
+        "batch_size": batch_size,
+        "num_threads": threads,
+        "device_id": device.index or 0 if device.type == "cuda" else None,
+        "prefetch_queue_depth": PREFETCH,
+    }
 
 
 def output_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -246,8 +252,9 @@ def batches(
             pipe.build()
             while done < total:
                 try:
-                    *views, indices, headers = pipe.run(output_stream(device))
-                    check_sizes(np.array(headers.as_array()), index.sizes[np.array(indices.as_array())])
+                    *views, numbers, headers = pipe.run(output_stream(device))
+                    indices = np.array(numbers.as_array())
+                    check_sizes(np.array(headers.as_array()), index.sizes[indices])
                 except RuntimeError as error:
                     suspects = source.indices(done - source.skip_batches)
                     if on_skip is not None and replace_bad(suspects):
@@ -257,4 +264,4 @@ def batches(
                 done += 1
                 pixels = [torch.from_dlpack(view.as_tensor()) for view in views]
                 rows = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-                yield Images(rows, torch.from_numpy(np.array(indices.as_array())))
+                yield Images(rows, torch.from_numpy(indices))

@@ -149,8 +149,8 @@ def scan(folder: str | Path, *, progress: bool = True, keep_unreadable: bool = F
     """Index a folder of class folders.
 
     Hidden files, files without an image's extension, folders inside class folders and links that leave the folder are
-    ignored; one line on stderr counts them. Sizes come from the cache as long as no file's name, size in bytes or
-    modification time changes.
+    ignored; one line on stderr counts them. Sizes come from the cache as long as no file's name, size in bytes, times
+    or inode changes.
 
     keep_unreadable: give a file whose header cannot be read the size 0. Raises UserError where the folder is missing
     or has no class folders, a class has no images, there is only one class, or a header cannot be read.
