@@ -134,7 +134,7 @@ def prepare(
     teacher = load_teacher(recipe, train_index.classes, ranks.device)
     torch.manual_seed(recipe.seed)
     model = Classifier.of(recipe, len(train_index.classes))
-    fingerprint = resume.run_fingerprint(recipe, train_index)
+    fingerprint = resume.run_fingerprint(recipe, train_index) | {"val": resume.val_fingerprint(val_index)}
     saved, changed, notes = None, [], []
     if resume_from is None:
         progress = Progress.start(recipe.losses)
@@ -146,7 +146,7 @@ def prepare(
         if changed:
             notes.append(f"resuming with changes: {'; '.join(changed)}")
         progress = Progress.from_meta(saved.meta, recipe.losses, plan.steps_per_epoch)
-        notes += resume.check_validation(saved.meta, progress, val_index)
+        notes += resume.check_validation(saved.meta, progress, fingerprint["val"])
         plan = replace(plan, shift=saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"])
 
     torch.backends.cudnn.benchmark = True  # tries all algorithms once per shape; the shapes do not change

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fasttrain.checkpoints.async_save import Saver
-from fasttrain.checkpoints.resume import rewind, val_fingerprint
+from fasttrain.checkpoints.resume import rewind
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
@@ -188,7 +188,6 @@ def save(run: Run, saver: Saver, epoch: int, epoch_ends: bool) -> None:
         meta = {
             **run.fingerprint,
             **progress.to_meta(),
-            "val": val_fingerprint(run.val_index),
             "epoch_steps": plan.steps_per_epoch,
             "world": ranks.world,
             "shift": plan.shift,

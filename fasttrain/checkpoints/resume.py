@@ -99,10 +99,9 @@ def val_fingerprint(index: Index | None) -> str | None:
     return None if index is None else f"{index.fingerprint()} {index.fingerprint_of_sizes()}"
 
 
-def check_validation(meta: dict[str, Any], progress: Progress, val_index: Index | None) -> list[str]:
-    """Compare the validation images with a checkpoint's. Returns lines to log. If they differ, earlier scores do not
-    count any more, since scores over different images cannot be compared."""
-    now = val_fingerprint(val_index)
+def check_validation(meta: dict[str, Any], progress: Progress, now: str | None) -> list[str]:
+    """Compare the validation images, given by their `val_fingerprint`, with a checkpoint's. Returns lines to log. If
+    they differ, earlier scores do not count any more, since scores over different images cannot be compared."""
     before = meta.get("val", now)
     if before == now:
         return []
