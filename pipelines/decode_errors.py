@@ -5,39 +5,71 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain.data.index import Index
-from fasttrain.pipelines.decode_graph import decode, header_size
+from fasttrain.pipelines.decode_graph import decode, decode_region, header_size
 from fasttrain.pipelines.decoders import Decoder
+from fasttrain.pipelines.plan import Plan
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.text import printable
 
-
-@pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
-def _decode_one() -> Any:
-    path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
-    encoded = fn.io.file.read(path)
-    return decode(encoded, header_size(encoded), Decoder("cpu"), on_gpu=False)
+_CPU = torch.device("cpu")
+_CPU_DECODER = Decoder("cpu")
 
 
-def decode_problem(path: str, size: Sequence[int] | None = None) -> str:
-    """Why an image cannot be read and decoded; empty if it can.
+@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1, exec_dynamic=True)
+def _decode_one(region: bool, decoder: Decoder, on_gpu: bool) -> tuple[Any, Any]:
+    """One image or a region of it, decoded as in the loaders' graphs, and the size in its header."""
+    encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+    size = header_size(encoded)
+    if not region:
+        return decode(encoded, size, decoder, on_gpu), size
+    start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
+    return decode_region(encoded, size, start, shape, decoder, on_gpu), size
 
-    size: (height, width) in the index. If the image has another size, the planned crops may lie outside it.
+
+def decode_problem(
+    path: str,
+    size: Sequence[int] | None = None,
+    region: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
+    decoder: Decoder = _CPU_DECODER,
+    device: torch.device = _CPU,
+) -> str:
+    """Why an image cannot be decoded; empty if it can.
+
+    size: (height, width) in the index; an image of another size is refused, since its crops were planned for this one.
+    region: (top, left) and (height, width) of the region to decode, int32 [2] each, in pixels; None: the whole image.
+    decoder, device: those of the loader. Raises RunError if the file is there but cannot be read: that says nothing
+    about the image.
     """
     try:
-        if os.path.getsize(path) == 0:
-            return "the file is empty"
-        pipe = _decode_one()  # a new one each time: after some errors a pipeline always fails
+        with open(path, "rb") as file:
+            if not file.read(1):
+                return "the file is empty"
+            while file.read(1 << 20):
+                pass
+    except FileNotFoundError:
+        require_folder(path)
+        return "the file no longer exists"
+    except OSError as error:
+        raise RunError(f"cannot read {printable(path)}: {error.strerror}") from None
+    on_gpu = device.type == "cuda"
+    try:
+        # A new pipeline each time: after some errors a pipeline always fails.
+        pipe = _decode_one(region is not None, decoder, on_gpu, device_id=device.index or 0 if on_gpu else None)
         pipe.build()
         pipe.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
-        height, width, _ = pipe.run()[0].shape()[0]
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
+        if region is not None:
+            for name, value in zip(("start", "shape"), region, strict=True):
+                pipe.feed_input(name, [value])
+        _, header = pipe.run()
+        height, width = np.array(header.as_array())[0].tolist()
     except RuntimeError:  # DALI's message holds an error code at most
-        return "it is damaged, or not an image that DALI can read"
+        damaged = "it is damaged, or not an image that DALI can read"
+        return damaged if region is None else decode_problem(path, size) or damaged
     if size is not None and (height, width) != tuple(size):
         return f"it has {width} x {height} pixels, but had {size[1]} x {size[0]} when the folder was scanned"
     return ""
@@ -61,39 +93,71 @@ def require_folder(path: str) -> None:
 
 
 class Skip(NamedTuple):
-    """An image that cannot be trained on, the reason, and the image that replaces it everywhere. Both are paths."""
+    """An image that cannot be trained on, the reason, and the image that replaces it at this step. Both are paths."""
 
     path: str
     reason: str
     substitute: str
 
 
-def substitutes(
-    index: Index, indices: NDArray[np.int64], replacement: NDArray[np.int64]
-) -> Iterator[tuple[int, int, Skip]]:
-    """(number, substitute's number, Skip) for each of the images that cannot be decoded.
+class Substitutes:
+    """With `--on-bad skip`: the images that replace those which cannot be decoded.
 
-    The substitute is the class's next image in the index that can be decoded; after the last image the search starts
-    again at the first. It depends only on the files. replacement: int64 [N], the substitutes found so far; the other
-    images replace themselves. Raises RunError where a class has no image that can be decoded, or a folder no longer
-    exists.
+    Whether an image can be decoded at a step is decided for the region that the step needs: a truncated file may have
+    it or not. The substitute is the class's next image in the index whose own region can be decoded; after the last
+    image the search goes on with the first. Both depend only on the files and (seed, epoch, step), not on what this
+    process met before.
     """
-    for number in indices.tolist():
-        size = index.sizes[number]
-        reason = "its header cannot be read" if size[0] == 0 else decode_problem(index.paths[number], size)
+
+    def __init__(self, plan: Plan, index: Index, decoder: Decoder, device: torch.device) -> None:
+        self.plan, self.index, self.decoder, self.device = plan, index, decoder, device
+        # Images that failed once. Only they are tested at each step; any other one makes its batch fail first.
+        self.suspects = set(np.flatnonzero(index.sizes[:, 0] == 0).tolist())
+        self.reasons: dict[int, str] = {}
+        self.reported: set[int] = set()
+
+    def apply(self, step: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The images to use at a step instead of these, int64 [n]. Raises RunError where a class has no image that can
+        be decoded, or a folder no longer exists."""
+        if self.suspects.isdisjoint(numbers := indices.tolist()):
+            return indices
+        return np.array([self._substitute(step, number) for number in numbers], np.int64)
+
+    def _substitute(self, step: int, number: int) -> int:
+        reason = self._known_problem(step, number)
         if not reason:
-            continue
-        require_folder(index.paths[number])
-        of_class = np.flatnonzero(index.labels == index.labels[number])
-        start = int(np.searchsorted(of_class, number)) + 1
-        for other in np.roll(of_class, -start)[:-1].tolist():
-            size = index.sizes[other]
-            if size[0] and replacement[other] == other and not decode_problem(index.paths[other], size):
-                yield number, other, Skip(index.paths[number], reason, index.paths[other])
-                break
-        else:
-            name = printable(index.classes[index.labels[number]])
-            raise RunError(f"no image of class {name!r} can be decoded, for example {printable(index.paths[number])}")
+            return number
+        self.reasons[number] = reason
+        of_class = np.flatnonzero(self.index.labels == self.index.labels[number])
+        following = int(np.searchsorted(of_class, number)) + 1
+        for other in np.roll(of_class, -following)[:-1].tolist():
+            if not self._known_problem(step, other):
+                return other
+        name = printable(self.index.classes[self.index.labels[number]])
+        raise RunError(f"no image of class {name!r} can be decoded, for example {printable(self.index.paths[number])}")
+
+    def new_skips(self, indices: NDArray[np.int64], used: NDArray[np.int64]) -> Iterator[Skip]:
+        """A Skip for each image that was replaced for the first time. indices, used: what `apply` took and returned."""
+        for number, other in zip(indices.tolist(), used.tolist(), strict=True):
+            if number != other and number not in self.reported:
+                self.reported.add(number)
+                yield Skip(self.index.paths[number], self.reasons[number], self.index.paths[other])
+
+    def add_suspects(self, step: int, indices: NDArray[np.int64]) -> bool:
+        """Test the images of a batch that failed; whether one of them had not been a suspect."""
+        found = {number for number in set(indices.tolist()) - self.suspects if self._problem(step, number)}
+        self.suspects |= found
+        return bool(found)
+
+    def _known_problem(self, step: int, number: int) -> str:
+        return self._problem(step, number) if number in self.suspects else ""
+
+    def _problem(self, step: int, number: int) -> str:
+        size = self.index.sizes[number]
+        if not size[0]:
+            return "its header cannot be read"
+        start, shape = self.plan.region(self.plan.all_draws(step, np.array([number]), size[None]))
+        return decode_problem(self.index.paths[number], size, (start[0], shape[0]), self.decoder, self.device)
 
 
 def decode_error(error: Exception, paths: Sequence[str], sizes: NDArray[np.int32]) -> RunError:
@@ -104,7 +168,6 @@ def decode_error(error: Exception, paths: Sequence[str], sizes: NDArray[np.int32
     for path, size in zip(paths, sizes, strict=True):
         reason = decode_problem(path, size)
         if reason:
-            require_folder(path)
             return RunError(f"cannot decode {printable(path)}: {reason}; fix or remove it")
     first_paths = ", ".join(printable(path) for path in paths[:3])
     reason = _error_line(error)

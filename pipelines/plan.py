@@ -5,7 +5,7 @@ batch of any epoch directly.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -246,6 +246,18 @@ class Plan:
     def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32], view: int = 0) -> Draws:
         epoch, _ = self.epoch_and_step(step)
         return image_draws(self.seed, epoch, images, sizes, self.augment, self.image_size, view)
+
+    def all_draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32]) -> list[Draws]:
+        """The draws of every view, mixed or not."""
+        return [self.draws(step, images, sizes, view) for view in range(self.views_total)]
+
+    @staticmethod
+    def region(views: Sequence[Draws]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The smallest region of each image that holds the crops of all views: (top, left) and (height, width) in
+        pixels of the stored image, int32 [n, 2] each."""
+        start = np.min([draws.crop[:, :2] for draws in views], 0)
+        end = np.max([draws.crop[:, :2] + draws.crop[:, 2:] for draws in views], 0)
+        return start, end - start
 
     def mix_params(self, step: int, micro: int) -> tuple[NDArray[np.float32], bool]:
         """The mix kernel's table for the rows of this rank's micro-batch, and whether this step mixes.

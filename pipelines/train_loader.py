@@ -14,7 +14,7 @@ from nvidia.dali.pipeline import Pipeline
 from fasttrain.data.index import Index
 from fasttrain.pipelines import erasing, operations
 from fasttrain.pipelines.ahead import PrefetchedSource
-from fasttrain.pipelines.decode_errors import Skip, check_sizes, decode_error, substitutes
+from fasttrain.pipelines.decode_errors import Skip, Substitutes, check_sizes, decode_error
 from fasttrain.pipelines.decode_graph import decode_region, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
 from fasttrain.pipelines.images import Images
@@ -67,15 +67,15 @@ def view_inputs(plan: Plan) -> dict[str, Input]:
 class Source:
     """Feeds DALI the graph's inputs, batch after batch, each computed only from the plan.
 
-    replacement: int64 [N], the image to use instead of each image; None: no replacements. skip_batches: how many
-    batches to skip at the start.
+    substitutes: replaces images that cannot be decoded; None: none are replaced. skip_batches: how many batches to skip
+    at the start.
     """
 
     plan: Plan
     index: Index
     start_step: int
     stop_step: int
-    replacement: NDArray[np.int64] | None = None
+    substitutes: Substitutes | None = None
     skip_batches: int = 0
 
     def __call__(self, info: types.BatchInfo) -> tuple[Any, ...]:
@@ -89,14 +89,13 @@ class Source:
     def values(self, step: int, indices: NDArray[np.int64]) -> dict[str, Any]:
         """The inputs of a batch of images, by name; the first dimension is the image. step: the global step."""
         plan, sizes = self.plan, self.index.sizes[indices]
-        views = [plan.draws(step, indices, sizes, view) for view in range(plan.views_total)]
-        start = np.min([draws.crop[:, :2] for draws in views], 0)
-        end = np.max([draws.crop[:, :2] + draws.crop[:, 2:] for draws in views], 0)
+        views = plan.all_draws(step, indices, sizes)
+        start, shape = plan.region(views)
         values: dict[str, Any] = {
             "path": [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in indices],
             "number": indices,
             "region_start": start,
-            "region_shape": end - start,
+            "region_shape": shape,
         }
         for view, draws in enumerate(views):
             values |= {f"view{view}.{name}": value for name, value in self._view_values(draws, start).items()}
@@ -119,8 +118,9 @@ class Source:
 
     def indices(self, batch: int) -> NDArray[np.int64]:
         """The indices of a batch's images, int64 [micro_batch]."""
-        indices = self.plan.images(*self.position(batch))
-        return indices if self.replacement is None else self.replacement[indices]
+        step, micro = self.position(batch)
+        indices = self.plan.images(step, micro)
+        return indices if self.substitutes is None else self.substitutes.apply(step, indices)
 
     def position(self, batch: int) -> tuple[int, int]:
         """Global step and micro-batch of a batch, counted from 0 after the skipped ones."""
@@ -228,40 +228,42 @@ def batches(
 
     The pixels share memory with DALI; with several views they are copied. Prefetching crosses epoch boundaries. Raises
     RunError, which names the file, if an image cannot be decoded. With on_skip, another image of its class replaces it
-    from then on (see `decode_errors.substitutes`), and on_skip is called once.
+    at this step (see `Substitutes`), and on_skip is called once for each such image.
     """
+    decoder = decoder or Decoder(resolve("auto", device))
     stop = plan.steps if stop_step is None else stop_step
-    replacement = np.arange(len(index))
+    substitutes = Substitutes(plan, index, decoder, device) if on_skip is not None else None
 
-    def replace_bad(indices: NDArray[np.int64], report: bool = True) -> bool:
-        bad = list(substitutes(index, indices, replacement))
-        for number, other, skip in bad:
-            replacement[replacement == number] = other
-            if on_skip is not None and report:
+    def report(planned: NDArray[np.int64], used: NDArray[np.int64]) -> None:
+        if on_skip is not None and substitutes is not None:
+            for skip in substitutes.new_skips(planned, used):
                 on_skip(skip)
-        return bool(bad)
 
-    if on_skip is not None:  # files without a readable header: every rank replaces them, and the first one reports them
-        replace_bad(np.flatnonzero(index.sizes[:, 0] == 0), report=plan.rank == 0)
+    if substitutes is not None and plan.rank == 0:  # files without a readable header are known before the first step
+        unreadable = np.array(sorted(substitutes.suspects), np.int64)
+        report(unreadable, substitutes.apply(start_step, unreadable))
     done, total = 0, (stop - start_step) * plan.micro_batches
     while done < total:
         # After an error the pipeline is built again, because its prefetched batches are lost.
-        source = Source(plan, index, start_step, stop, replacement.copy(), done)
+        source = Source(plan, index, start_step, stop, substitutes, done)
         with PrefetchedSource(source, PREFETCH + 1) as feed:
             pipe = build(source, device, threads, decoder, feed)
             pipe.build()
             while done < total:
+                batch = done - source.skip_batches
                 try:
                     *views, numbers, headers = pipe.run(output_stream(device))
                     indices = np.array(numbers.as_array())
                     check_sizes(np.array(headers.as_array()), index.sizes[indices])
                 except RuntimeError as error:
-                    suspects = source.indices(done - source.skip_batches)
-                    if on_skip is not None and replace_bad(suspects):
+                    step, _ = source.position(batch)
+                    used = source.indices(batch)
+                    if substitutes is not None and substitutes.add_suspects(step, used):
                         break
-                    paths = [index.paths[number] for number in suspects]
-                    raise decode_error(error, paths, index.sizes[suspects]) from None
+                    paths = [index.paths[number] for number in used]
+                    raise decode_error(error, paths, index.sizes[used]) from None
                 done += 1
+                report(plan.images(*source.position(batch)), indices)
                 pixels = [torch.from_dlpack(view.as_tensor()) for view in views]
                 rows = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
                 yield Images(rows, torch.from_numpy(indices))

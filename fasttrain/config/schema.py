@@ -35,7 +35,8 @@ class DataConfig:
     val: str = ""
     """Folder of validation images; empty: DIR/val next to a DIR/train."""
     on_bad: str = "stop"
-    """A training image that cannot be decoded: stop ends the run, skip trains on the next image of its class."""
+    """A training image that cannot be decoded at a step: stop ends the run, skip trains on the next image of its
+    class."""
 
     def __post_init__(self) -> None:
         _require(self.on_bad in ON_BAD, "on_bad", "stop or skip", self.on_bad)

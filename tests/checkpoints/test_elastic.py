@@ -76,7 +76,7 @@ from helpers import tiny
 from fasttrain import train
 from fasttrain.checkpoints import run_dir
 from fasttrain.config import toml
-from fasttrain.config.schema import EmaConfig, InitConfig, MachineConfig
+from fasttrain.config.schema import DataConfig, EmaConfig, InitConfig, MachineConfig
 from fasttrain.data.index import scan
 from fasttrain.distributed.ranks import ranks
 from fasttrain.utils.errors import Stopped
@@ -99,6 +99,8 @@ recipe = tiny(ema=EmaConfig(0.9), machine=MachineConfig(device="cpu", compile="o
 if sys.argv[3] == "triplet":
     recipe = replace(recipe, losses=(CrossEntropy(0.1), Triplet()), images_per_class=2, micro_batch=2,
                      init=InitConfig(force_scratch=True))
+if sys.argv[3] == "truncated files":
+    recipe = replace(recipe, data=DataConfig(on_bad="skip"))
 if sys.argv[3] == "mean teacher":
     recipe = replace(recipe, losses=(CrossEntropy(0.1), Contrastive(), MeanTeacher()))
 index = scan(sys.argv[2], progress=False)
@@ -126,9 +128,11 @@ with ranks("cpu") as this_rank:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["CutMix", "triplet", "mean teacher"])
+@pytest.mark.parametrize("recipe", ["CutMix", "triplet", "mean teacher", "truncated files"])
 def test_two_ranks_stopped_after_any_step_resume_bit_for_bit(small, tmp_path, recipe):
     """A signal to rank 1 alone makes both ranks finish the step, also with P x K batches and accumulation."""
+    if recipe == "truncated files":
+        small = truncated(small, tmp_path)
     (tmp_path / "every_stop.py").write_text(EVERY_STOP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     args = [tmp_path / "every_stop.py", ROOT / "tests", small, recipe, tmp_path / "runs"]
@@ -141,15 +145,26 @@ def test_two_ranks_stopped_after_any_step_resume_bit_for_bit(small, tmp_path, re
         same(out, tmp_path / "runs" / "expected")
 
 
+def truncated(folder: Path, tmp_path: Path) -> Path:
+    """A copy of a folder in which every fourth file lacks its last third: some of its crops can be decoded."""
+    shutil.copytree(folder, tmp_path / "truncated")
+    for path in sorted((tmp_path / "truncated").rglob("*.jpg"))[::4]:
+        os.truncate(path, path.stat().st_size * 2 // 3)
+    return tmp_path / "truncated"
+
+
 def batch_hashes(out: Path) -> dict[int, str]:
     return {event["step"]: event["sha256"] for event in events(out) if event["event"] == "batch"}
 
 
 @pytest.mark.slow  # test_torchrun.py covers both parts: the images of two ranks, and one rank that resumes their run
-def test_another_number_of_ranks_sees_the_same_images(small, tmp_path):
+@pytest.mark.parametrize("files", ["whole", "truncated"])
+def test_another_number_of_ranks_sees_the_same_images(small, tmp_path, files):
     """2 ranks, then 1, then 2 with micro-batches: each step has the images and pixels of a run with one rank. The log
     says what changed."""
     args = ("--data", small, "--set", "machine.hash_batches=true")
+    if files == "truncated":
+        args = ("--data", truncated(small, tmp_path), "--on-bad", "skip", *args[2:])
     assert launch(tmp_path, 1, "one", *args).returncode == 0
     launch(tmp_path, 2, "changing", *args, stop=1)
     launch(tmp_path, 1, "changing", *args, stop=3)

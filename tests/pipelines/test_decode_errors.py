@@ -71,6 +71,7 @@ def test_another_image_of_the_class_replaces_a_bad_one(folder, kind, when):
     replaced = list(batches(plan, index, torch.device("cpu"), 1, on_skip=skips.append))
     assert sorted(skip.path for skip in skips) == [index.paths[7], index.paths[8]]
     assert {skip.substitute for skip in skips} == {index.paths[9]} and all(skip.reason for skip in skips)
+    assert kind != "smaller" or "it has 8 x 8 pixels, but had" in skips[0].reason
     assert index.labels[7] == index.labels[8] == index.labels[9]
     assert len(replaced) == len(good) == 20
     pixels_of_9: dict[int, np.ndarray] = {}
@@ -109,6 +110,44 @@ def test_the_first_image_of_a_class_replaces_the_last(folder):
     skips: list[Skip] = []
     list(batches(plan_of(index), index, torch.device("cpu"), 1, on_skip=skips.append))
     assert skips == [Skip(index.paths[11], "the file is empty", index.paths[6])]
+
+
+def truncate(path: str, share: float) -> None:
+    """Keep the first part of a file; some crops of a JPEG can still be decoded."""
+    os.truncate(path, int(os.path.getsize(path) * share))
+
+
+def test_a_truncated_image_is_used_or_replaced_by_its_crop_at_each_step(folder):
+    """Whether it can be decoded depends on the crop, so what a step uses must not depend on the steps before it, on
+    the rank or on the micro-batch."""
+    index = scan(folder)
+    for number in (2, 7, 8, 21, 40):
+        truncate(index.paths[number], 0.7)
+    cpu, steps = torch.device("cpu"), range(20)
+    plan = plan_of(index)
+
+    def images_of(plan: Plan, **settings) -> list[tuple[list[int], bytes]]:
+        stream = batches(plan, index, cpu, 1, on_skip=lambda skip: None, **settings)
+        return [(batch.indices.tolist(), batch.pixels.numpy().tobytes()) for batch in stream]
+
+    whole = images_of(plan)
+    planned = np.array([plan.images(step, 0) for step in steps])
+    used = np.array([indices for indices, _ in whole])
+    outcomes = [set((used == planned)[planned == number].tolist()) for number in (2, 7, 8, 21, 40)]
+    assert {True, False} in outcomes, "one image should be used at one step and replaced at another"
+    for start in (3, 7, 10, 11, 15, 19):
+        assert images_of(plan, start_step=start) == whole[start:], start
+    shares = [images_of(replace(plan, world=2, micro_batch=3, rank=rank)) for rank in (0, 1)]
+    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*shares, strict=True)] == whole
+
+
+def test_a_file_that_cannot_be_read_ends_the_run_with_its_cause(folder):
+    """The system's error says nothing about the image, so no other image replaces it."""
+    index = scan(folder)
+    Path(index.paths[8]).unlink()
+    Path(index.paths[8]).mkdir()
+    with pytest.raises(RunError, match=f"cannot read {index.paths[8]}: Is a directory"):
+        list(batches(plan_of(index), index, torch.device("cpu"), 1, on_skip=lambda skip: None))
 
 
 def test_a_class_without_a_good_image_is_an_error(folder):

@@ -17,7 +17,7 @@ from PIL import Image
 from fasttrain import recipes
 from fasttrain.config.schema import AugmentConfig, MixConfig
 from fasttrain.data.index import scan
-from fasttrain.pipelines import decode_graph, train_loader
+from fasttrain.pipelines import decode_errors, decode_graph, train_loader
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.eval_loader import graph as eval_graph
@@ -358,3 +358,12 @@ def test_a_file_that_does_not_decode_is_named(demo_set, tmp_path, name, part):
         for _ in stream:
             pass
     assert "\n" not in str(caught.value)
+
+
+def test_the_gpu_graph_of_one_image_serializes():
+    """The graph that finds an image which cannot be decoded has the loader's decoder."""
+    for region, kind in product((False, True), ("cpu", "gpu", "gpu-region", "gpu-hardware")):
+        pipe = decode_errors._decode_one(region, Decoder(kind), True, device_id=None)
+        slicing = kind == "cpu" or (region and kind == "gpu-region")
+        names = {name for name, _ in operators(pipe)}
+        assert names & {"ImageSlice", "Image"} == {"ImageSlice" if slicing else "Image"}
