@@ -18,6 +18,7 @@ from fasttrain.checkpoints.run_dir import check_overwritable, write_recipe
 from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index, facts, require_classes
+from fasttrain.data.open_data import data_line
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.base import Output
 from fasttrain.models import Classifier, build_on_meta, check_input_shape
@@ -280,10 +281,9 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     saved_bytes = weight_bytes * (2 if recipe.ema.decay else 1) + sum(p.nbytes for p in model.parameters())
     kept = min(recipe.checkpoint.keep + 1, -(-recipe.epochs // recipe.checkpoint.every_epochs))
-    val = f"{len(val_index)} images" if val_index is not None else "none"
     rows = plan.micro_batch * plan.views
     lines = {
-        "data": f"{len(train_index)} images of {len(train_index.classes)} classes; validation: {val}",
+        "data": data_line(recipe.data, train_index, val_index),
         "network": f"{recipe.arch}, {parameters / 1e6:.2f} M parameters, {recipe.precision}",
         "losses": " + ".join(loss.name for loss in recipe.losses),
         "input": f"{[rows, 3, recipe.image_size, recipe.image_size]} per rank and micro-batch",

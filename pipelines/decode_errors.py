@@ -155,7 +155,7 @@ class Substitutes:
     def _problem(self, step: int, number: int) -> str:
         size = self.index.sizes[number]
         if not size[0]:
-            return "its header cannot be read"
+            return self.index.problems.get(number, "its header cannot be read")
         start, shape = self.plan.region(self.plan.all_draws(step, np.array([number]), size[None]))
         return decode_problem(self.index.paths[number], size, (start[0], shape[0]), self.decoder, self.device)
 

@@ -34,7 +34,7 @@ from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import open_run
 from fasttrain.config import toml
 from fasttrain.config.schema import AugmentConfig, EmaConfig, InitConfig, MixConfig, OptimConfig, Recipe
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.distributed.ranks import ranks
 from fasttrain.evaluation.evaluate import evaluate
 from fasttrain.losses.contrastive import Contrastive

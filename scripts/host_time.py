@@ -26,7 +26,7 @@ from fasttrain.benchmarks import step as step_benchmark
 from fasttrain.benchmarks.common import FASTTRAIN, write_figures
 from fasttrain.benchmarks.pipeline import repeated
 from fasttrain.config.schema import DataConfig
-from fasttrain.data.index import open_data
+from fasttrain.data.open_data import open_data
 from fasttrain.pipelines.ahead import PrefetchedSource
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout nee
 from fasttrain.benchmarks import common
 from fasttrain.config.choices import DECODERS
 from fasttrain.config.schema import DataConfig, MachineConfig
-from fasttrain.data.index import Index, open_data
+from fasttrain.data.index import Index
+from fasttrain.data.open_data import open_data
 from fasttrain.distributed.ranks import Ranks, ranks
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder

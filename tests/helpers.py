@@ -20,7 +20,8 @@ from fasttrain.checkpoints.run_dir import open_run
 from fasttrain.cli.main import main
 from fasttrain.config import toml
 from fasttrain.config.schema import MachineConfig
-from fasttrain.data.index import Index, scan
+from fasttrain.data.index import Index
+from fasttrain.data.scan import scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.views import shorter_edge

@@ -12,7 +12,7 @@ from fasttrain.checkpoints.run_dir import open_run
 from fasttrain.config import toml
 from fasttrain.config.choices import DECODERS
 from fasttrain.config.schema import AugmentConfig, EmaConfig, InitConfig, MachineConfig, MixConfig
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive

@@ -148,7 +148,7 @@ def bench_pipeline(
     images."""
     from fasttrain.benchmarks import pipeline
     from fasttrain.config.schema import DataConfig, MachineConfig
-    from fasttrain.data.index import open_data
+    from fasttrain.data.open_data import open_data
     from fasttrain.pipelines import decoders
 
     index, _ = open_data(DataConfig(train=(data,)))
@@ -266,7 +266,7 @@ def bench_train(
     """Whole runs, compared with their step alone, their pipeline alone, and timm's loader and loop."""
     from fasttrain.benchmarks.train import end_to_end
     from fasttrain.config.schema import DataConfig
-    from fasttrain.data.index import open_data
+    from fasttrain.data.open_data import open_data
 
     index, _ = open_data(DataConfig(train=(data,)))
     threads = rank.threads(workers)

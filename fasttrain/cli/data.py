@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fasttrain.cli.options import FILE, FOLDER, program, shell_word
+from fasttrain.cli.options import FILE, FOLDER, links_option, program, shell_word
 
 if TYPE_CHECKING:
     from fasttrain.data.place_files import Placed
@@ -36,7 +36,8 @@ def data_demo(folder: Path, seed: int) -> None:
 @click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True,
               help="Processes that decode; 0: one per core.")  # fmt: skip
-def data_check(folder: str, quarantine: str | None, out: Path | None, workers: int) -> None:
+@links_option
+def data_check(folder: str, quarantine: str | None, out: Path | None, workers: int, links: str) -> None:
     """Decode every file of DIR with PIL and DALI, name the bad ones and what is unusual about others.
 
     DIR holds class folders, or train/ and val/ with class folders. Exit status 1 if a file is bad.
@@ -49,7 +50,7 @@ def data_check(folder: str, quarantine: str | None, out: Path | None, workers: i
         check.require_writable(out)
     if quarantine:
         quarantines.check_quarantine_folder(folder, quarantine)
-    report = check.examine(folder, workers)
+    report = check.examine(folder, workers, follow_links=links == "follow")
     if out:
         check.write_report(report, out)
     click.echo(report.text())
@@ -74,13 +75,13 @@ def data_restore(quarantine: str, folder: str) -> None:
     click.echo(f"moved {quarantines.restore(quarantine, folder)} files back from {printable(quarantine)}")
 
 
-_link_option = click.option("--link/--copy", default=False, help="Make hard links or copies. Default: copies.")
+_place_option = click.option("--link/--copy", default=False, help="Make hard links or copies. Default: copies.")
 
 
 @data_.command("vipriors", short_help="Build the VIPriors challenge's data set.")
 @click.option("--imagenet", required=True, type=FOLDER, metavar="DIR", help="Holds train/<wnid>/ and val/.")
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="The set to make.")
-@_link_option
+@_place_option
 def data_vipriors(imagenet: str, out: str, link: bool) -> None:
     """Build the VIPriors challenge's data set from a local ImageNet.
 
@@ -98,13 +99,17 @@ def data_vipriors(imagenet: str, out: str, link: bool) -> None:
 @click.option("--val-per-class", type=click.IntRange(0), help="Validation images per class. Default: as many.")
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="The set to make.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
-@_link_option
-def data_cut(folder: str, per_class: int, val_per_class: int | None, out: str, seed: int, link: bool) -> None:
+@_place_option
+@links_option
+def data_cut(
+    folder: str, per_class: int, val_per_class: int | None, out: str, seed: int, link: bool, links: str
+) -> None:
     """Draw a small OUT/train and OUT/val from a folder of class folders."""
+    from fasttrain.data.scan import Limits
     from fasttrain.data.subset import make
 
     val = per_class if val_per_class is None else val_per_class
-    _print_placed(out, make(Path(folder), per_class, val, Path(out), seed, link))
+    _print_placed(out, make(Path(folder), per_class, val, Path(out), seed, link, limits=Limits(links)))
 
 
 def _print_placed(out: str, placed: "Placed") -> None:

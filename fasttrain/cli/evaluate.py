@@ -13,6 +13,7 @@ from fasttrain.cli.options import (
     GroupedCommand,
     data_option,
     evaluation_option,
+    links_option,
     machine_option,
     output_option,
     require_png,
@@ -24,6 +25,7 @@ from fasttrain.utils.errors import UserError
 if TYPE_CHECKING:
     from fasttrain.config.schema import Recipe
     from fasttrain.data.index import Index
+    from fasttrain.data.scan import Limits
     from fasttrain.evaluation.predictions import Predictions
 
 _NETWORK_OPTIONS = (
@@ -67,6 +69,13 @@ def _predict(
         return predict(checkpoint_path, open_index, rank, sizes=pixels, **options)
 
 
+def _limits(recipe: "Recipe", links: str) -> "Limits":
+    """What a scan takes: the training run's limit of pixels, and these links."""
+    from fasttrain.data.scan import Limits
+
+    return Limits.of(recipe.data)._replace(links=links)
+
+
 def _parse_sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
@@ -78,21 +87,22 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 @_network_command
 @data_option("--data", required=True, type=FOLDER, metavar="DIR",
              help="Labeled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
+@links_option
 @output_option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
 @output_option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
-def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path: Path | None, **options: Any) -> None:
+def evaluate_(
+    checkpoint_path: Path, data: str, links: str, out: Path | None, confusion_path: Path | None, **options: Any
+) -> None:
     """Top-1 and top-5 of a checkpoint on labeled images, the worst classes and the most confused pairs.
 
     CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
-    from fasttrain.data.index import open_labeled, require_classes
+    from fasttrain.data.open_data import open_labeled
     from fasttrain.evaluation import confusion, predictions
     from fasttrain.utils.text import printable
 
     def open_index(recipe: "Recipe", classes: list[str]) -> "Index":
-        index = open_labeled(data)
-        require_classes(classes, checkpoint_path, index.classes, data)
-        return index
+        return open_labeled(data, classes, checkpoint_path, _limits(recipe, links))
 
     if out and writes_files():
         predictions.check_overwritable(out)
@@ -122,19 +132,24 @@ def evaluate_(checkpoint_path: Path, data: str, out: Path | None, confusion_path
 @click.command(cls=GroupedCommand, short_help="Save probabilities of images without labels.")
 @_network_command
 @data_option("--images", required=True, type=FOLDER, metavar="DIR", help="Images, in DIR and its folders.")
+@links_option
 @output_option("--out", required=True, type=FILE, metavar="FILE.npz", help="Write the probabilities here.")
-def predict(checkpoint_path: Path, images: str, out: Path, **options: Any) -> None:
+def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options: Any) -> None:
     """Probabilities of images without labels.
 
     CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
-    from fasttrain.data.index import scan_unlabeled
+    from fasttrain.data.scan import scan_unlabeled
     from fasttrain.evaluation import predictions
     from fasttrain.utils.text import printable
 
     if writes_files():
         predictions.check_overwritable(out)
-    predicted = _predict(checkpoint_path, lambda recipe, classes: scan_unlabeled(images), **options)
+
+    def open_index(recipe: "Recipe", classes: list[str]) -> "Index":
+        return scan_unlabeled(images, limits=_limits(recipe, links))
+
+    predicted = _predict(checkpoint_path, open_index, **options)
     if predicted is not None:
         predictions.save(predicted, out)
         click.echo(f"wrote {printable(out)}: {len(predicted)} images, {len(predicted.classes)} classes")

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from fasttrain.config.choices import LINKS
 from fasttrain.utils.errors import UserError
 
 PNG_SOFTWARE = "fasttrain"  # marks our pictures, so that a later command may overwrite them
@@ -43,6 +44,10 @@ GROUPS = ("Model", "Data", "Training", "Evaluation", "Benchmark", "Machine", "Ou
 model_option, data_option, training_option, evaluation_option, benchmark_option, machine_option, output_option = (
     partial(click.option, cls=GroupedOption, group=group) for group in GROUPS[:-1]
 )
+
+
+links_option = data_option("--links", type=click.Choice(LINKS), default="inside", show_default=True,
+                           help="Take links to places inside the folder, or follow all links.")  # fmt: skip
 
 
 def require_png(path: Path, option: str) -> None:

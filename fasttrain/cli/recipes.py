@@ -66,7 +66,7 @@ def show(
     from PIL.PngImagePlugin import PngInfo
 
     from fasttrain.config import toml
-    from fasttrain.data.index import open_data
+    from fasttrain.data.open_data import open_data
     from fasttrain.pipelines.plan import Plan
     from fasttrain.show_batch import draw_batch
     from fasttrain.utils.text import printable
@@ -115,7 +115,7 @@ def on_demo_set(recipe: "Recipe") -> "Recipe":
 
     from fasttrain import recipes
     from fasttrain.data import demo_set
-    from fasttrain.data.index import cache_dir
+    from fasttrain.data.scan import cache_dir
     from fasttrain.models import Classifier
 
     with torch.device("meta"):

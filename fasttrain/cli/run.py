@@ -22,7 +22,7 @@ from fasttrain.cli.options import (
     writes_files,
 )
 from fasttrain.cli.recipes import chosen_recipe, on_demo_set
-from fasttrain.config.choices import DEVICES, LOSS_COMBINATIONS, ON_BAD
+from fasttrain.config.choices import DEVICES, LINKS, LOSS_COMBINATIONS, ON_BAD
 from fasttrain.distributed import signals
 from fasttrain.utils.errors import Stopped, UserError
 from fasttrain.utils.output import tolerant_output
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 @data_option("--val", type=FOLDER, metavar="DIR", help="Validation images. Default: DIR/val next to DIR/train.")
 @data_option("--on-bad", type=click.Choice(ON_BAD),
              help="A training image that cannot be decoded ends the run or is replaced. Default: stop.")  # fmt: skip
+@data_option("--links", type=click.Choice(LINKS),
+             help="Take links to places inside the folder, or follow all links. Default: inside.")  # fmt: skip
 @training_option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
 @training_option("--batch-size", type=click.IntRange(1), help="Images per step, over all ranks. Default: the recipe's.")
 @training_option("--image-size", type=click.IntRange(8), help="Side of the images, in pixels. Default: the recipe's.")
@@ -86,7 +88,7 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
 def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     from fasttrain.checkpoints.run_dir import lock, open_run
     from fasttrain.config import toml
-    from fasttrain.data.index import open_data
+    from fasttrain.data.open_data import data_line, open_data
     from fasttrain.distributed.ranks import ranks
     from fasttrain.prepare import resolve_auto, summary
     from fasttrain.train import train
@@ -111,6 +113,8 @@ def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
             if rank.first:
                 click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder)}")
             return
+        if rank.first:
+            click.echo(data_line(recipe.data, train_index, val_index), err=True)
         with lock(folder) if rank.first else nullcontext():
             start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
             result = train(recipe, folder, train_index, val_index, rank, start)
@@ -127,6 +131,7 @@ def recipe_of(
     data: tuple[str, ...],
     val: str | None,
     on_bad: str | None,
+    links: str | None,
     epochs: int | None,
     batch_size: int | None,
     image_size: int | None,
@@ -159,6 +164,7 @@ def recipe_of(
         ("--workers", "machine.workers", workers),
         ("--device", "machine.device", device),
         ("--on-bad", "data.on_bad", on_bad),
+        ("--links", "data.links", links),
         ("--init", "init.weights", init and os.path.abspath(init)),
         ("--compile", "machine.compile", None if compiled is None else "on" if compiled else "off"),
         ("--lr", "optim.lr", lr),

@@ -6,7 +6,7 @@ The line under each field documents it; `fasttrain recipes NAME` prints these li
 import math
 from dataclasses import dataclass, field
 
-from fasttrain.config.choices import COMPILE_MODES, DECODERS, DEVICES, ON_BAD, PRECISIONS
+from fasttrain.config.choices import COMPILE_MODES, DECODERS, DEVICES, LINKS, ON_BAD, PRECISIONS
 from fasttrain.losses.base import Loss
 
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
@@ -35,11 +35,16 @@ class DataConfig:
     val: str = ""
     """Folder of validation images; empty: DIR/val next to a DIR/train."""
     on_bad: str = "stop"
-    """A training image that cannot be decoded at a step: stop ends the run, skip trains on the next image of its
-    class."""
+    """A training image that cannot be decoded: stop ends the run, skip trains on the next image of its class."""
+    links: str = "inside"
+    """inside: take links to places inside the folder, and ignore others; follow: take all links."""
+    max_megapixels: float = 179.0
+    """The most pixels of an image, in millions. Larger ones are refused, because they may fill the memory."""
 
     def __post_init__(self) -> None:
         _require(self.on_bad in ON_BAD, "on_bad", "stop or skip", self.on_bad)
+        _require(self.links in LINKS, "links", "inside or follow", self.links)
+        _require(self.max_megapixels > 0, "max_megapixels", "above 0", self.max_megapixels)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """`data check`: decode every file of a data set with PIL and DALI, and report what is wrong.
 
 A file is bad if training would fail on it or learn wrong things from it: `empty`, `truncated`, `corrupt`, `crash` (it
-kills its decoder, or keeps it busy for minutes), `dali-refuses` (PIL decodes it, DALI does not), `not-an-image`,
-`unsupported`, `absurd-size`, `unreadable`, `empty-class`; and `duplicate` where the copies have different labels (all
-are bad) or are in both train and val (those in train are bad). Other findings are notes: `wrong-extension` (DALI looks
+kills its decoder, or keeps it busy for minutes), `dali-refuses` (PIL decodes it, DALI does not), `differs` (their
+pixels differ), `not-an-image`, `unsupported`, `absurd-size`, `unreadable`, `empty-class`; and `duplicate` where the
+copies have different labels (all are bad) or are in both train and val (those in train are bad). Other findings are
+notes: `wrong-extension` (DALI looks
 only at the content), `exif-rotated` (training uses the pixels as stored), `cmyk` and `16-bit` (converted to 8-bit RGB),
 `duplicate` within a class, `not-utf8`, and what training ignores: `stray`, `hidden`, `link-loop`, `link-out`,
 `broken-link`.
@@ -23,14 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fasttrain.data.decode_check import CHUNK_BYTES, CHUNK_FILES, KINDS, TIMEOUT_S, Task, check_files, sniff
-from fasttrain.data.index import EXTENSIONS, is_split
+from fasttrain.data.headers import EXTENSIONS
+from fasttrain.data.layout import find_splits
 from fasttrain.data.process_pool import map_in_processes, split_by_cost
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import atomic, read_json_object
 from fasttrain.utils.text import printable
 
 BAD = {"empty", "truncated", "corrupt", "crash", "dali-refuses", "not-an-image", "unsupported", "absurd-size"}
-BAD |= {"unreadable", "empty-class"}
+BAD |= {"differs", "unreadable", "empty-class"}
 LIMITS = (
     "This check misses changed bytes that still decode. In a JPEG, libjpeg notices about one in four flipped bits and "
     "nine in ten blocks of 512 zeroed bytes; in the pixels of a WebP, BMP or TIFF, hardly any change is noticed. Only "
@@ -88,8 +90,8 @@ class Report:
 
 
 class _File(NamedTuple):
-    """An image file to read. relative: its path in the report's folder. split: `train/`, `val/` or an empty string.
-    label: its class. size: in bytes."""
+    """An image file to read. relative: its path in the report's folder. split: the folder of the split with `/`, or an
+    empty string. label: its class. size: in bytes."""
 
     path: str
     relative: str
@@ -98,11 +100,12 @@ class _File(NamedTuple):
     size: int
 
 
-def examine(folder: str | Path, workers: int = 0, progress: bool = True) -> Report:
+def examine(folder: str | Path, workers: int = 0, progress: bool = True, follow_links: bool = False) -> Report:
     """Read all files of DIR/<class>/, or of DIR/train/<class>/ and DIR/val/<class>/ where DIR has those.
 
-    workers: number of decoder processes; 0: one per core. Raises UserError where the folder cannot be listed, has no
-    class folders, or the processes do not start. No file's content makes it raise.
+    workers: number of decoder processes; 0: one per core. follow_links: check what links out of the folder lead to.
+    Raises UserError where the folder cannot be listed, has no class folders or can be read in two ways, or the
+    processes do not start. No file's content makes it raise.
     """
     from tqdm import tqdm
 
@@ -112,9 +115,9 @@ def examine(folder: str | Path, workers: int = 0, progress: bool = True) -> Repo
     findings: list[Finding] = []
     files: list[_File] = []
     try:
-        splits = [f"{name}/" for name in ("train", "val") if is_split(root / name)]
-        for split in splits if "train/" in splits else [""]:
-            files += _walk(root, split, findings)
+        splits = find_splits(root)
+        for path in filter(None, (splits.train, splits.val)):
+            files += _walk(root, f"{path.name}/" if path != root else "", findings, follow_links)
     except OSError as error:
         raise UserError(f"cannot read the folder {printable(error.filename or root)}: {error.strerror}") from None
     size_counts = Counter(file.size for file in files)  # only files of equal size can be copies, so others need no hash
@@ -139,7 +142,7 @@ def examine(folder: str | Path, workers: int = 0, progress: bool = True) -> Repo
     return Report(root, len(files), time.perf_counter() - start, tuple(sorted(findings)))
 
 
-def _walk(root: Path, split: str, findings: list[Finding]) -> list[_File]:
+def _walk(root: Path, split: str, findings: list[Finding], follow_links: bool) -> list[_File]:
     """The image files that training would use from root/split; adds a finding for everything else there."""
     real_root = os.path.realpath(root / split)
     files: list[_File] = []
@@ -166,7 +169,7 @@ def _walk(root: Path, split: str, findings: list[Finding]) -> list[_File]:
             real = os.path.realpath(entry.path)
             if entry.is_symlink() and f"{os.path.realpath(root / folder)}/".startswith(f"{real}/"):
                 add(path, "link-loop", "a link to a folder that contains it; training ignores it")
-            elif entry.is_symlink() and not real.startswith(real_root + os.sep):
+            elif entry.is_symlink() and not follow_links and not real.startswith(real_root + os.sep):
                 add(path, "link-out", f"a link out of the folder, to {printable(real)}; training ignores it")
             else:
                 yield entry, info, path
@@ -222,7 +225,7 @@ def _duplicates(group: Sequence[_File]) -> Iterator[Finding]:
             reason = f"same content as {printable(others[0].relative)}{more}, with another label"
             yield Finding(file.relative, "duplicate", reason, True)
             continue
-        in_val = [other for other in group if other.split == "val/" != file.split]
+        in_val = [other for other in group if "train/" == file.split != other.split]
         first = next(other for other in group if other.split == file.split)
         if in_val:
             reason = f"same content as {printable(in_val[0].relative)}: in train and in val"

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+from fasttrain.data import headers
 from fasttrain.data.process_pool import split_by_cost
 from fasttrain.utils.text import printable
 
@@ -21,14 +22,17 @@ _MAX_BYTES = 2**30
 _MAX_SCANS = 500  # each scan of a progressive JPEG takes as long as a full image
 CHUNK_FILES, CHUNK_BYTES = 32, 2**26  # at most, per task of a worker
 _BATCH_PIXELS = 2**25  # at most, per batch that DALI decodes
+_SAMPLE = 256  # rows and columns, at most, on which the decoders' pixels are compared
+_CLOSE = 8  # the largest difference, of 255, between decoders that agree; they differ by 2, or 6 for 16-bit BMPs
 TIMEOUT_S = 120.0  # per file for PIL, per batch for DALI
 
 KINDS = {
-    "JPEG": (rb"\xff\xd8", ("JPEG", "MPO"), (".jpg", ".jpeg", ".jpe", ".jfif")),
+    "JPEG": (rb"\xff\xd8", ("JPEG",), (".jpg", ".jpeg", ".jpe", ".jfif")),
     "PNG": (rb"\x89PNG\r\n\x1a\n", ("PNG",), (".png",)),
     "WebP": (rb"RIFF....WEBP", ("WEBP",), (".webp",)),
     "BMP": (rb"BM", ("BMP",), (".bmp",)),
     "TIFF": (rb"II[*+]\0|MM\0[*+]", ("TIFF",), (".tif", ".tiff")),
+    "PNM": (rb"P[56]\s", ("PPM",), (".ppm", ".pgm")),
 }
 _OTHERS = {
     "GIF": rb"GIF8",
@@ -38,7 +42,7 @@ _OTHERS = {
     "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
     "Photoshop": rb"8BPS",
     "icon": rb"\0\0[\1\2]\0",
-    "PNM": rb"P[1-7]\s",
+    "PNM in text or black and white": rb"P[1-47]\s",
     "PDF": rb"%PDF",
     "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg",
 }
@@ -50,14 +54,23 @@ Task = tuple[str, bool]  # a file's path, and whether to hash its content
 Result = tuple[list[tuple[str, str]], bytes | None]  # (kind, reason) pairs, and the hash
 
 
+class _Decoded(NamedTuple):
+    """size: (width, height). sample: some of the pixels, uint8 [rows, columns, 3], evenly spaced."""
+
+    size: tuple[int, int]
+    sample: Any
+
+
 @dataclass
 class _File:
     """What is known about a file. data: its content, if DALI should decode it too. kind: a key of KINDS or _OTHERS.
-    size: (width, height) as stored. problem: (kind, reason) of damage. notes: (kind, reason) of other findings."""
+    size: (width, height) as stored. decoded: what PIL decodes. problem: (kind, reason) of damage. notes: (kind, reason)
+    of other findings."""
 
     data: bytes = b""
     kind: str = ""
     size: tuple[int, int] = (0, 0)
+    decoded: "_Decoded | None" = None
     problem: tuple[str, str] | None = None
     notes: list[tuple[str, str]] = field(default_factory=list)
     digest: bytes | None = None
@@ -82,16 +95,16 @@ def check_files(tasks: Sequence[Task]) -> list[Result]:
             one_by_one, sound = ([file for file in to_decode if bool(file.problem) == bad] for bad in (True, False))
             for batch in split_by_cost(sound, CHUNK_FILES, lambda file: file.size[0] * file.size[1], _BATCH_PIXELS):
                 restart_timeout()
-                shapes, stderr = _decode_with_dali([file.data for file in batch], captured)
-                if shapes and not _LIBJPEG.search(stderr):
-                    for file, shape in zip(batch, shapes, strict=True):
-                        _compare(file, shape, "")
+                images, stderr = _decode_with_dali([file.data for file in batch], captured)
+                if images and not _LIBJPEG.search(stderr):
+                    for file, image in zip(batch, images, strict=True):
+                        _compare(file, image, "")
                 else:
                     one_by_one += batch
             for file in one_by_one:
                 restart_timeout()
-                shapes, stderr = _decode_with_dali([file.data], captured)
-                _compare(file, shapes[0] if shapes else None, stderr)
+                images, stderr = _decode_with_dali([file.data], captured)
+                _compare(file, images[0] if images else None, stderr)
         finally:
             faulthandler.cancel_dump_traceback_later()
     return [(file.notes + ([file.problem] if file.problem else []), file.digest) for file in files]
@@ -161,24 +174,31 @@ def _decode_with_pil(file: _File, data: bytes) -> None:
                 in_scans = f" in {scans} scans" if scans > _MAX_SCANS else ""
                 file.problem = ("absurd-size", f"{file.size[0]} x {file.size[1]} pixels{in_scans}; it was not decoded")
                 return
+            if problem := headers.unsupported(image):
+                file.problem = ("unsupported", problem)
+                return
             file.data = data
             tags: Any = getattr(image, "tag_v2", {})  # only TIFFs have it; PIL rotates their pixels in load()
-            orientation, bits = tags.get(274, 1), tags.get(258, 8)
-            if tags and orientation in range(5, 9):
-                file.size = file.size[::-1]  # PIL gives the size after the rotation
-            is_deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8 or (file.kind == "PNG" and data[24] == 16)
+            orientation, tag = tags.get(headers.ORIENTATION, 1), tags.get(headers.BITS, 8)
+            bits = max(tag) if isinstance(tag, tuple) else tag
             if file.kind == "PNG":
+                bits = data[24]
                 with Image.open(io.BytesIO(data), formats=formats) as header:
                     header.verify()  # checks the checksums, which load() does not
             image.load()
+            file.decoded = _decoded(_pil_pixels(image, bits, orientation if tags else 1))
+            file.size = file.decoded.size
             if image.mode == "CMYK":
                 file.notes.append(("cmyk", "converted to RGB without a color profile"))
-            if is_deep:
+            if bits > 8:
                 file.notes.append(("16-bit", "more than 8 bits per channel; training uses 8"))
             with suppress(Exception):  # broken metadata, which training does not read
-                orientation = orientation if tags else image.getexif().get(274, 1)
+                orientation = orientation if tags else image.getexif().get(headers.ORIENTATION, 1)
             if orientation in range(2, 9):
-                file.notes.append(("exif-rotated", f"orientation {orientation}; training uses the pixels as stored"))
+                unlike = ", unlike PIL and torchvision for a TIFF" if tags else ""
+                file.notes.append(
+                    ("exif-rotated", f"orientation {orientation}; training uses the pixels as stored{unlike}")
+                )
     except Image.DecompressionBombError:
         file.problem = ("absurd-size", f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; it was not decoded")
         return
@@ -189,6 +209,33 @@ def _decode_with_pil(file: _File, data: bytes) -> None:
         return
     if truncation:
         file.problem = ("truncated", f"{truncation}; PIL decodes it")
+
+
+def _pil_pixels(image: Any, bits: int, orientation: int) -> Any:
+    """PIL's pixels as stored, uint8 [H, W, 3]. bits: per channel. orientation: a TIFF's, by which PIL rotated it."""
+    import numpy as np
+    from PIL.Image import Transpose
+
+    undo = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_90,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_270,
+    }
+    image = image.transpose(undo[orientation]) if orientation in undo else image
+    if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip
+        gray = (np.asarray(image) >> bits - 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, 2)
+    return np.asarray(image.convert("RGB"))
+
+
+def _decoded(pixels: Any) -> _Decoded:
+    """The size and the sample of pixels, uint8 [H, W, 3]."""
+    height, width, _ = pixels.shape
+    return _Decoded((width, height), pixels[:: -(-height // _SAMPLE), :: -(-width // _SAMPLE)].copy())
 
 
 def _truncation(kind: str, data: bytes) -> tuple[str, int]:
@@ -213,22 +260,27 @@ def _truncation(kind: str, data: bytes) -> tuple[str, int]:
     return "", 0
 
 
-def _compare(file: _File, shape: Sequence[int] | None, stderr: str) -> None:
-    """Compare DALI's result with PIL's. shape: (height, width, 3) as DALI decodes it, or None where it cannot."""
+def _compare(file: _File, dali: _Decoded | None, stderr: str) -> None:
+    """Compare DALI's result, None where it cannot decode the file, with PIL's."""
     warning = _LIBJPEG.search(stderr) if file.kind == "JPEG" else None
     if file.problem:
-        verdict = "DALI decodes it, so training would use the damaged image" if shape else "DALI: cannot decode it"
+        verdict = "DALI decodes it, so training would use the damaged image" if dali else "DALI: cannot decode it"
         file.problem = (file.problem[0], f"{file.problem[1]}; {verdict}")
-    elif shape is None:
+    elif dali is None:
         # Lines from OpenCV, DALI's last resort, are dropped: they have times in them.
         lines = [line for line in _ANSI_AND_ADDRESS.sub("", stderr).splitlines() if line and "0@" not in line]
         gist = f" ({_one_line(lines[0])})" if lines else ""
         file.problem = ("dali-refuses", f"DALI: cannot decode it{gist}; PIL decodes it")
     elif warning:
         file.problem = ("corrupt", f"libjpeg: {_one_line(warning[0])}; PIL and DALI decode it without an error")
-    elif tuple(shape[1::-1]) != file.size:
-        sizes = f"{file.size[0]} x {file.size[1]} pixels for PIL, {shape[1]} x {shape[0]} for DALI"
+    elif dali.size != file.size:
+        sizes = f"{file.size[0]} x {file.size[1]} pixels for PIL, {dali.size[0]} x {dali.size[1]} for DALI"
         file.problem = ("corrupt", f"the decoders disagree: {sizes}")
+    elif file.decoded is not None:
+        difference = abs(dali.sample.astype(int) - file.decoded.sample)
+        if difference.max() > _CLOSE:
+            by = f"by up to {difference.max()} of 255, and by {difference.mean():.1f} on average"
+            file.problem = ("differs", f"DALI's pixels differ from PIL's {by}; save it as 8-bit RGB")
 
 
 def _one_line(text: str) -> str:
@@ -254,9 +306,8 @@ def _dali_decoder() -> Any:
     return pipe
 
 
-def _decode_with_dali(contents: Sequence[bytes], captured: IO[bytes]) -> tuple[list[Sequence[int]], str]:
-    """Decode a batch. Returns the shapes (height, width, 3), none where DALI cannot decode every image; and what was
-    written to stderr."""
+def _decode_with_dali(contents: Sequence[bytes], captured: IO[bytes]) -> tuple[list[_Decoded], str]:
+    """Decode a batch. Returns no images where DALI cannot decode every one; and what was written to stderr."""
     import numpy as np
 
     os.ftruncate(captured.fileno(), 0)
@@ -264,8 +315,9 @@ def _decode_with_dali(contents: Sequence[bytes], captured: IO[bytes]) -> tuple[l
     try:
         pipe = _dali_decoder()
         pipe.feed_input("content", [np.frombuffer(content, np.uint8) for content in contents])
-        shapes = list(pipe.run()[0].shape())
+        (output,) = pipe.run()
+        images = [_decoded(output.at(number)) for number in range(len(contents))]
     except Exception:  # it says no more than a number, or nothing
         _dali_decoder.cache_clear()  # after some errors every later run of the pipeline fails
-        shapes = []
-    return shapes, os.pread(captured.fileno(), 2**16, 0).decode(errors="replace")
+        images = []
+    return images, os.pread(captured.fileno(), 2**16, 0).decode(errors="replace")

@@ -3,8 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from fasttrain.data.index import is_split, scan
+from fasttrain.data.layout import has_folders
 from fasttrain.data.place_files import Placed, is_finished, place, require_outside
+from fasttrain.data.scan import DEFAULT_LIMITS, Limits, scan
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -19,6 +20,7 @@ def make(
     seed: int = 0,
     link: bool = False,
     progress: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Placed:
     """Make `out`/train and `out`/val with `per_class` (1 or more) and `val_per_class` (0 or more) images per class.
 
@@ -30,11 +32,11 @@ def make(
     hard links are impossible, or `out` holds anything else; RunError where placing fails. `out` is then unchanged.
     """
     require_outside(out, folder)
-    if is_split(folder / "train"):
+    if has_folders(folder / "train"):
         raise UserError(
             f"{printable(folder)} has train/ with class folders; to draw from those, name {printable(folder / 'train')}"
         )
-    index = scan(folder, progress=progress)
+    index = scan(folder, progress=progress, limits=limits)
     members: dict[str, list[tuple[bytes, str, str]]] = {name: [] for name in index.classes}
     for path, image_id, label in zip(index.paths, index.ids, index.labels.tolist(), strict=True):
         # Images are drawn in the order of a hash, which does not depend on the version of a random generator.

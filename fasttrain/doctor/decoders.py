@@ -23,7 +23,9 @@ from PIL import Image
 
 from fasttrain import recipes
 from fasttrain.config.schema import AugmentConfig, DataConfig
-from fasttrain.data.index import Index, open_data, scan_unlabeled
+from fasttrain.data.index import Index
+from fasttrain.data.open_data import open_data
+from fasttrain.data.scan import scan_unlabeled
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import Plan

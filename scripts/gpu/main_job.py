@@ -19,7 +19,7 @@ from checkout import environment
 
 from fasttrain.benchmarks.common import write_figures
 from fasttrain.config.schema import DataConfig
-from fasttrain.data.index import open_data
+from fasttrain.data.open_data import open_data
 from fasttrain.distributed.ranks import ranks
 
 BATCH = 256  # the recipe's batch size

@@ -22,7 +22,8 @@ from fasttrain import recipes
 from fasttrain.benchmarks import common, kernels, pipeline, step, train
 from fasttrain.cli.main import main
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
-from fasttrain.data.index import Index, scan
+from fasttrain.data.index import Index
+from fasttrain.data.scan import scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation.evaluate import normalize
 from fasttrain.utils.errors import UserError

@@ -77,7 +77,7 @@ from fasttrain import train
 from fasttrain.checkpoints import run_dir
 from fasttrain.config import toml
 from fasttrain.config.schema import DataConfig, EmaConfig, InitConfig, MachineConfig
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.distributed.ranks import ranks
 from fasttrain.utils.errors import Stopped
 from fasttrain.losses.contrastive import Contrastive

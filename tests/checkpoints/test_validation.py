@@ -12,7 +12,7 @@ from helpers import call, events, part_of, run, tiny
 
 from fasttrain.checkpoints import checkpoint, meta
 from fasttrain.config.schema import CheckpointConfig
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.utils.errors import RunError
 
 RECIPE = tiny(epochs=1, checkpoint=CheckpointConfig(keep=1))

@@ -100,7 +100,8 @@ FILES: dict[str, tuple[bytes, str, bool, str]] = {
     "zeros.jpg": (damaged(encoded(image=picture(14)), bytes(512)), "corrupt", True, "libjpeg: Corrupt JPEG data: "),
     "inserted.jpg": (damaged(encoded(image=picture(14)), b"\xff" * 30), "corrupt", True, ""),
     "flipped.png": (damaged(encoded("PNG"), b"?"), "corrupt", True, "PIL: broken PNG file"),
-    "fax.tif": (encoded("TIFF", GRAY.convert("1"), compression="group4")[:-2], "dali-refuses", True, "PIL decodes it"),
+    "fax.tif": (encoded("TIFF", GRAY.convert("1"), compression="group4"), "unsupported", True, "1 channel of 1 bit"),
+    "lzma.tif": (encoded("TIFF", compression="lzma"), "dali-refuses", True, "PIL decodes it"),
     "text.jpg": (b"Once upon a time", "not-an-image", True, "4f 6e 63 65"),
     "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not-an-image", True, ""),
     "gif.jpg": (encoded("GIF"), "unsupported", True, "GIF; training supports JPEG, PNG"),
@@ -304,10 +305,33 @@ def test_every_truncation_is_bad(tmp_path, name):
 
 def test_a_file_that_only_one_decoder_decodes_is_reported(tmp_path):
     cut, padding = encoded("PNG", save_all=True, append_images=[picture(1)])[:-2], encoded("BMP")[:-2]
-    fax = encoded("TIFF", GRAY.convert("1"), compression="group4")[:-2]
-    reasons = [problems[-1][1] for problems in problems_of(tmp_path, [cut, padding, fax])]
+    lzma = encoded("TIFF", compression="lzma")
+    reasons = [problems[-1][1] for problems in problems_of(tmp_path, [cut, padding, lzma])]
     assert "DALI decodes it" in reasons[0] and reasons[1].endswith("PIL decodes it; DALI: cannot decode it")
     assert reasons[2].startswith("DALI: cannot decode it") and reasons[2].endswith("PIL decodes it")
+
+
+def test_pixels_that_differ_between_the_decoders_are_reported(tmp_path, monkeypatch):
+    """No kind of file that passes the check of headers is known to differ, so PIL is made to decode another image."""
+    close, far = np.asarray(picture()).astype(int), np.asarray(picture()).copy()
+    far[10:20] ^= 64
+    for pixels, differs in ((np.clip(close + 3, 0, 255).astype(np.uint8), False), (far, True)):
+        changed = Image.fromarray(pixels)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "convert", lambda self, mode, changed=changed: changed)
+            (problems,) = problems_of(tmp_path, [encoded("PNG")], "x{}.png")
+        assert [kind for kind, _ in problems] == ["differs"] * differs
+    assert "by up to 64 of 255" in problems[0][1]
+
+
+def test_oriented_tiffs_are_compared_as_stored(tmp_path):
+    """PIL rotates TIFFs; the pixels as stored are what training uses, so these must be the same for DALI."""
+    contents = [encoded("TIFF", exif=exif_with(orientation)) for orientation in range(1, 9)]
+    findings = problems_of(tmp_path, contents, "x{}.tif")
+    assert findings[0] == [] and all(
+        [kind for kind, _ in found] == ["exif-rotated"] and "unlike PIL and torchvision" in found[0][1]
+        for found in findings[1:]
+    )
 
 
 def test_a_worker_reports_a_read_error(tmp_path):

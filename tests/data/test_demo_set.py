@@ -10,7 +10,7 @@ from PIL import Image
 
 from fasttrain import recipes
 from fasttrain.data import demo_set as demo
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.utils.errors import UserError
 
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from fasttrain.data import subset
-from fasttrain.data.index import scan
 from fasttrain.data.place_files import Placed
+from fasttrain.data.scan import scan
 from fasttrain.utils.errors import UserError
 
 COUNTS = {"ape": 9, "bee": 7, "cow": 12}

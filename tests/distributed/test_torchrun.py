@@ -171,7 +171,7 @@ def test_a_failure_of_one_rank_ends_all_with_its_message(demo_set, tmp_path):
     import shutil
 
     from fasttrain import recipes
-    from fasttrain.data.index import scan
+    from fasttrain.data.scan import scan
     from fasttrain.pipelines.plan import epoch_order
 
     shutil.copytree(demo_set / "train", tmp_path / "train")

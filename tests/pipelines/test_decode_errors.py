@@ -17,8 +17,9 @@ from PIL import Image
 from fasttrain.config.schema import AugmentConfig, DataConfig
 from fasttrain.data.check import BAD
 from fasttrain.data.decode_check import check_files
-from fasttrain.data.index import Index, open_data
-from fasttrain.data.index import scan as strict_scan
+from fasttrain.data.index import Index
+from fasttrain.data.open_data import open_data
+from fasttrain.data.scan import scan as strict_scan
 from fasttrain.pipelines.decode_errors import Skip, decode_problem
 from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
@@ -197,9 +198,9 @@ def test_validation_never_skips(folder):
     index = scan(folder)
     Path(index.paths[0]).write_bytes(b"this is not a picture")
     shutil.copytree(folder, folder.parent / "val")
-    with pytest.raises(UserError, match="not a readable image"):
+    with pytest.raises(UserError, match="cannot use the image"):
         open_data(DataConfig(train=(str(folder),), val=str(folder.parent / "val"), on_bad="skip"))
-    with pytest.raises(UserError, match="not a readable image"):
+    with pytest.raises(UserError, match="cannot use the image"):
         strict_scan(folder)
 
 
@@ -222,9 +223,9 @@ def test_run_has_the_option(folder, tmp_path):
         "--out",
         tmp_path / "o",
     ]
-    assert "not a readable image" in call(*args, status=2).stderr
+    assert "cannot use the image" in call(*args, status=2).stderr
     result = call(*args, "--on-bad", "skip")
-    assert f"skipping {victim}: its header cannot be read; instead: " in result.stderr
+    assert f"skipping {victim}: it has no header of an image; instead: " in result.stderr
     log = [json.loads(line) for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
     assert [event["path"] for event in log if event["event"] == "skip"] == [str(victim)]
 
@@ -258,7 +259,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from fasttrain import recipes
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches

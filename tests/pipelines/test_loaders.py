@@ -16,7 +16,7 @@ from PIL import Image
 
 from fasttrain import recipes
 from fasttrain.config.schema import AugmentConfig, MixConfig
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.pipelines import decode_errors, decode_graph, train_loader
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.eval_loader import EvalLoader

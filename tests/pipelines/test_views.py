@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.transforms import TenCrop, functional
 
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.data.index import Index, scan
+from fasttrain.data.index import Index
+from fasttrain.data.scan import scan
 from fasttrain.evaluation.evaluate import probabilities
 from fasttrain.losses.base import Output
 from fasttrain.models import Classifier

@@ -9,7 +9,7 @@ import torch
 
 from fasttrain import recipes
 from fasttrain.config.schema import InitConfig, MachineConfig, MixConfig, OptimConfig
-from fasttrain.data.index import scan
+from fasttrain.data.scan import scan
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
