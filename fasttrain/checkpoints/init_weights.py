@@ -1,10 +1,13 @@
 """Weights to start a run from: another run's, or a file of a timm network's weights."""
 
+import argparse
+import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +19,11 @@ from fasttrain.models.heads import TRAINING_HEADS
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
-FILES = (".pth", ".pt", ".bin", ".safetensors")
+FILES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt", ".pkl")
+# Where training programs keep the weights in their files: timm, torchvision, Lightning and others.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema")
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 
 
 class _Weights(NamedTuple):
@@ -35,7 +42,7 @@ def initialize(model: Classifier, init: InitConfig, arch: str, classes: Sequence
     """
     path = Path(init.weights)
     if path.suffix in FILES and not path.is_dir():
-        found = _from_file(path, model, init.averaged)
+        found = _from_file(path, model, init.averaged, classes)
     else:
         found = _from_checkpoint(path, arch, classes, init.averaged)
     own = model.state_dict()
@@ -45,6 +52,8 @@ def initialize(model: Classifier, init: InitConfig, arch: str, classes: Sequence
         of_classes = name.startswith(("cosine.", model.classifier_prefix))
         if shapes[0] == shapes[1] and (found.same_classes or not of_classes):
             fits[name] = found.tensors[name]
+        elif name.endswith("num_batches_tracked") and name not in found.tensors:
+            continue  # files from before torch 0.4.1 lack it; it does not matter with a fixed momentum
         elif not (name.startswith(TRAINING_HEADS) or (of_classes and not found.same_classes)):
             raise UserError(
                 f"--init {printable(path)}: {printable(name)} is {shapes[0]} in it and {shapes[1]} in this network"
@@ -71,17 +80,29 @@ def _from_checkpoint(path: Path, arch: str, classes: Sequence[str], averaged: bo
     return _Weights(checkpoint.weights(saved, averaged), saved.meta["classes"] == list(classes), source)
 
 
-def _from_file(path: Path, model: Classifier, averaged: bool) -> _Weights:
+def _from_file(path: Path, model: Classifier, averaged: bool, classes: Sequence[str]) -> _Weights:
     """A file with timm's names; its classifier is used where it has as many classes."""
-    found = _read(path, averaged)
-    if all(name.startswith(("backbone.", *TRAINING_HEADS)) for name in found):
+    if path.name == "model.safetensors" and (path.parent / "meta.json").is_file():
         raise UserError(
             f"--init {printable(path)} is a part of a checkpoint; name its folder, {printable(path.parent)}"
         )
-    tensors = {f"backbone.{name}": each for name, each in found.items()}
     own, head = model.state_dict(), model.classifier_prefix
+    tensors = {_our_name(name, own): each for name, each in _read(path, averaged).items() if name != "n_averaged"}
     same_classes = all(name in tensors and tensors[name].shape == own[name].shape for name in own if head in name)
-    return _Weights(tensors, same_classes, f"from {printable(path)}")
+    source = f"from {printable(path)}"
+    if same_classes:
+        source += f", whose outputs have no names: the first is taken as class {printable(classes[0])}, and so on"
+    return _Weights(tensors, same_classes, source)
+
+
+def _our_name(name: str, own: Container[str]) -> str:
+    """The name in our network of a tensor in a file, without the prefixes of DDP, torch.compile and other wrappers."""
+    while not (name.startswith(TRAINING_HEADS) or f"backbone.{name}" in own):
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            break
+        name = name.removeprefix(prefix)
+    return name if name.startswith(TRAINING_HEADS) else f"backbone.{name}"
 
 
 def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
@@ -96,17 +117,34 @@ def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
                 raise ValueError("it is compressed; torch.save does not do that")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(_safe_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files make the two libraries raise anything
-        gist = f"{error}".strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"--init {printable(path)} cannot be read: {printable(gist)}") from None
-    for key in (*(("state_dict_ema", "model_ema") if averaged else ()), "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
+        raise UserError(f"--init {printable(path)} cannot be read: {_cause(error)}") from None
+    keys = (*_AVERAGED, *_CONTAINERS) if averaged else (*_CONTAINERS, *_AVERAGED)
+    for _ in range(3):  # one may be in another
+        inner = [content[key] for key in keys if isinstance(content, dict) and isinstance(content.get(key), dict)]
+        content = next(filter(None, inner), content)
     if not (isinstance(content, dict) and content and all(isinstance(each, Tensor) for each in content.values())):
         raise UserError(
-            f"--init {printable(path)} holds no weights: expected tensors by name, or `state_dict` with such"
+            f"--init {printable(path)} holds no weights: expected tensors by name, or a table of them under one of "
+            f"{', '.join(_CONTAINERS)}, {', '.join(_AVERAGED)}"
         )
-    # DataParallel, DDP and torch.compile put these in front of names.
-    return {str(name).removeprefix("_orig_mod.").removeprefix("module."): each for name, each in content.items()}
+    return {str(name): each for name, each in content.items()}
+
+
+def _safe_types() -> list[Any]:
+    """What training programs save next to weights, and what cannot run code: their arguments, and numbers of numpy."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")}
+    old_name = (scalar, "numpy.core.multiarray.scalar")  # before numpy 2
+    return [argparse.Namespace, np.dtype, *dtypes, scalar, old_name]
+
+
+def _cause(error: Exception) -> str:
+    """Why a file cannot be read, as a part of a line."""
+    text = str(error).strip()
+    if unsafe := re.search(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", text, re.IGNORECASE):
+        return f"it holds a {printable(unsafe[1])}, which could run code; save only the network's state_dict()"
+    detail = re.search(r"WeightsUnpickler error: (.+)", text)
+    return printable((detail[1] if detail else text.splitlines()[0] if text else type(error).__name__)[:200])

@@ -1,10 +1,13 @@
 """--init from files: the weights of a timm network, and files that are refused."""
 
+import argparse
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -37,6 +40,27 @@ WRAPPED = {
     "timm.pth": lambda state: {"state_dict": state, "epoch": 3, "arch": "test_resnet", "metric": 0.5},
     "torch.pt": lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
     "compiled.bin": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+    "model_best.pth.tar": lambda state: {  # timm's, with what it was called with
+        "state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+        "args": argparse.Namespace(lr=0.1, amp=None, opt_betas=[0.9]),
+        "metric": np.float64(71.5),
+        "epoch": np.int64(3),
+        "optimizer": OrderedDict(state={0: {"step": torch.zeros(1)}}),
+    },
+    "checkpoint.pth": lambda state: {  # torchvision's reference, with averaged weights
+        "model": {name: torch.zeros_like(tensor) for name, tensor in state.items()},
+        "model_ema": {"n_averaged": torch.tensor(7)} | {f"module.{name}": tensor for name, tensor in state.items()},
+        "args": argparse.Namespace(model="test_resnet"),
+    },
+    "last.ckpt": lambda state: {  # Lightning's
+        "state_dict": {f"model.backbone.{name}": tensor for name, tensor in state.items()},
+        "hyper_parameters": {"lr": 0.1},
+        "pytorch-lightning_version": "2.5",
+    },
+    "network.pkl": lambda state: {"net": {"module": {f"_orig_mod.module.{name}": state[name] for name in state}}},
+    "untracked.bin": lambda state: {
+        "model_state_dict": {name: state[name] for name in state if "num_batches_tracked" not in name}
+    },
     "ema.pth": lambda state: {
         "state_dict": {name: torch.zeros_like(tensor) for name, tensor in state.items()},
         "state_dict_ema": state,
@@ -54,7 +78,11 @@ def test_all_weights_of_a_timm_network_are_loaded(timm_model, tmp_path, name):
     ours, line = init_from(path)
     assert torch.equal(ours.eval()(IMAGES).logits, timm_model.eval()(IMAGES))
     count = len(timm_model.state_dict())
-    assert line == f"init: {count} of {count} tensors, from {path}; starting random: none"
+    if name == "untracked.bin":
+        assert line.startswith("init: ") and "num_batches_tracked" in line and "weight" not in line.split("; ")[-1]
+        return
+    names = "whose outputs have no names: the first is taken as class 0, and so on"
+    assert line == f"init: {count} of {count} tensors, from {path}, {names}; starting random: none"
 
 
 def test_raw_weights_are_loaded_on_request(timm_model, tmp_path):
@@ -134,3 +162,18 @@ def test_the_trap_runs_code(tmp_path):
     write_bad_file(tmp_path / "weights.pth", "code", {})
     torch.load(tmp_path / "weights.pth", weights_only=False)
     assert (tmp_path / "executed").exists()
+
+
+def test_a_class_that_is_not_safe_is_named(tmp_path, timm_model):
+    torch.save({"state_dict": timm_model.state_dict(), "x": Trap(tmp_path / "executed")}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"it holds a posix\.mkdir, which could run code; save only"):
+        init_from(tmp_path / "weights.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_first_tensor_that_differs_is_named(tmp_path, timm_model):
+    state = {f"module.{name}": tensor for name, tensor in timm_model.state_dict().items()}
+    state["module.conv1.0.weight"] = torch.zeros(2, 2)
+    torch.save({"model": state}, tmp_path / "weights.tar")
+    with pytest.raises(UserError, match=r"backbone\.conv1\.0\.weight is \[2, 2\] in it and \["):
+        init_from(tmp_path / "weights.tar")

@@ -310,9 +310,7 @@ def test_data_cut_draws_a_set_that_trains(demo_set, tmp_path):
     args = ["data", "cut", demo_set / "train", "--per-class", 6, "--val-per-class", 2, "--out", tmp_path / "cut"]
     assert "made" in call(*args).stdout and "60 train, 20 val images" in call(*args).stdout
     assert "already there" in call(*args).stdout
-    assert (
-        "60 training images of 10 classes in " in call("run", *TINY, "--data", tmp_path / "cut", "--dry-run").stdout
-    )
+    assert "60 training images of 10 classes in " in call("run", *TINY, "--data", tmp_path / "cut", "--dry-run").stdout
     assert "has 50 images and the subset needs 51" in call(*args[:3], "--per-class", 50, "--val-per-class", 1,
                                                         "--out", tmp_path / "more", status=2).stderr  # fmt: skip
 
