@@ -10,28 +10,33 @@ from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import replacing
 from fasttrain.utils.text import printable
 
+_MOST_ROWS = 2000  # more than the picture has pixels
+
 
 def matrix(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     """[classes, classes]: the number of images of the row's class that are predicted as the column's."""
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
-def summary(counts: NDArray[np.int64], classes: Sequence[str], most: int = 5) -> str:
-    """The classes with the lowest accuracy and the most confused pairs, as text, `most` lines of each."""
-    images = counts.sum(1)
-    accuracy = np.where(images > 0, counts.diagonal() / np.maximum(images, 1), 2.0)  # classes without images come last
+def summary(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: Sequence[str], most: int = 5) -> str:
+    """The classes with the lowest accuracy and the most confused pairs, as text, `most` lines of each. Needs memory for
+    the images and classes, not for the matrix. labels, predicted: int64 [N]."""
+    images, right = (np.bincount(chosen, minlength=len(classes)) for chosen in (labels, labels[labels == predicted]))
+    present = np.flatnonzero(images)
+    accuracy = right[present] / images[present]
     lines = ["worst classes:"]
-    for label in np.argsort(accuracy, kind="stable")[:most]:
-        if images[label]:
-            lines.append(f"  {accuracy[label]:7.2%} of {images[label]} right: {printable(classes[label])}")
-    wrong = counts - np.diag(counts.diagonal())
-    lines.append("most confused:")
-    for cell in np.argsort(-wrong, axis=None, kind="stable")[:most]:
-        label, predicted = divmod(int(cell), len(classes))
-        if wrong[label, predicted]:
-            times = f"{wrong[label, predicted]} of {images[label]}"
-            lines.append(f"  {printable(classes[label])} taken for {printable(classes[predicted])}: {times}")
-    return "\n".join(lines if len(lines) > 2 and lines[-1] != "most confused:" else lines[:-1])
+    for position in np.argsort(accuracy, kind="stable")[:most].tolist():
+        label = present[position]
+        lines.append(f"  {accuracy[position]:7.2%} of {images[label]} right: {printable(classes[label])}")
+    wrong = labels != predicted
+    pairs, counts = np.unique(labels[wrong] * len(classes) + predicted[wrong], return_counts=True)
+    if len(pairs):
+        lines.append("most confused:")
+    for position in np.argsort(-counts, kind="stable")[:most].tolist():
+        label, other = divmod(int(pairs[position]), len(classes))
+        times = f"{counts[position]} of {images[label]}"
+        lines.append(f"  {printable(classes[label])} taken for {printable(classes[other])}: {times}")
+    return "\n".join(lines)
 
 
 def require_matplotlib() -> None:
@@ -42,20 +47,26 @@ def require_matplotlib() -> None:
         raise UserError("--confusion needs matplotlib: pip install matplotlib") from None
 
 
-def draw(counts: NDArray[np.int64], classes: Sequence[str], path: Path, software: str) -> None:
-    """Draw the matrix as a PNG, each row as shares of its class, on a scale that also shows small shares. software: the
-    PNG's Software entry. Raises RunError where the file cannot be written."""
+def draw(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: Sequence[str], path: Path, software: str
+) -> None:
+    """Draw the matrix as a PNG, each row as shares of its class, on a scale that also shows small shares. More than
+    2,000 classes are drawn in blocks of neighbors. labels, predicted: int64 [N]. software: the PNG's Software entry.
+    Raises RunError where the file cannot be written."""
     import warnings
 
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
+    block = -(-len(classes) // _MOST_ROWS)
+    counts = matrix(labels // block, predicted // block, -(-len(classes) // block))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(16.0, 3 + 0.25 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest")
-    axes.set(xlabel="predicted", ylabel="class")
+    of = f" (blocks of {block})" if block > 1 else ""
+    axes.set(xlabel=f"predicted{of}", ylabel=f"class{of}")
     if len(classes) <= 60:
         names = [printable(name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}") for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8, parse_math=False)

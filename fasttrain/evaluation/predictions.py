@@ -17,6 +17,7 @@ from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import opened, replacing
 from fasttrain.utils.text import printable
 
+_SCORED_AT_ONCE = 2**22  # probabilities
 _REQUIRED = ("ids", "classes", "probs")
 # What numpy and zipfile raise for damaged files.
 _READ_ERRORS = (
@@ -60,11 +61,15 @@ class Scores(NamedTuple):
 
 def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
     """Top-1 and top-5 of probabilities [N, K]; with five classes or fewer top-5 is 1."""
-    of_label = probs[np.arange(len(labels)), labels][:, None]
-    # On a tie the first class ranks higher, as in argmax. A NaN is never right.
-    lower = (probs < of_label) | ((probs == of_label) & (np.arange(probs.shape[1]) > labels[:, None]))
-    rank = probs.shape[1] - 1 - lower.sum(1)
-    bad = int((~np.isfinite(probs)).any(1).sum())
+    rank, bad = np.empty(len(labels), np.int64), 0
+    rows = max(1, _SCORED_AT_ONCE // probs.shape[1])
+    for start in range(0, len(labels), rows):
+        some, of_some = probs[start : start + rows], labels[start : start + rows, None]
+        of_label = np.take_along_axis(some, of_some, 1)
+        # On a tie the first class ranks higher, as in argmax. A NaN is never right.
+        lower = (some < of_label) | ((some == of_label) & (np.arange(some.shape[1]) > of_some))
+        rank[start : start + rows] = some.shape[1] - 1 - lower.sum(1)
+        bad += int((~np.isfinite(some)).any(1).sum())
     return Scores(float((rank == 0).mean()), float((rank < 5).mean()), len(labels), bad)
 
 
