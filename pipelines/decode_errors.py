@@ -168,7 +168,8 @@ def decode_error(error: Exception, paths: Sequence[str], sizes: NDArray[np.int32
     for path, size in zip(paths, sizes, strict=True):
         reason = decode_problem(path, size)
         if reason:
-            return RunError(f"cannot decode {printable(path)}: {reason}; fix or remove it")
+            advice = "fix or remove it" if os.path.exists(path) else "put it back"
+            return RunError(f"cannot decode {printable(path)}: {reason}; {advice}")
     first_paths = ", ".join(printable(path) for path in paths[:3])
     reason = _error_line(error)
     return RunError(f"the data pipeline failed on a batch of {len(paths)} files ({first_paths}, …): {reason}")

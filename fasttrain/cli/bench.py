@@ -134,7 +134,7 @@ def bench_kernels(rank: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
 @training_option("--images-per-class", type=click.IntRange(0), default=4, show_default=True,
                  help="Of P x K batches; 0: leave them out.")  # fmt: skip
 @training_option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="Of the images.")
-@machine_option("--workers", type=click.IntRange(0), default=0, show_default=True,
+@machine_option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
                 help="Threads or processes; 0: a run's default, and one per core for peers.")  # fmt: skip
 @machine_option("--decoder", type=click.Choice(DECODERS), default="auto", show_default=True,
                 help="What decodes fasttrain's images on a GPU.")  # fmt: skip
@@ -255,7 +255,7 @@ def bench_step(
 @bench.command("train", cls=GroupedCommand, short_help="Whole runs.")
 @data_option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
 @_network_options
-@machine_option("--workers", type=click.IntRange(0), default=0, show_default=True,
+@machine_option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
                 help="Threads or processes; 0: a run's default, and one per core for peers.")  # fmt: skip
 @benchmark_option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps per round.")
 @benchmark_option("--warm-up", type=click.IntRange(1), default=20, show_default=True, help="Steps before each round.")

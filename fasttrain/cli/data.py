@@ -34,7 +34,7 @@ def data_demo(folder: Path, seed: int) -> None:
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--quarantine", type=FOLDER, metavar="DIR", help="Move bad files here; `data restore` moves them back.")
 @click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True,
+@click.option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
               help="Processes that decode; 0: one per core.")  # fmt: skip
 @links_option
 def data_check(folder: str, quarantine: str | None, out: Path | None, workers: int, links: str) -> None:

@@ -39,7 +39,7 @@ _NETWORK_OPTIONS = (
     machine_option("--device", type=click.Choice(DEVICES), default="auto", show_default=True,
                    help="auto: a GPU where there is one."),
     machine_option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once."),
-    machine_option("--workers", type=click.IntRange(0), default=0, show_default=True,
+    machine_option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
                    help="DALI threads; 0: this rank's share of the cores."),
     machine_option("--decoder", type=click.Choice(DECODERS), default="auto", show_default=True,
                    help="What decodes the images on a GPU; see machine.decoder in `fasttrain recipes NAME`."),

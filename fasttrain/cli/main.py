@@ -1,6 +1,8 @@
 """The command line. Commands import torch, timm and DALI inside their functions, so that `--help` is quick."""
 
+import io
 import sys
+from subprocess import CalledProcessError
 from typing import Any
 
 import click
@@ -13,6 +15,7 @@ from fasttrain.cli.ensemble import ensemble, score
 from fasttrain.cli.evaluate import evaluate_, predict
 from fasttrain.cli.recipes import recipes_, show
 from fasttrain.cli.run import run
+from fasttrain.utils.environment import explain, require_current_folder
 from fasttrain.utils.errors import CommandError
 from fasttrain.utils.output import tolerant_output
 
@@ -21,7 +24,11 @@ class _Group(click.Group):
     """Ends a command that fails for a known reason with one line and its exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # the terminal's encoding may lack some characters
+                stream.reconfigure(errors="backslashreplace")
         try:
+            require_current_folder()
             return super().invoke(ctx)
         except CommandError as error:
             if str(error):
@@ -30,7 +37,10 @@ class _Group(click.Group):
         except ImportError as error:
             _print_error(f"{error} (Python {sys.executable}); `fasttrain doctor` lists what is missing")
             sys.exit(1)
-        except RuntimeError as error:
+        except (RuntimeError, CalledProcessError) as error:
+            if line := explain(error):
+                _print_error(line)
+                sys.exit(1)
             # torch is not imported here: if the error is torch's, it has been.
             if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
                 raise

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from fasttrain.config.choices import LINKS
+from fasttrain.utils.environment import torchrun_variable
 from fasttrain.utils.errors import UserError
 
 PNG_SOFTWARE = "fasttrain"  # marks our pictures, so that a later command may overwrite them
@@ -62,7 +63,7 @@ def require_png(path: Path, option: str) -> None:
 
 def writes_files() -> bool:
     """Whether this process writes files: rank 0 does. On other machines the folders need not exist."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return torchrun_variable("RANK", 0) == 0
 
 
 def shell_word(path: str | Path) -> str:

@@ -20,6 +20,7 @@ from fasttrain.cli.options import (
     training_option,
     writes_files,
 )
+from fasttrain.utils.environment import torchrun_variable
 from fasttrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,4 +124,4 @@ def on_demo_set(recipe: "Recipe") -> "Recipe":
     parameters = sum(p.numel() for p in model.parameters())
     folder = cache_dir() / "demo-1"
     demo_set.make(folder)
-    return recipes.demo(recipe, folder, parameters, int(os.environ.get("WORLD_SIZE", 1)))
+    return recipes.demo(recipe, folder, parameters, torchrun_variable("WORLD_SIZE", 1))

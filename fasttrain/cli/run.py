@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @training_option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
 @machine_option("--device", type=click.Choice(DEVICES), help="Default: auto, a GPU where there is one.")
 @machine_option(
-    "--workers", type=click.IntRange(0), help="DALI threads per rank. Default: 0, this rank's share of the cores."
+    "--workers", type=click.IntRange(0, 1024), help="DALI threads per rank. Default: 0, this rank's share of the cores."
 )
 @machine_option("--compile/--no-compile", "compiled", default=None, help="Use torch.compile. Default: on a GPU.")
 @output_option("--out", type=FOLDER, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")

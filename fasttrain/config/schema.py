@@ -267,7 +267,7 @@ class MachineConfig:
 
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", _one_of(DEVICES), self.device)
-        _require(self.workers >= 0, "workers", "0 or more", self.workers)
+        _require(0 <= self.workers <= 1024, "workers", "between 0 and 1024", self.workers)
         _require(self.decoder in DECODERS, "decoder", _one_of(DECODERS), self.decoder)
         _require(0 <= self.hardware_load <= 1, "hardware_load", "a share in [0, 1]", self.hardware_load)
         _require(self.align in ("auto", "on", "off"), "align", "auto, on or off", self.align)

@@ -38,8 +38,12 @@ DEFAULT_LIMITS = Limits()
 
 
 def cache_dir() -> Path:
-    """fasttrain's folder in the user's cache: $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"
+    """fasttrain's folder in the user's cache: $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain. Raises UserError where
+    the user has no home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"
+    except RuntimeError:  # an unknown user, and no HOME
+        raise UserError("this user has no home folder; set XDG_CACHE_HOME to a folder for caches") from None
 
 
 def scan(
@@ -181,12 +185,15 @@ def _paths_and_sizes(
     cannot be used, whose sizes are 0."""
     base = str(root.resolve())
     paths = tuple(os.path.join(base, image_id) for image_id in ids)
-    cache = cache_dir() / "index" / f"{cache_key}.npy"
+    try:
+        cache = cache_dir() / "index" / f"{cache_key}.npy"
+    except UserError:  # it only saves time
+        cache = None
     problems: dict[int, str] = {}
-    sizes = _load_sizes(cache, len(paths))
+    sizes = None if cache is None else _load_sizes(cache, len(paths))
     if sizes is None:
         sizes, problems = read_headers(paths, progress)
-        if not problems:  # a file that cannot be read is tried again next time
+        if cache is not None and not problems:  # a file that cannot be read is tried again next time
             _store_sizes(cache, sizes)
     megapixels = sizes.prod(1, dtype=np.int64) / 1e6
     for number in np.flatnonzero(megapixels > limits.max_megapixels).tolist():

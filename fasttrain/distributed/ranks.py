@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fasttrain.utils.environment import torchrun_variable
 from fasttrain.utils.errors import CommandError, RunError, Stopped, UserError
 from fasttrain.utils.tensors import by_dtype, flatten, unflatten_into
+from fasttrain.utils.text import printable
 
 T = TypeVar("T")
 _FAILED = "fasttrain/failed"
@@ -130,7 +132,7 @@ def ranks(device: str, patience_s: float = 1800.0) -> Iterator[Ranks]:
     that failed first prints a message. Raises UserError where CUDA is asked for and torch sees no GPU.
     """
     rank, world, local_rank, local_world = (
-        int(os.environ.get(name, default))
+        torchrun_variable(name, default)
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -142,7 +144,13 @@ def ranks(device: str, patience_s: float = 1800.0) -> Iterator[Ranks]:
         yield Ranks(0, 1, 0, 1, torch_device)
         return
     timeout = timedelta(seconds=max(1800.0, 2 * patience_s + 60))
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=torch_device if on_gpu else None, timeout=timeout)
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", device_id=torch_device if on_gpu else None, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:  # also a variable that is missing
+        reason = printable(str(error).strip().splitlines()[0])
+        raise RunError(f"cannot join the other {world - 1} ranks: {reason}; start all of them with torchrun") from None
     try:
         yield Ranks(rank, world, local_rank, local_world, torch_device)
     except Stopped as stopped:  # on all ranks together; one of them says so

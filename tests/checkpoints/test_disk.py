@@ -339,7 +339,7 @@ def test_one_missing_image_is_named(index, tmp_path):
         copies.append(str(copy))
     moved = replace(index, paths=tuple(copies))
     os.unlink(copies[7])
-    with pytest.raises(RunError, match=rf"cannot decode {copies[7]}: it cannot be read \(No such file"):
+    with pytest.raises(RunError, match=rf"cannot decode {copies[7]}: the file no longer exists; put it back"):
         run(tiny(epochs=1, data=DataConfig(train=(str(tmp_path / "data"),))), tmp_path / "run", moved)
 
 

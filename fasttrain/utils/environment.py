@@ -1,0 +1,55 @@
+"""What a machine may lack, said in one line: variables of torchrun, a home folder, a compiler."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.text import printable
+
+
+def torchrun_variable(name: str, default: int) -> int:
+    """The number in a variable that torchrun sets, such as RANK. Raises UserError where it is not one."""
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"the variable {name} is {printable(text)!r}, not a number; start several ranks with torchrun")
+    return int(text)
+
+
+def require_current_folder() -> None:
+    """Raises UserError where the current folder has been deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder no longer exists; change to another one") from None
+
+
+def explain(error: Exception) -> str:
+    """What an error of a compiler means, as one line; empty for any other error."""
+    for each in _chain(error):
+        if re.search(r"(failed to find|no working) c(\+\+)? compiler", str(each), re.IGNORECASE):
+            return "there is no C or C++ compiler, which torch.compile and Triton need; install gcc and g++" + _WITHOUT
+        if isinstance(each, subprocess.CalledProcessError):
+            output = each.stderr or each.stdout or b""
+            text = output.decode(errors="replace") if isinstance(output, bytes) else output
+            cause = next((line.strip() for line in text.splitlines() if "error" in line), str(each))
+            headers = "; install Python's headers (python3-dev)" if "Python.h" in text + str(each) else ""
+            return f"a compiler failed: {printable(cause[:300])}{headers}{_WITHOUT}"
+    # torch is not imported here: if the error is torch's, it has been.
+    if isinstance(error, getattr(sys.modules.get("torch._dynamo.exc"), "TorchDynamoException", ())):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"torch.compile failed: {printable(lines[0][:300]) if lines else type(error).__name__}{_WITHOUT}"
+    return ""
+
+
+_WITHOUT = "; --no-compile trains without torch.compile"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
