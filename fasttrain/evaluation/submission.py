@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from fasttrain.data.index import spelling
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import opened, replacing
 from fasttrain.utils.text import printable
@@ -56,6 +57,11 @@ def read(path: Path, header: tuple[str, str]) -> dict[str, int]:
         with io.TextIOWrapper(opened(path), encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
             first = next(rows, None)
+            if first and first[0].startswith("\ufeff"):
+                raise UserError(
+                    f"{printable(path)} starts with a byte order mark, as spreadsheets write it, which other programs "
+                    "take for a part of the header; save it as plain UTF-8"
+                )
             if first is None or tuple(first) != header:
                 raise UserError(f"{printable(path)} line 1 must be the header {','.join(header)}")
             for row in rows:
@@ -88,5 +94,8 @@ def score(submission: Path, labels: Path) -> tuple[float, int]:
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{printable(submission)} {problem} image {printable(min(names))!r}{more}")
+            others = {spelling(name): name for name in truth.keys() ^ predicted.keys() ^ names}
+            twin = others.get(spelling(min(names)))
+            alike = f"; {twin!a} looks alike but is spelled with different characters" if twin is not None else ""
+            raise UserError(f"{printable(submission)} {problem} image {printable(min(names))!r}{more}{alike}")
     return sum(predicted[name] == label for name, label in truth.items()) / len(truth), len(truth)

@@ -26,13 +26,13 @@ def opened(path: str | Path) -> BinaryIO:
 
 
 def read_text(path: str | Path, most: int) -> str:
-    """A file's text. Raises OSError like `opened`, or where it has more than `most` bytes; ValueError where it is not
-    UTF-8."""
+    """A file's text, without a byte order mark. Raises OSError like `opened`, or where it has more than `most` bytes;
+    ValueError where it is not UTF-8."""
     with opened(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most >> 10} KiB", str(path))
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")
 
 
 def read_json(path: str | Path, most: int = _JSON_BYTES) -> Any:

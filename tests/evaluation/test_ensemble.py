@@ -289,6 +289,16 @@ def test_wrong_submissions_are_refused(tmp_path, rows, message):
         submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
 
 
+def test_a_byte_order_mark_and_names_that_look_alike_are_named(tmp_path):
+    (tmp_path / "labels.csv").write_text("Image IDs,Labels\ncaf\u00e9.jpg,0\n")
+    (tmp_path / "s.csv").write_text("Image IDs,Predictions\ncafe\u0301.jpg,0\n")
+    with pytest.raises(UserError, match=r"lacks image .*; 'cafe\\u0301\.jpg' looks alike"):
+        submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
+    (tmp_path / "s.csv").write_text("Image IDs,Predictions\ncaf\u00e9.jpg,0\n", encoding="utf-8-sig")
+    with pytest.raises(UserError, match="starts with a byte order mark, as spreadsheets write it"):
+        submission.score(tmp_path / "s.csv", tmp_path / "labels.csv")
+
+
 def test_a_class_that_the_labels_lack_is_a_wrong_prediction(tmp_path):
     """Labels of some of the images need not include the highest class."""
     (tmp_path / "s.csv").write_text("Image IDs,Predictions\na,0\nb,2\n")

@@ -262,3 +262,8 @@ def test_attract_repulse_recipes_have_the_readmes_numbers():
         augment = second.augment
         assert (augment.autoaugment, augment.randaugment, augment.randaugment_magnitude) == ("none", 2, 9)
         assert augment.erase == 0.25 and second.mix.cutmix == 0.5
+
+
+def test_a_recipe_may_start_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "mine.toml").write_text('name = "mine"\narch = "resnet18"\n', encoding="utf-8-sig")
+    assert recipes.by_name(str(tmp_path / "mine.toml")).arch == "resnet18"
