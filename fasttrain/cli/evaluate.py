@@ -20,6 +20,7 @@ from fasttrain.cli.options import (
     writes_files,
 )
 from fasttrain.config.choices import DECODERS, DEVICES
+from fasttrain.utils.decoder_messages import shown_once
 from fasttrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _predict(
     from fasttrain.predict import predict
 
     pixels = () if sizes is None else _parse_sizes(sizes)
-    with ranks(device) as rank:
+    with shown_once(), ranks(device) as rank:
         return predict(checkpoint_path, open_index, rank, sizes=pixels, **options)
 
 

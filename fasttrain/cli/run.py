@@ -24,6 +24,7 @@ from fasttrain.cli.options import (
 from fasttrain.cli.recipes import chosen_recipe, on_demo_set
 from fasttrain.config.choices import DEVICES, LINKS, LOSS_COMBINATIONS, ON_BAD
 from fasttrain.distributed import signals
+from fasttrain.utils.decoder_messages import shown_once
 from fasttrain.utils.errors import Stopped, UserError
 from fasttrain.utils.output import tolerant_output
 
@@ -81,7 +82,7 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
         _run(out, resume, dry_run, **options)
         return
     signals.install()
-    with tolerant_output():
+    with shown_once(), tolerant_output():
         _run(out, resume, dry_run, **options)
 
 

@@ -4,10 +4,9 @@ A file is bad if training would fail on it or learn wrong things from it: `empty
 kills its decoder, or keeps it busy for minutes), `dali-refuses` (PIL decodes it, DALI does not), `differs` (their
 pixels differ), `not-an-image`, `unsupported`, `absurd-size`, `unreadable`, `empty-class`; and `duplicate` where the
 copies have different labels (all are bad) or are in both train and val (those in train are bad). Other findings are
-notes: `wrong-extension` (DALI looks
-only at the content), `exif-rotated` (training uses the pixels as stored), `cmyk` and `16-bit` (converted to 8-bit RGB),
-`duplicate` within a class, `not-utf8`, and what training ignores: `stray`, `hidden`, `link-loop`, `link-out`,
-`broken-link`.
+notes: `wrong-extension` (DALI looks only at the content), `exif-rotated` (training uses the pixels as stored), `cmyk`
+and `16-bit` (converted to 8-bit RGB), `decoder-warning` (from DALI's decoder, which decodes the file), `duplicate`
+within a class, `not-utf8`, and what training ignores: `stray`, `hidden`, `link-loop`, `link-out`, `broken-link`.
 """
 
 import errno

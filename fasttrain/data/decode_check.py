@@ -96,7 +96,7 @@ def check_files(tasks: Sequence[Task]) -> list[Result]:
             for batch in split_by_cost(sound, CHUNK_FILES, lambda file: file.size[0] * file.size[1], _BATCH_PIXELS):
                 restart_timeout()
                 images, stderr = _decode_with_dali([file.data for file in batch], captured)
-                if images and not _LIBJPEG.search(stderr):
+                if images and not stderr:
                     for file, image in zip(batch, images, strict=True):
                         _compare(file, image, "")
                 else:
@@ -263,12 +263,12 @@ def _truncation(kind: str, data: bytes) -> tuple[str, int]:
 def _compare(file: _File, dali: _Decoded | None, stderr: str) -> None:
     """Compare DALI's result, None where it cannot decode the file, with PIL's."""
     warning = _LIBJPEG.search(stderr) if file.kind == "JPEG" else None
+    # Lines from OpenCV, DALI's last resort, are dropped: they have times in them.
+    lines = [line for line in _ANSI_AND_ADDRESS.sub("", stderr).splitlines() if line and "0@" not in line]
     if file.problem:
         verdict = "DALI decodes it, so training would use the damaged image" if dali else "DALI: cannot decode it"
         file.problem = (file.problem[0], f"{file.problem[1]}; {verdict}")
     elif dali is None:
-        # Lines from OpenCV, DALI's last resort, are dropped: they have times in them.
-        lines = [line for line in _ANSI_AND_ADDRESS.sub("", stderr).splitlines() if line and "0@" not in line]
         gist = f" ({_one_line(lines[0])})" if lines else ""
         file.problem = ("dali-refuses", f"DALI: cannot decode it{gist}; PIL decodes it")
     elif warning:
@@ -276,7 +276,10 @@ def _compare(file: _File, dali: _Decoded | None, stderr: str) -> None:
     elif dali.size != file.size:
         sizes = f"{file.size[0]} x {file.size[1]} pixels for PIL, {dali.size[0]} x {dali.size[1]} for DALI"
         file.problem = ("corrupt", f"the decoders disagree: {sizes}")
-    elif file.decoded is not None:
+    else:
+        if lines:
+            file.notes.append(("decoder-warning", _one_line(lines[0])))
+        assert file.decoded is not None
         difference = abs(dali.sample.astype(int) - file.decoded.sample)
         if difference.max() > _CLOSE:
             by = f"by up to {difference.max()} of 255, and by {difference.mean():.1f} on average"

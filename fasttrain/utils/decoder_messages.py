@@ -1,0 +1,83 @@
+"""What image decoders write to stderr: they repeat a warning for every decode of a file, without naming it.
+
+`shown_once` starts this file as a program that stands between file descriptor 2 and stderr. A process of its own passes
+on what other libraries say even when they end the run's process.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_KINDS = re.compile(
+    rb"(\x1b\[[0-9;]*m)*\[(ERROR|WARNING)\].*\[\w+_decoder\]"  # nvImageCodec
+    rb"|\[ ?(ERROR|WARN):\d+@[\d.]+\] global \w+\.cpp"  # OpenCV, DALI's last resort
+    rb"|TIFF\w+: |[^:]*: \w+ compression support is not configured"
+    rb"|libpng (warning|error): "
+    rb"|Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Unsupported marker type"
+)
+_CONTINUED = re.compile(rb"> |\s*$")  # of OpenCV
+_ONCE = b" (shown once; `fasttrain data check` names such files)"
+
+
+@contextmanager
+def shown_once() -> Iterator[None]:
+    """Within this context, each kind of message that decoders write to file descriptor 2 is shown once. Python's own
+    stderr goes where it went before. Does nothing where stderr is not file descriptor 2."""
+    try:
+        own = sys.stderr.fileno() == 2
+    except (AttributeError, OSError, ValueError):
+        own = False
+    if not own:
+        yield
+        return
+    sys.stderr.flush()
+    real = os.dup(2)
+    # -I and -S: it needs nothing but the standard library, and starts in about 10 ms.
+    command = [sys.executable, "-I", "-S", __file__]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=real, start_new_session=True)
+    assert process.stdin is not None
+    before = sys.stderr
+    os.dup2(process.stdin.fileno(), 2)
+    process.stdin.close()
+    sys.stderr = os.fdopen(real, "w", buffering=1, errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os.dup2(sys.stderr.fileno(), 2)
+        with suppress(OSError, ValueError):
+            sys.stderr.close()
+        sys.stderr = before
+        with suppress(subprocess.TimeoutExpired):  # a child process may still hold the pipe
+            process.wait(1)
+
+
+def main() -> None:
+    """Copy stdin to stdout, without what decoders repeat."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # it ends when its input does
+    seen: set[bytes] = set()
+    dropping = False
+    for line in sys.stdin.buffer:
+        if _KINDS.match(line):
+            kind = re.sub(rb"\x1b\[[0-9;]*m|[\d.]+|0x[0-9a-f]+", b"", line)
+            dropping = True
+            if kind in seen:
+                continue
+            seen.add(kind)
+            line = re.sub(rb"\x1b\[[0-9;]*m", b"", line).rstrip() + _ONCE + b"\n"
+        elif dropping and _CONTINUED.match(line):
+            continue
+        else:
+            dropping = False
+        with suppress(OSError):  # whoever writes to the pipe must not wait for a terminal that is gone
+            os.write(1, line)
+
+
+if __name__ == "__main__":
+    main()
