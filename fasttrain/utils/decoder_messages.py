@@ -12,14 +12,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-_KINDS = re.compile(
-    rb"(\x1b\[[0-9;]*m)*\[(ERROR|WARNING)\].*\[\w+_decoder\]"  # nvImageCodec
-    rb"|\[ ?(ERROR|WARN):\d+@[\d.]+\] global \w+\.cpp"  # OpenCV, DALI's last resort
-    rb"|TIFF\w+: |[^:]*: \w+ compression support is not configured"
-    rb"|libpng (warning|error): "
-    rb"|Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Unsupported marker type"
+_COLOR = re.compile(rb"\x1b\[[0-9;]*m")
+# Threads write parts of lines, so that a message may begin within a line.
+_MESSAGE = re.compile(
+    rb"(?=\[(?:ERROR|WARNING)\].*\[\w+_decoder\]"  # nvImageCodec
+    rb"|\[ ?(?:ERROR|WARN):\d+@[\d.]+\] global \w+\.cpp"  # OpenCV, DALI's last resort
+    rb"|TIFF[A-Z]\w+: |: \w+ compression support is not configured"
+    rb"|libpng (?:warning|error): "
+    rb"|Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Unsupported marker type)"
 )
-_CONTINUED = re.compile(rb"> |\s*$")  # of OpenCV
+_CONTINUED = re.compile(rb"> |\s*$")  # of OpenCV, and ends of lines
 _ONCE = b" (shown once; `fasttrain data check` names such files)"
 
 
@@ -64,19 +66,19 @@ def main() -> None:
     seen: set[bytes] = set()
     dropping = False
     for line in sys.stdin.buffer:
-        if _KINDS.match(line):
-            kind = re.sub(rb"\x1b\[[0-9;]*m|[\d.]+|0x[0-9a-f]+", b"", line)
+        if _MESSAGE.search(line):
+            before, *messages = _MESSAGE.split(_COLOR.sub(b"", line))
+            new = {re.sub(rb"[\d.]+|0x[0-9a-f]+", b"", text).strip(): text for text in messages}
+            lines = [text.rstrip() + _ONCE + b"\n" for kind, text in new.items() if kind not in seen]
+            seen |= new.keys()
+            output = (before.rstrip() + b"\n" if before.strip() else b"") + b"".join(lines)
             dropping = True
-            if kind in seen:
-                continue
-            seen.add(kind)
-            line = re.sub(rb"\x1b\[[0-9;]*m", b"", line).rstrip() + _ONCE + b"\n"
         elif dropping and _CONTINUED.match(line):
             continue
         else:
-            dropping = False
+            output, dropping = line, False
         with suppress(OSError):  # whoever writes to the pipe must not wait for a terminal that is gone
-            os.write(1, line)
+            os.write(1, output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from fasttrain.utils.decoder_messages import shown_once
 with shown_once():
     for number in range(500):
         os.write(2, b"\\x1b[31m[ERROR] \\x1b[0m[libtiff_decoder] Unsupported photometric kind: %d\\n" % number)
-        os.write(2, b"libpng warning: iCCP: too short\\n")
+        os.write(2, b"libpng warning: iCCP: too short" * (1 + number % 3) + b"\\n" * (number % 3))
         os.write(2, b"[ERROR:0@0.%d] global loadsave.cpp:1374 imdecode_: can't read header\\n> where\\n\\n" % number)
     os.write(2, b"NCCL WARN something\\n\\n> kept\\n")
     print("progress", end="\\r", file=sys.stderr, flush=True)
