@@ -1,5 +1,6 @@
 """The command line. Commands import torch, timm and DALI inside their functions, so that `--help` is quick."""
 
+import errno
 import io
 import sys
 from subprocess import CalledProcessError
@@ -17,16 +18,31 @@ from fasttrain.cli.recipes import recipes_, show
 from fasttrain.cli.run import run
 from fasttrain.utils.environment import explain, require_current_folder
 from fasttrain.utils.errors import CommandError
-from fasttrain.utils.output import tolerant_output
+from fasttrain.utils.output import discard_output, tolerant_output
+
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Group(click.Group):
-    """Ends a command that fails for a known reason with one line and its exit status."""
+    """Ends a command that fails for a known reason with one line and its exit status, even if nobody reads the line."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **settings: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # the terminal's encoding may lack some characters
                 stream.reconfigure(errors="backslashreplace")
+        with tolerant_output(stdout=False):
+            try:
+                result = super().main(*args, **settings)
+                sys.stdout.flush()
+            except OSError as error:  # of stdout: errors of files are CommandErrors, and click handles a closed pipe
+                if error.filename is not None or error.errno not in _WRITE_ERRORS:
+                    raise
+                discard_output()
+                _print_error(f"cannot write the output: {error.strerror}")
+                sys.exit(1)
+            return result
+
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             require_current_folder()
             return super().invoke(ctx)
@@ -55,8 +71,7 @@ class _Group(click.Group):
 
 
 def _print_error(line: str) -> None:
-    with tolerant_output():  # the exit status tells, even if nobody reads the line
-        click.echo(f"fasttrain: {line}", err=True)
+    click.echo(f"fasttrain: {line}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

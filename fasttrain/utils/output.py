@@ -37,11 +37,17 @@ class _TolerantStream:
         return getattr(self._stream, name)
 
 
+def discard_output() -> None:
+    """Let what is still to be written to stdout go to /dev/null."""
+    _TolerantStream(sys.stdout)._discard()
+
+
 @contextmanager
-def tolerant_output() -> Iterator[None]:
-    """Within this context, errors of stdout and stderr are ignored; streams that are closed are opened to /dev/null."""
+def tolerant_output(*, stdout: bool = True) -> Iterator[None]:
+    """Within this context, errors of stderr and, if `stdout`, of stdout are ignored; streams that are closed are opened
+    to /dev/null."""
     before = sys.stdout, sys.stderr
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+    for descriptor, name in ((1, "stdout"), (2, "stderr")) if stdout else ((2, "stderr"),):
         if getattr(sys, name) is None:  # Python found it closed, and a file could get its descriptor
             null = os.open(os.devnull, os.O_WRONLY)
             if null != descriptor:
@@ -52,6 +58,6 @@ def tolerant_output() -> Iterator[None]:
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr) if stdout else (sys.stderr,):
             stream.flush()
         sys.stdout, sys.stderr = (old or new for old, new in zip(before, (sys.stdout, sys.stderr), strict=True))

@@ -39,6 +39,24 @@ def test_the_exit_status_tells_what_nobody_reads(demo_set, tmp_path):
     assert (tmp_path / "status").read_text().strip() == "2", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("run --no-such-option 2>/dev/full", 2),
+        ("run --epochs x 2>&1 | true; exit ${PIPESTATUS[0]}", 2),
+        ("recipes >/dev/full", 1),
+        ("recipes tresnet >/dev/full 2>/dev/full", 2),
+        ("recipes | true; exit ${PIPESTATUS[0]}", 1),
+    ],
+)
+def test_commands_end_with_their_status_where_output_cannot_be_written(command, status):
+    command = command.replace("run", '"$PYTHON" -m fasttrain run').replace("recipes", '"$PYTHON" -m fasttrain recipes')
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert command.count(">") != 1 or status != 1 or "cannot write the output: No space left" in done.stderr
+
+
 def test_sighup_stops_and_saves_a_run(demo_set, tmp_path):
     process = start_run(*LONG, "--data", demo_set / "train", "--out", tmp_path / "run")
     await_line(process, "epoch 0")
