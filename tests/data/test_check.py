@@ -324,6 +324,13 @@ def test_pixels_that_differ_between_the_decoders_are_reported(tmp_path, monkeypa
     assert "by up to 64 of 255" in problems[0][1]
 
 
+def test_a_jpeg_that_pil_cannot_identify_says_so(tmp_path):
+    """PIL has no opener called MPO, although JPEGs with a second image have this format."""
+    (problems,) = problems_of(tmp_path, [b"\xff\xd8\xff" + bytes(100)])
+    assert problems[-1][0] == "truncated" and "MPO" not in problems[-1][1] and "PIL: cannot identify" in problems[-1][1]
+    assert problems_of(tmp_path, [encoded("MPO", save_all=True, append_images=[picture(1)])]) == [[]]
+
+
 def test_oriented_tiffs_are_compared_as_stored(tmp_path):
     """PIL rotates TIFFs; the pixels as stored are what training uses, so these must be the same for DALI."""
     contents = [encoded("TIFF", exif=exif_with(orientation)) for orientation in range(1, 9)]
