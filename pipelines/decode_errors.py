@@ -1,4 +1,4 @@
-"""Finds the file that caused a pipeline's error: DALI does not know from which file a decoder's input comes."""
+"""Finds the image that caused a pipeline's error: DALI does not know from which file a decoder's input comes."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain.data.index import Index
-from fasttrain.pipelines.decode_graph import decode, decode_region, header_size
 from fasttrain.pipelines.decoders import Decoder
+from fasttrain.pipelines.image_input import read_images
 from fasttrain.pipelines.plan import Plan
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.text import printable
@@ -23,45 +23,62 @@ _CPU_DECODER = Decoder("cpu")
 @pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1, exec_dynamic=True)
 def _decode_one(region: bool, decoder: Decoder, on_gpu: bool) -> tuple[Any, Any]:
     """One image or a region of it, decoded as in the loaders' graphs, and the size in its header."""
-    encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
-    size = header_size(encoded)
+    nodes = {"encoded": fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)}
     if not region:
-        return decode(encoded, size, decoder, on_gpu), size
+        return read_images(nodes, decoder, on_gpu)
     start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
-    return decode_region(encoded, size, start, shape, decoder, on_gpu), size
+    return read_images(nodes, decoder, on_gpu, (start, shape))
 
 
-def decode_problem(
-    path: str,
+def image_problem(
+    index: Index,
+    number: int,
+    region: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
+    decoder: Decoder = _CPU_DECODER,
+    device: torch.device = _CPU,
+) -> str:
+    """Why an image of the index cannot be decoded; empty if it can, or if its pixels are stored.
+
+    Raises RunError if it is there but cannot be read: that says nothing about the image. The arguments are those of
+    `content_problem`.
+    """
+    path = index.paths[number]
+    if index.store is not None:
+        if index.store.decoded:
+            return ""
+        content = index.store.content(number)
+    else:
+        try:
+            content = np.fromfile(path, np.uint8)
+        except FileNotFoundError:
+            require_folder(path)
+            return "the file no longer exists"
+        except OSError as error:
+            raise RunError(f"cannot read {printable(path)}: {error.strerror}") from None
+    return content_problem(content, index.sizes[number], region, decoder, device)
+
+
+def content_problem(
+    content: NDArray[np.uint8],
     size: Sequence[int] | None = None,
     region: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
     decoder: Decoder = _CPU_DECODER,
     device: torch.device = _CPU,
 ) -> str:
-    """Why an image cannot be decoded; empty if it can.
+    """Why the content of an image file, uint8 [n], cannot be decoded; empty if it can.
 
     size: (height, width) in the index; an image of another size is refused, since its crops were planned for this one.
     region: (top, left) and (height, width) of the region to decode, int32 [2] each, in pixels; None: the whole image.
-    decoder, device: those of the loader. Raises RunError if the file is there but cannot be read: that says nothing
-    about the image.
+    decoder, device: those of the loader.
     """
-    try:
-        with open(path, "rb") as file:
-            if not file.read(1):
-                return "the file is empty"
-            while file.read(1 << 20):
-                pass
-    except FileNotFoundError:
-        require_folder(path)
-        return "the file no longer exists"
-    except OSError as error:
-        raise RunError(f"cannot read {printable(path)}: {error.strerror}") from None
+    if not len(content):
+        return "the file is empty"
     on_gpu = device.type == "cuda"
     try:
         # A new pipeline each time: after some errors a pipeline always fails.
         pipe = _decode_one(region is not None, decoder, on_gpu, device_id=device.index or 0 if on_gpu else None)
         pipe.build()
-        pipe.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
+        pipe.feed_input("encoded", [content])
         if region is not None:
             for name, value in zip(("start", "shape"), region, strict=True):
                 pipe.feed_input(name, [value])
@@ -69,7 +86,7 @@ def decode_problem(
         height, width = np.array(header.as_array())[0].tolist()
     except RuntimeError:  # DALI's message holds an error code at most
         damaged = "it is damaged, or not an image that DALI can read"
-        return damaged if region is None else decode_problem(path, size) or damaged
+        return damaged if region is None else content_problem(content, size) or damaged
     if size is not None and (height, width) != tuple(size):
         return f"it has {width} x {height} pixels, but had {size[1]} x {size[0]} when the folder was scanned"
     return ""
@@ -157,22 +174,20 @@ class Substitutes:
         if not size[0]:
             return self.index.problems.get(number, "its header cannot be read")
         start, shape = self.plan.region(self.plan.all_draws(step, np.array([number]), size[None]))
-        return decode_problem(self.index.paths[number], size, (start[0], shape[0]), self.decoder, self.device)
+        return image_problem(self.index, number, (start[0], shape[0]), self.decoder, self.device)
 
 
-def decode_error(error: Exception, paths: Sequence[str], sizes: NDArray[np.int32]) -> RunError:
-    """A RunError that names the first of `paths` that cannot be read and decoded; if all can, it names the batch.
-
-    sizes: int32 [N, 2], from the index. Raises RunError itself where a folder no longer exists.
-    """
-    for path, size in zip(paths, sizes, strict=True):
-        reason = decode_problem(path, size)
-        if reason:
-            advice = "fix or remove it" if os.path.exists(path) else "put it back"
+def decode_error(error: Exception, index: Index, numbers: NDArray[np.int64]) -> RunError:
+    """A RunError that names the first of these images that cannot be read and decoded; if all can, it names the batch.
+    Raises RunError itself where a folder no longer exists."""
+    for number in numbers.tolist():
+        if reason := image_problem(index, number):
+            path = index.paths[number]
+            advice = "fix or remove it" if index.store is not None or os.path.exists(path) else "put it back"
             return RunError(f"cannot decode {printable(path)}: {reason}; {advice}")
-    first_paths = ", ".join(printable(path) for path in paths[:3])
+    first_paths = ", ".join(printable(index.paths[number]) for number in numbers[:3])
     reason = _error_line(error)
-    return RunError(f"the data pipeline failed on a batch of {len(paths)} files ({first_paths}, …): {reason}")
+    return RunError(f"the data pipeline failed on a batch of {len(numbers)} images ({first_paths}, …): {reason}")
 
 
 def _error_line(error: Exception) -> str:

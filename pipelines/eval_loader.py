@@ -1,6 +1,5 @@
 """The evaluation pipeline: it decodes every image once and resizes it to each crop as PIL and torchvision do."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from fasttrain.data.index import Index
 from fasttrain.pipelines.decode_errors import check_sizes, decode_error
-from fasttrain.pipelines.decode_graph import decode, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
+from fasttrain.pipelines.image_input import image_inputs, image_values, read_images
 from fasttrain.pipelines.named_inputs import Input, read_inputs
 from fasttrain.pipelines.train_loader import output_stream, pipeline_options
 from fasttrain.pipelines.views import Views, region
@@ -30,16 +29,16 @@ class Crops(NamedTuple):
     indices: Tensor
 
 
-def inputs(views: Views) -> dict[str, Input]:
-    """The graph's inputs, by name.
+def inputs(views: Views, index: Index) -> dict[str, Input]:
+    """The graph's inputs, by name: those of `image_inputs`, and these.
 
-    path: the file's path as bytes. number: the image's number in the index. crop0.start, crop0.end: corners (y, x) of
+    number: the image's number in the index. crop0.start, crop0.end: corners (y, x) of
     the first crop, in pixels of the stored image.
     """
     corners = {
         f"crop{crop}.{corner}": Input("FLOAT", 1) for crop in range(len(views.crops)) for corner in ("start", "end")
     }
-    return {"path": Input("UINT8", 1), "number": Input("INT64", 0), **corners}
+    return {**image_inputs(index), "number": Input("INT64", 0), **corners}
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,12 @@ class Source:
         chunk = self.chunk(info.iteration)
         if not len(chunk):
             raise StopIteration
-        values: dict[str, Any] = {
-            "path": [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in chunk],
-            "number": chunk,
-        }
+        values: dict[str, Any] = {**image_values(self.index, chunk), "number": chunk}
         for position, crop in enumerate(self.views.crops):
             box = region(crop, chunk, self.index.sizes[chunk])
-            values |= {f"crop{position}.start": box[:, :2], f"crop{position}.end": box[:, 2:]}
-        return tuple(
-            np.ascontiguousarray(values[name]) if name != "path" else values[name] for name in inputs(self.views)
-        )
+            corners = {"start": box[:, :2], "end": box[:, 2:]}
+            values |= {f"crop{position}.{name}": np.ascontiguousarray(corner) for name, corner in corners.items()}
+        return tuple(values[name] for name in inputs(self.views, self.index))
 
     def chunk(self, batch: int) -> NDArray[np.int64]:
         """The indices of a batch's images."""
@@ -75,10 +70,8 @@ class Source:
 def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
     """read → decode → one resize per crop. Returns uint8 HWC images, one output per crop, their indices, and their
     sizes in the headers."""
-    nodes = read_inputs(source, inputs(source.views))
-    encoded = fn.io.file.read(nodes["path"])
-    size = header_size(encoded)
-    images = decode(encoded, size, decoder, on_gpu)
+    nodes = read_inputs(source, inputs(source.views, source.index))
+    images, size = read_images(nodes, decoder, on_gpu)
     views = [
         fn.resize(
             images,
@@ -141,6 +134,6 @@ class EvalLoader:
                 *pixels, indices, headers = self.pipe.run(output_stream(self.device))
                 check_sizes(np.array(headers.as_array()), index.sizes[chunk])
             except RuntimeError as error:
-                raise decode_error(error, [index.paths[number] for number in chunk], index.sizes[chunk]) from None
+                raise decode_error(error, index, chunk) from None
             tensors = tuple(torch.from_dlpack(crop.as_tensor()) for crop in pixels)
             yield Crops(tensors, torch.from_numpy(np.array(indices.as_array())))

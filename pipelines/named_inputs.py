@@ -7,10 +7,11 @@ from nvidia.dali import fn, types
 
 
 class Input(NamedTuple):
-    """The name of DALI's type, and the number of dimensions per image, of an input of the graph."""
+    """The name of DALI's type, the number of dimensions per image, and DALI's layout of an input of the graph."""
 
     dtype: str
     ndim: int
+    layout: str = ""
 
 
 def read_inputs(source: Callable[[types.BatchInfo], Any], inputs: Mapping[str, Input]) -> dict[str, Any]:
@@ -22,5 +23,6 @@ def read_inputs(source: Callable[[types.BatchInfo], Any], inputs: Mapping[str, I
         batch_info=True,
         dtype=[getattr(types, value.dtype) for value in inputs.values()],
         ndim=[value.ndim for value in inputs.values()],
+        layout=[value.layout for value in inputs.values()],
     )
     return {name: nodes[position] for position, name in enumerate(inputs)}

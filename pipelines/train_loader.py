@@ -1,6 +1,5 @@
 """The training pipeline, from image files to augmented uint8 batches; one definition for GPU and CPU."""
 
-import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,8 @@ from fasttrain.data.index import Index
 from fasttrain.pipelines import erasing, operations
 from fasttrain.pipelines.ahead import PrefetchedSource
 from fasttrain.pipelines.decode_errors import Skip, Substitutes, check_sizes, decode_error
-from fasttrain.pipelines.decode_graph import decode_region, header_size
 from fasttrain.pipelines.decoders import Decoder, resolve
+from fasttrain.pipelines.image_input import image_inputs, image_values, read_images
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.named_inputs import Input, read_inputs
 from fasttrain.pipelines.operations import Arguments
@@ -27,14 +26,14 @@ PREFETCH = 2  # batches that are prepared ahead of the current one
 _INTERPOLATIONS = {"nearest": types.INTERP_NN, "linear": types.INTERP_LINEAR}
 
 
-def batch_inputs(plan: Plan) -> dict[str, Input]:
-    """The graph's inputs, by name. The inputs of view 1 are named `view1.flip_start` and so on.
+def batch_inputs(plan: Plan, index: Index) -> dict[str, Input]:
+    """The graph's inputs, by name: those of `image_inputs`, and these. The inputs of view 1 are named
+    `view1.flip_start` and so on.
 
-    path: the file's path as bytes. number: the image's number in the index. region_start, region_shape: the region to
+    number: the image's number in the index. region_start, region_shape: the region to
     decode, (top, left) and (height, width) in pixels of the stored image; the smallest that holds all views' crops.
     """
-    inputs = {
-        "path": Input("UINT8", 1),
+    inputs = image_inputs(index) | {
         "number": Input("INT64", 0),
         "region_start": Input("INT32", 1),
         "region_shape": Input("INT32", 1),
@@ -84,15 +83,14 @@ class Source:
         if step >= self.stop_step:
             raise StopIteration
         values = self.values(step, self.indices(info.iteration))
-        return tuple(values[name] for name in batch_inputs(self.plan))
+        return tuple(values[name] for name in batch_inputs(self.plan, self.index))
 
     def values(self, step: int, indices: NDArray[np.int64]) -> dict[str, Any]:
         """The inputs of a batch of images, by name; the first dimension is the image. step: the global step."""
         plan, sizes = self.plan, self.index.sizes[indices]
         views = plan.all_draws(step, indices, sizes)
         start, shape = plan.region(views)
-        values: dict[str, Any] = {
-            "path": [np.frombuffer(os.fsencode(self.index.paths[number]), np.uint8) for number in indices],
+        values: dict[str, Any] = image_values(self.index, indices, (start, shape)) | {
             "number": indices,
             "region_start": start,
             "region_shape": shape,
@@ -134,14 +132,12 @@ def graph(
 ) -> tuple[Any, ...]:
     """read → decode the region that the views need → for each view: crop → resize with flip → operations → erase.
 
-    Returns uint8 HWC images, one output per view, their indices, and their sizes in the headers. feed: what DALI calls
+    Returns uint8 HWC images, one output per view, their indices, and their sizes. feed: what DALI calls
     for each batch; `source` by default.
     """
     plan = source.plan
-    nodes = read_inputs(feed or source, batch_inputs(plan))
-    encoded = fn.io.file.read(nodes["path"])
-    size = header_size(encoded)
-    images = decode_region(encoded, size, nodes["region_start"], nodes["region_shape"], decoder, on_gpu)
+    nodes = read_inputs(feed or source, batch_inputs(plan, source.index))
+    images, size = read_images(nodes, decoder, on_gpu, (nodes["region_start"], nodes["region_shape"]))
     views = []
     for view in range(plan.views_total):
         views.append(_view(images, _with_prefix(f"view{view}", nodes), plan, on_gpu))
@@ -260,8 +256,7 @@ def batches(
                     used = source.indices(batch)
                     if substitutes is not None and substitutes.add_suspects(step, used):
                         break
-                    paths = [index.paths[number] for number in used]
-                    raise decode_error(error, paths, index.sizes[used]) from None
+                    raise decode_error(error, index, used) from None
                 done += 1
                 report(plan.images(*source.position(batch)), indices)
                 pixels = [torch.from_dlpack(view.as_tensor()) for view in views]

@@ -186,12 +186,13 @@ def relabeled(index: Index, per_class: int) -> Index:
     """The index with a new class for every `per_class` consecutive images; the remainder at the end is left out."""
     count = len(index) // per_class * per_class
     labels = np.arange(count) // per_class
-    return Index(
-        index.paths[:count],
-        index.ids[:count],
-        labels,
-        index.sizes[:count],
-        tuple(f"{label:08}" for label in range(count // per_class)),
+    return replace(
+        index,
+        paths=index.paths[:count],
+        ids=index.ids[:count],
+        labels=labels,
+        sizes=index.sizes[:count],
+        classes=tuple(f"{label:08}" for label in range(count // per_class)),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fasttrain.data.stores import Merged, Store
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -17,9 +18,11 @@ from fasttrain.utils.text import printable
 class Index:
     """N images of K classes.
 
-    paths: N absolute paths. ids: N strings, each path relative to its folder, with `/`. labels: int64 [N].
+    paths: N absolute paths of files; for an image in a container, the container's path, a colon and the image's id.
+    ids: N strings, each path relative to its folder, with `/`. labels: int64 [N].
     sizes: int32 [N, 2], (height, width) as stored, before any EXIF rotation; 0 where a header cannot be read.
     classes: K names, sorted as text. problems: why an image has no size, by its number.
+    store: the container that holds the images; None where each is a file.
     """
 
     paths: tuple[str, ...]
@@ -28,6 +31,7 @@ class Index:
     sizes: NDArray[np.int32]
     classes: tuple[str, ...]
     problems: Mapping[int, str] = field(default_factory=dict)
+    store: Store | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -94,9 +98,23 @@ def merge(indices: Sequence[Index], folders: Sequence[Path]) -> Index:
         labels=np.concatenate([index.labels for index in indices]),
         sizes=np.concatenate([index.sizes for index in indices]),
         classes=first.classes,
+        store=_merged_store(indices, folders),
         problems={
             start + number: problem
             for start, index in zip(starts, indices, strict=False)
             for number, problem in index.problems.items()
         },
     )
+
+
+def _merged_store(indices: Sequence[Index], folders: Sequence[Path]) -> Store | None:
+    stores = [index.store for index in indices]
+    if len(stores) == 1 or not any(stores):
+        return stores[0]
+    decoded = {store is not None and store.decoded for store in stores}
+    if decoded == {True}:
+        return Merged(stores, [index.paths for index in indices], decoded=True)
+    if decoded == {False}:
+        return Merged(stores, [index.paths for index in indices])
+    names = " and ".join(printable(folder) for folder in folders)
+    raise UserError(f"{names} cannot be used together: one holds decoded pixels and another image files")

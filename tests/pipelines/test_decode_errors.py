@@ -20,7 +20,7 @@ from fasttrain.data.decode_check import check_files
 from fasttrain.data.index import Index
 from fasttrain.data.open_data import open_data
 from fasttrain.data.scan import scan as strict_scan
-from fasttrain.pipelines.decode_errors import Skip, decode_problem
+from fasttrain.pipelines.decode_errors import Skip, content_problem
 from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
@@ -90,7 +90,7 @@ def test_another_image_of_the_class_replaces_a_bad_one(folder, kind, when):
 @pytest.mark.parametrize("kind", broken_files())
 def test_the_data_check_agrees(tmp_path, kind):
     (tmp_path / kind).write_bytes(broken_files()[kind])
-    assert decode_problem(str(tmp_path / kind))
+    assert content_problem(np.fromfile(tmp_path / kind, np.uint8))
     ((notes, _),) = check_files([(str(tmp_path / kind), False)])
     assert notes[-1][0] in BAD and "DALI decodes it" not in notes[-1][1]
 
@@ -100,7 +100,8 @@ def test_a_large_truncated_bmp_does_not_crash(tmp_path):
     victim = tmp_path / "large.bmp"
     Image.new("RGB", (4000, 4000)).save(victim)
     os.truncate(victim, 1000)
-    code = "import sys; from fasttrain.pipelines import decode_errors; print(decode_errors.decode_problem(sys.argv[1]))"
+    code = "import sys, numpy; from fasttrain.pipelines.decode_errors import content_problem as problem; "
+    code += "print(problem(numpy.fromfile(sys.argv[1], numpy.uint8)))"
     result = subprocess.run([sys.executable, "-c", code, victim], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "it is damaged, or not an image that DALI can read\n"
 
