@@ -20,11 +20,9 @@ def image_inputs(index: Index) -> dict[str, Input]:
 
     path: the file's path as bytes. encoded: its content. pixels: decoded pixels. size: the image's height and width.
     """
-    if index.store is None:
-        return {"path": Input("UINT8", 1)}
-    if index.store.decoded:
+    if not index.encoded:
         return {"pixels": Input("UINT8", 3, "HWC"), "size": Input("INT32", 1)}
-    return {"encoded": Input("UINT8", 1)}
+    return {"path" if index.store is None else "encoded": Input("UINT8", 1)}
 
 
 def image_values(index: Index, numbers: NDArray[np.int64], region: Region | None = None) -> dict[str, Any]:

@@ -41,11 +41,12 @@ from fasttrain.checkpoints.run_dir import lock, newest, open_run
 from fasttrain.cli.main import main
 from fasttrain.config import toml
 from fasttrain.config.schema import DataConfig, InitConfig, MachineConfig, MixConfig, OptimConfig, Recipe
-from fasttrain.data import place_files, quarantine
+from fasttrain.data import pack, place_files, quarantine
 from fasttrain.data import scan as dataset
 from fasttrain.data.headers import read_header
 from fasttrain.data.index import Index, require_classes
-from fasttrain.data.open_data import open_data
+from fasttrain.data.open_data import open_data, open_splits
+from fasttrain.data.stores.pack import open_pack
 from fasttrain.data.subset import make
 from fasttrain.distributed.ranks import Ranks, ranks
 from fasttrain.evaluation import predictions, submission
@@ -241,6 +242,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], bool]] = {
         lambda path: place_files._refuse_missing(path, {"/nowhere": None}),
         True,
     ),
+    "pack": ("x.safetensors", lambda path: open_pack(path), True),
     "index cache": ("x.npy", lambda path: dataset._load_sizes(path, 2), False),
 }
 
@@ -1452,3 +1454,26 @@ def test_any_text_becomes_printable(name):
 def test_missing_data_folders_of_a_recipe_are_escaped():
     for name in (HOSTILE, "a\0b", "x" * 5000, "\ud800"):
         assert_refused(partial(open_data, DataConfig(train=(name,))), printable(name))
+
+
+def test_fuzzed_packs_are_read_or_refused(tmp_path):
+    """What is read has content for each image."""
+    images = folder_of(encode_image("PNG"))
+    samples = []
+    for kind in ("same", "raw"):
+        path = tmp_path / f"{kind}.safetensors"
+        encoding = pack.Encoding(kind)
+        pack.make(open_splits(str(images)), path, encoding, workers=1, progress=False, say=lambda line: None)
+        samples.append(path.read_bytes())
+
+    def check(content: bytes) -> None:
+        path = Path("1.safetensors").absolute()
+        path.write_bytes(content)
+        accepted, indices = outcome(lambda: open_pack(path), path.name)
+        for index in (indices or {}).values() if accepted else ():
+            for number in range(len(index)):
+                expected = (*index.sizes[number].tolist(), 3) if not index.encoded else None
+                assert index.store is not None
+                assert expected in (None, index.store.content(number).shape)
+
+    fuzz("open_pack", 400, mutations(*samples, tokens=(b"9" * 20, b"-1", b"null", b'"', b"{", b"[")), check)

@@ -26,7 +26,7 @@ from fasttrain import recipes
 from fasttrain.benchmarks import common
 from fasttrain.benchmarks.common import FASTTRAIN, Row, race, require_even, row, wall_seconds
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, MixConfig
-from fasttrain.data.index import Index
+from fasttrain.data.index import Index, merge
 from fasttrain.kernels.mix import mix
 from fasttrain.pipelines.ahead import PrefetchedSource
 from fasttrain.pipelines.decoders import Decoder
@@ -173,13 +173,7 @@ def take(stream: Iterator[Any], count: int) -> None:
 def repeated(index: Index, min_images: int) -> Index:
     """The index, repeated until it has at least `min_images` images."""
     times = -(-min_images // len(index))
-    return replace(
-        index,
-        paths=index.paths * times,
-        ids=index.ids * times,
-        labels=np.tile(index.labels, times),
-        sizes=np.tile(index.sizes, (times, 1)),
-    )
+    return merge([index] * times, [""] * times)
 
 
 def relabeled(index: Index, per_class: int) -> Index:

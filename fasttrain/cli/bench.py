@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fasttrain.cli.options import (
+    DATA,
     FILE,
-    FOLDER,
     PNG_SOFTWARE,
     SET_HELP,
     GroupedCommand,
@@ -124,7 +124,7 @@ def bench_kernels(rank: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
 
 
 @bench.command("pipeline", cls=GroupedCommand, short_help="The training pipeline.")
-@data_option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
+@data_option("--data", required=True, type=DATA, metavar="DIR|PACK", help="Images in class folders, or a pack.")
 @training_option("--batch-size", "batch_sizes", type=click.IntRange(2), multiple=True, default=(64,), show_default=True,
                  help="Images per batch. Repeatable.")  # fmt: skip
 @training_option("--image-size", type=click.IntRange(8), default=224, show_default=True, help="In pixels.")
@@ -253,7 +253,7 @@ def bench_step(
 
 
 @bench.command("train", cls=GroupedCommand, short_help="Whole runs.")
-@data_option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
+@data_option("--data", required=True, type=DATA, metavar="DIR|PACK", help="Images in class folders, or a pack.")
 @_network_options
 @machine_option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
                 help="Threads or processes; 0: a run's default, and one per core for peers.")  # fmt: skip

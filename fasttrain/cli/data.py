@@ -1,12 +1,15 @@
 """`fasttrain data`: make and check folders of images."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from fasttrain.cli.options import FILE, FOLDER, links_option, program, shell_word
+from fasttrain.cli.options import DATA, FILE, FOLDER, links_option, program, shell_word
+from fasttrain.config.choices import ON_BAD
+from fasttrain.utils.errors import UserError
 
 if TYPE_CHECKING:
     from fasttrain.data.place_files import Placed
@@ -30,8 +33,8 @@ def data_demo(folder: Path, seed: int) -> None:
     click.echo(f"{status} {printable(folder)}: {len(demo_set.CLASSES)} classes, 500 train and 250 val images")
 
 
-@data_.command("check", short_help="Name every bad file of a folder.")
-@click.argument("folder", metavar="DIR", type=FOLDER)
+@data_.command("check", short_help="Name every bad file of a folder, or every damaged image of a pack.")
+@click.argument("folder", metavar="DIR|PACK", type=DATA)
 @click.option("--quarantine", type=FOLDER, metavar="DIR", help="Move bad files here; `data restore` moves them back.")
 @click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
 @click.option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
@@ -40,17 +43,21 @@ def data_demo(folder: Path, seed: int) -> None:
 def data_check(folder: str, quarantine: str | None, out: Path | None, workers: int, links: str) -> None:
     """Decode every file of DIR with PIL and DALI, name the bad ones and what is unusual about others.
 
-    DIR holds class folders, or train/ and val/ with class folders. Exit status 1 if a file is bad.
+    DIR holds class folders, or train/ and val/ with class folders. The images of a PACK are compared with their hashes.
+    Exit status 1 if a file or an image is bad.
     """
     from fasttrain.data import check
     from fasttrain.data import quarantine as quarantines
+    from fasttrain.data.stores.pack import is_pack
     from fasttrain.utils.text import printable
 
     if out:
         check.require_writable(out)
     if quarantine:
         quarantines.check_quarantine_folder(folder, quarantine)
-    report = check.examine(folder, workers, follow_links=links == "follow")
+    if is_pack(folder) and quarantine:
+        raise UserError("--quarantine moves files, and a pack is one file; pack the folder again with --on-bad skip")
+    report = check.examine_pack(folder) if is_pack(folder) else check.examine(folder, workers, links == "follow")
     if out:
         check.write_report(report, out)
     click.echo(report.text())
@@ -110,6 +117,92 @@ def data_cut(
 
     val = per_class if val_per_class is None else val_per_class
     _print_placed(out, make(Path(folder), per_class, val, Path(out), seed, link, limits=Limits(links)))
+
+
+@data_.command("pack", short_help="Put a data set into one file that is quick to read.")
+@click.argument("data", metavar="DIR", type=FOLDER)
+@click.option("--out", required=True, type=FILE, metavar="FILE.safetensors", help="The pack to make.")
+@click.option(
+    "--pixels",
+    type=click.Choice(["same", "jpeg", "raw"]),
+    default="same",
+    show_default=True,
+    help="Keep the files, encode them again as JPEGs, or store their pixels, which need no decoder.",
+)
+@click.option(
+    "--shorter-side",
+    type=click.IntRange(16),
+    metavar="N",
+    help="With jpeg and raw: reduce larger images to this side, in pixels. Default: no image is reduced.",
+)
+@click.option("--quality", type=click.IntRange(1, 95), default=90, show_default=True, help="Of jpeg.")
+@click.option(
+    "--split",
+    type=click.Choice(["all", "train", "val"]),
+    default="all",
+    show_default=True,
+    help="Which images, where DIR holds train/ and val/.",
+)
+@click.option(
+    "--on-bad",
+    type=click.Choice(ON_BAD),
+    default="stop",
+    show_default=True,
+    help="An image that cannot be decoded ends the command or is left out.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    help="Processes that decode; 0: one per core.",
+)
+@links_option
+def data_pack(
+    data: str,
+    out: Path,
+    pixels: str,
+    shorter_side: int | None,
+    quality: int,
+    split: str,
+    on_bad: str,
+    workers: int,
+    links: str,
+) -> None:  # fmt: skip
+    """Put the images of DIR into one file, which `--data FILE` takes like a folder.
+
+    The file is an ordinary safetensors file. A command that was interrupted resumes when it is called again.
+    """
+    from fasttrain.data import pack
+    from fasttrain.data.open_data import open_splits
+    from fasttrain.data.scan import Limits
+    from fasttrain.utils.text import printable
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    indices = open_splits(data, split, Limits(links), keep_unreadable=on_bad == "skip")
+    command = shlex.join(["fasttrain", "data", "pack", *sys.argv[3:]])
+    encoding = pack.Encoding(pixels, shorter_side or 0, quality)
+    made = pack.make(indices, out, encoding, workers=workers, skip_bad=on_bad == "skip", command=command, say=say)
+    for image_id, reason in made.left_out:
+        click.echo(f"left out {printable(image_id)}: {reason}")
+    click.echo(f"wrote {printable(out)}: {made.images} images, {made.bytes / 1e6:.1f} MB")
+
+
+@data_.command("unpack", short_help="Give the folder of a pack back.")
+@click.argument("pack_path", metavar="PACK", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="The folder to make.")  # fmt: skip
+def data_unpack(pack_path: Path, out: Path) -> None:
+    """Write the images of a pack as files in class folders, in OUT/train and OUT/val where it has both.
+
+    Each image is compared with its hash. Pixels become PNGs.
+    """
+    from fasttrain.data import pack
+    from fasttrain.utils.text import printable
+
+    click.echo(f"wrote {printable(out)}: {pack.unpack(pack_path, out)} images")
 
 
 def _print_placed(out: str, placed: "Placed") -> None:

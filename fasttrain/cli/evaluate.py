@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fasttrain.cli.options import (
+    DATA,
     FILE,
-    FOLDER,
     PNG_SOFTWARE,
     GroupedCommand,
     data_option,
@@ -86,8 +86,8 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 
 @click.command("eval", cls=GroupedCommand, short_help="Evaluate a checkpoint on labeled images.")
 @_network_command
-@data_option("--data", required=True, type=FOLDER, metavar="DIR",
-             help="Labeled images: DIR, or DIR/val where DIR holds train/ and val/.")  # fmt: skip
+@data_option("--data", required=True, type=DATA, metavar="DIR|PACK",
+             help="Labeled images: DIR, DIR/val where DIR holds train/ and val/, or a pack.")  # fmt: skip
 @links_option
 @output_option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
 @output_option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
@@ -131,7 +131,7 @@ def evaluate_(
 
 @click.command(cls=GroupedCommand, short_help="Save probabilities of images without labels.")
 @_network_command
-@data_option("--images", required=True, type=FOLDER, metavar="DIR", help="Images, in DIR and its folders.")
+@data_option("--images", required=True, type=DATA, metavar="DIR|PACK", help="Images, in DIR and its folders.")
 @links_option
 @output_option("--out", required=True, type=FILE, metavar="FILE.npz", help="Write the probabilities here.")
 def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options: Any) -> None:
@@ -139,7 +139,7 @@ def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options
 
     CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
-    from fasttrain.data.scan import scan_unlabeled
+    from fasttrain.data.open_data import open_unlabeled
     from fasttrain.evaluation import predictions
     from fasttrain.utils.text import printable
 
@@ -147,7 +147,7 @@ def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options
         predictions.check_overwritable(out)
 
     def open_index(recipe: "Recipe", classes: list[str]) -> "Index":
-        return scan_unlabeled(images, limits=_limits(recipe, links))
+        return open_unlabeled(images, _limits(recipe, links))
 
     predicted = _predict(checkpoint_path, open_index, **options)
     if predicted is not None:

@@ -17,6 +17,7 @@ from fasttrain.utils.errors import UserError
 PNG_SOFTWARE = "fasttrain"  # marks our pictures, so that a later command may overwrite them
 SET_HELP = "Change a setting: key=value or part.key=value. Repeatable. `fasttrain recipes NAME` lists all settings."
 FOLDER = click.Path(file_okay=False)
+DATA = click.Path()  # a folder or a pack
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fasttrain.cli.options import (
+    DATA,
     FOLDER,
     SET_HELP,
     GroupedCommand,
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
 @model_option("--loss", type=click.Choice(LOSS_COMBINATIONS),
               help="With --arch: the losses. Default: ce; the others fine-tune the weights of --init.")  # fmt: skip
 @model_option("--init", metavar="RUN|FILE", help="Weights to start from: a run's best, or a file of timm's weights.")
-@data_option("--data", multiple=True, type=FOLDER, metavar="DIR",
-             help="Training images, DIR/<class>/<image> or DIR/train. Repeatable. Default: the demo set.")  # fmt: skip
-@data_option("--val", type=FOLDER, metavar="DIR", help="Validation images. Default: DIR/val next to DIR/train.")
+@data_option("--data", multiple=True, type=DATA, metavar="DIR|PACK",
+             help="Training images: DIR/<class>/<image>, DIR/train or a pack. Repeatable. Default: demo "
+             "set.")  # fmt: skip
+@data_option("--val", type=DATA, metavar="DIR|PACK", help="Validation images. Default: DIR/val, or those of the pack.")
 @data_option("--on-bad", type=click.Choice(ON_BAD),
              help="A training image that cannot be decoded ends the run or is replaced. Default: stop.")  # fmt: skip
 @data_option("--links", type=click.Choice(LINKS),
@@ -186,5 +188,7 @@ def print_result(result: "Result", recipe: "Recipe", folder: Path, val_index: "I
         last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
         click.echo(f"{last}best top-1 {result.best:.2%}")
     click.echo(f"run folder: {place}  ({result.steps} steps; best checkpoint: {place}/best, last: {place}/last)")
-    val_folder = recipe.data.val or (os.path.commonpath(val_index.paths) if val_index else "DIR")
+    in_pack = val_index is not None and val_index.store is not None
+    found = recipe.data.train[0] if in_pack else os.path.commonpath(val_index.paths) if val_index else "DIR"
+    val_folder = recipe.data.val or found
     click.echo(f"next: {program()} eval {shell_word(folder)} --data {shell_word(val_folder)}")

@@ -26,6 +26,7 @@ from fasttrain.data.decode_check import CHUNK_BYTES, CHUNK_FILES, KINDS, TIMEOUT
 from fasttrain.data.headers import EXTENSIONS
 from fasttrain.data.layout import find_splits
 from fasttrain.data.process_pool import map_in_processes, split_by_cost
+from fasttrain.data.stores.pack import Images, open_pack
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import atomic, read_json_object
 from fasttrain.utils.text import printable
@@ -38,6 +39,8 @@ LIMITS = (
     "a manifest of hashes, made while the files were known to be good, finds the rest. The check does not look for "
     "wrong labels, for copies that are not equal byte for byte, or at the second and later images in a file."
 )
+
+PACK_LIMITS = "This check compares the images with the hashes from when the pack was made; it does not decode them."
 
 
 @dataclass(frozen=True, order=True)
@@ -53,12 +56,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found. files: number of image files read. seconds: the time it took. findings: sorted."""
+    """What `examine` or `examine_pack` found. files: number of images read. seconds: the time it took. findings: sorted
+    by path. limits: what the check does not find."""
 
     folder: Path
     files: int
     seconds: float
     findings: tuple[Finding, ...]
+    limits: str = LIMITS
 
     @property
     def rate(self) -> float:
@@ -74,7 +79,7 @@ class Report:
         """The report as JSON in ASCII, with paths made printable."""
         rows = [vars(finding) | {"path": printable(finding.path)} for finding in self.findings]
         head = {"fasttrain_check": 1, "folder": printable(self.folder), "files": self.files}
-        head |= {"seconds": round(self.seconds, 3), "files_per_second": round(self.rate, 1), "limits": LIMITS}
+        head |= {"seconds": round(self.seconds, 3), "files_per_second": round(self.rate, 1), "limits": self.limits}
         return json.dumps(head | {"findings": rows}, indent=1) + "\n"
 
     def text(self) -> str:
@@ -84,8 +89,8 @@ class Report:
             counts = Counter(finding.kind for finding in self.findings if finding.bad == bad)
             by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
             lines.append(f"{title}: {by_kind or 'none'}")
-        lines.append(f"{self.files} image files read in {self.seconds:.1f} s, {self.rate:.0f} per second")
-        return "\n".join([*lines, LIMITS])
+        lines.append(f"{self.files} images read in {self.seconds:.1f} s, {self.rate:.0f} per second")
+        return "\n".join([*lines, self.limits])
 
 
 class _File(NamedTuple):
@@ -99,7 +104,27 @@ class _File(NamedTuple):
     size: int
 
 
-def examine(folder: str | Path, workers: int = 0, progress: bool = True, follow_links: bool = False) -> Report:
+def examine_pack(path: str | Path, progress: bool = True) -> Report:
+    """Read all images of a pack and compare them with their hashes. Raises UserError where it is not a pack, or its
+    tensors do not fit together."""
+    from tqdm import tqdm
+
+    start, findings, count = time.perf_counter(), [], 0
+    indices = open_pack(path)
+    total = sum(map(len, indices.values()))
+    with tqdm(total=total, desc="checking", unit="img", disable=None if progress else True) as bar:
+        for split, index in indices.items():
+            store = index.store
+            assert isinstance(store, Images)
+            for number, image_id in enumerate(index.ids):
+                if not store.intact(number):
+                    findings.append(Finding(f"{split}/{image_id}", "corrupt", "it does not have its hash", True))
+                count += 1
+                bar.update()
+    return Report(Path(path), count, time.perf_counter() - start, tuple(sorted(findings)), PACK_LIMITS)
+
+
+def examine(folder: str | Path, workers: int = 0, follow_links: bool = False, progress: bool = True) -> Report:
     """Read all files of DIR/<class>/, or of DIR/train/<class>/ and DIR/val/<class>/ where DIR has those.
 
     workers: number of decoder processes; 0: one per core. follow_links: check what links out of the folder lead to.

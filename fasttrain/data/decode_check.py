@@ -1,7 +1,6 @@
 """Checks image files with two decoders: PIL, and DALI as the training pipelines use it."""
 
 import faulthandler
-import functools
 import hashlib
 import io
 import os
@@ -14,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 from fasttrain.data import headers
+from fasttrain.data.decode import BATCH_FILES, decode_batch, decoder
 from fasttrain.data.process_pool import split_by_cost
 from fasttrain.utils.text import printable
 
 _MAX_SIDE, _MIN_SIDE = 16384, 4  # pixels; PIL itself refuses images of more than 179 million pixels
 _MAX_BYTES = 2**30
 _MAX_SCANS = 500  # each scan of a progressive JPEG takes as long as a full image
-CHUNK_FILES, CHUNK_BYTES = 32, 2**26  # at most, per task of a worker
+CHUNK_FILES, CHUNK_BYTES = BATCH_FILES, 2**26  # at most, per task of a worker
 _BATCH_PIXELS = 2**25  # at most, per batch that DALI decodes
 _SAMPLE = 256  # rows and columns, at most, on which the decoders' pixels are compared
 _CLOSE = 8  # the largest difference, of 255, between decoders that agree; they differ by 2, or 6 for 16-bit BMPs
@@ -79,7 +79,7 @@ class _File:
 def check_files(tasks: Sequence[Task]) -> list[Result]:
     """Read each file once and decode it twice, with PIL and with DALI. Ends the process where a decoder exceeds
     TIMEOUT_S."""
-    _dali_decoder()  # so that the import of DALI does not count against the timeout
+    decoder()  # so that the import of DALI does not count against the timeout
     with _captured_stderr() as captured:
 
         def restart_timeout() -> None:
@@ -292,35 +292,11 @@ def _one_line(text: str) -> str:
     return printable(line.encode(errors="replace").decode())[:200]
 
 
-@functools.cache
-def _dali_decoder() -> Any:
-    """DALI's decoder for the contents of up to CHUNK_FILES files, as pipelines/decode_graph.py uses it on the host.
-    This package must not import that one."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(batch_size=CHUNK_FILES, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
-    def decode() -> Any:
-        content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
-        full_image: dict[str, Any] = {"rel_start": [0.0, 0.0], "rel_shape": [1.0, 1.0], "axis_names": "HW"}
-        return fn.decoders.image_slice(content, **full_image, output_type=types.RGB, adjust_orientation=False)
-
-    pipe = decode()
-    pipe.build()
-    return pipe
-
-
 def _decode_with_dali(contents: Sequence[bytes], captured: IO[bytes]) -> tuple[list[_Decoded], str]:
     """Decode a batch. Returns no images where DALI cannot decode every one; and what was written to stderr."""
     import numpy as np
 
     os.ftruncate(captured.fileno(), 0)
     os.lseek(captured.fileno(), 0, os.SEEK_SET)
-    try:
-        pipe = _dali_decoder()
-        pipe.feed_input("content", [np.frombuffer(content, np.uint8) for content in contents])
-        (output,) = pipe.run()
-        images = [_decoded(output.at(number)) for number in range(len(contents))]
-    except Exception:  # it says no more than a number, or nothing
-        _dali_decoder.cache_clear()  # after some errors every later run of the pipeline fails
-        images = []
+    images = [_decoded(pixels) for pixels in decode_batch([np.frombuffer(content, np.uint8) for content in contents])]
     return images, os.pread(captured.fileno(), 2**16, 0).decode(errors="replace")

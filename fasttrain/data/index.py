@@ -4,7 +4,6 @@ import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +35,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def encoded(self) -> bool:
+        """Whether the images have to be decoded; if not, the store has their pixels."""
+        return self.store is None or not self.store.decoded
+
     def fingerprint(self) -> str:
         """SHA-256 over classes, ids and labels: equal for the same images in another folder."""
         digest = hashlib.sha256("\0".join(self.classes + self.ids).encode(errors="surrogateescape"))
@@ -58,9 +62,7 @@ def facts(index: Index | None, kind: str) -> dict[str, str]:
     }
 
 
-def require_classes(
-    classes: Sequence[str], origin: str | Path, other_classes: Sequence[str], other_origin: str | Path
-) -> None:
+def require_classes(classes: Sequence[str], origin: object, other_classes: Sequence[str], other_origin: object) -> None:
     """Raises UserError that names a class which one origin (a folder, a checkpoint) has and the other has not."""
     ours, theirs = (classes, origin), (other_classes, other_origin)
     for (names, place), (other_names, other_place) in ((ours, theirs), (theirs, ours)):
@@ -70,15 +72,13 @@ def require_classes(
             twin = alike.get(spelling(missing[0]))
             if twin is not None:
                 raise UserError(
-                    f"class {printable(missing[0])!r} in {printable(place)} and {printable(twin)!r} in "
-                    f"{printable(other_place)} look alike but are spelled with different characters "
+                    f"class {printable(missing[0])!r} in {printable(str(place))} and {printable(twin)!r} in "
+                    f"{printable(str(other_place))} look alike but are spelled with different characters "
                     f"({missing[0]!a} and {twin!a}); rename one"
                 )
             count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UserError(
-                f"class {printable(missing[0])!r}{count} is in {printable(place)} but not in {printable(other_place)}; "
-                "both need the same classes"
-            )
+            where = f"in {printable(str(place))} but not in {printable(str(other_place))}"
+            raise UserError(f"class {printable(missing[0])!r}{count} is {where}; both need the same classes")
 
 
 def spelling(name: str) -> str:
@@ -86,11 +86,11 @@ def spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip().removeprefix("\ufeff")
 
 
-def merge(indices: Sequence[Index], folders: Sequence[Path]) -> Index:
+def merge(indices: Sequence[Index], origins: Sequence[object]) -> Index:
     """One index of all images, in the order given. Raises UserError where the folders do not have the same classes."""
     first = indices[0]
-    for index, folder in zip(indices[1:], folders[1:], strict=True):
-        require_classes(first.classes, folders[0], index.classes, folder)
+    for index, origin in zip(indices[1:], origins[1:], strict=True):
+        require_classes(first.classes, origins[0], index.classes, origin)
     starts = np.cumsum([0, *map(len, indices)]).tolist()
     return Index(
         paths=tuple(path for index in indices for path in index.paths),
@@ -98,7 +98,7 @@ def merge(indices: Sequence[Index], folders: Sequence[Path]) -> Index:
         labels=np.concatenate([index.labels for index in indices]),
         sizes=np.concatenate([index.sizes for index in indices]),
         classes=first.classes,
-        store=_merged_store(indices, folders),
+        store=_merged_store(indices, origins),
         problems={
             start + number: problem
             for start, index in zip(starts, indices, strict=False)
@@ -107,7 +107,7 @@ def merge(indices: Sequence[Index], folders: Sequence[Path]) -> Index:
     )
 
 
-def _merged_store(indices: Sequence[Index], folders: Sequence[Path]) -> Store | None:
+def _merged_store(indices: Sequence[Index], origins: Sequence[object]) -> Store | None:
     stores = [index.store for index in indices]
     if len(stores) == 1 or not any(stores):
         return stores[0]
@@ -116,5 +116,5 @@ def _merged_store(indices: Sequence[Index], folders: Sequence[Path]) -> Store | 
         return Merged(stores, [index.paths for index in indices], decoded=True)
     if decoded == {False}:
         return Merged(stores, [index.paths for index in indices])
-    names = " and ".join(printable(folder) for folder in folders)
+    names = " and ".join(printable(str(origin)) for origin in origins)
     raise UserError(f"{names} cannot be used together: one holds decoded pixels and another image files")

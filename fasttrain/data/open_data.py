@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fasttrain.data.index import Index, merge, require_classes
 from fasttrain.data.layout import find_splits
-from fasttrain.data.scan import DEFAULT_LIMITS, Limits, scan
+from fasttrain.data.scan import DEFAULT_LIMITS, Limits, require_usable, scan, scan_unlabeled
+from fasttrain.data.stores.pack import is_pack, open_pack
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -19,64 +20,109 @@ if TYPE_CHECKING:  # config imports torch, and commands that only read files nee
     from fasttrain.config.schema import DataConfig
 
 
+class Part(NamedTuple):
+    """A folder of class folders, or a split of a pack."""
+
+    path: Path
+    split: str = ""
+
+    def __str__(self) -> str:
+        return printable(self.path) + (f" ({printable(self.split)})" if self.split else "")
+
+    def same_as(self, other: "Part") -> bool:
+        return self.path.resolve() == other.path.resolve() and self.split == other.split
+
+    def open(self, limits: Limits, *, keep_unreadable: bool = False, partial: bool = False) -> Index:
+        """Its index; see `scan`."""
+        if not self.split:
+            return scan(self.path, keep_unreadable=keep_unreadable, partial=partial, limits=limits)
+        index = open_pack(self.path)[self.split]
+        sizes, problems = limits.apply(index.sizes)
+        if problems and not keep_unreadable:
+            require_usable(index.paths, problems)
+        return replace(index, sizes=sizes, problems=problems)
+
+
+class Parts(NamedTuple):
+    """What --data and --val name: the parts to train on, those to validate on, and folders that are not used."""
+
+    train: list[Part]
+    val: list[Part]
+    unused: list[Part]
+
+
 def open_data(data: "DataConfig") -> tuple[Index, Index | None]:
-    """The training index (several folders merged) and the validation index, or None where there is none.
+    """The training index (several parts merged) and the validation index, or None where there is none.
 
     `DIR` with `train/<class>/…` inside stands for DIR/train; the images of DIR/val (or valid, or validation) are then
-    the validation images, unless another folder is given. Raises UserError where the two do not have the same classes,
-    or a folder can be read in two ways.
+    the validation images, unless others are named. A pack has such splits, too. Raises UserError where the two do not
+    have the same classes, or a folder can be read in two ways.
     """
-    folders, vals, _ = data_folders(data)
-    limits = Limits.of(data)
-    indices = [scan(folder, keep_unreadable=data.on_bad == "skip", limits=limits) for folder in folders]
-    train_index = merge(indices, folders)
-    if not vals:
+    parts, limits = find_parts(data), Limits.of(data)
+    train_index = merge([part.open(limits, keep_unreadable=data.on_bad == "skip") for part in parts.train], parts.train)
+    if not parts.val:
         return train_index, None
-    val_index = merge([scan(folder, limits=limits) for folder in vals], vals)
-    require_classes(train_index.classes, folders[0], val_index.classes, vals[0])
+    val_index = merge([part.open(limits) for part in parts.val], parts.val)
+    require_classes(train_index.classes, parts.train[0], val_index.classes, parts.val[0])
     return train_index, val_index
 
 
-def data_folders(data: "DataConfig") -> tuple[list[Path], list[Path], list[Path]]:
-    """The folders of the training images, of the validation images, and those next to them that are not used."""
-    for name in (*data.train, *filter(None, [data.val])):
-        if not os.path.isdir(name):
-            raise UserError(f"no such folder: {printable(name)}")
-    splits = [find_splits(Path(name), with_val=not data.val) for name in data.train]
-    folders = [split.train for split in splits]
-    resolved = [folder.resolve() for folder in folders]
-    for i, folder in enumerate(resolved):
-        if folder in resolved[:i]:
-            raise UserError(f"--data {printable(folders[i])} is given twice; each image would count twice")
-    if data.val and Path(data.val).resolve() in resolved:
-        raise UserError(f"--val {printable(data.val)} is also a training folder; name other images, or none")
-    found = [split.val for split in splits if split.val is not None and split.val.resolve() not in resolved]
-    vals = [Path(data.val)] if data.val else found
-    used = {*resolved, *(folder.resolve() for folder in vals)}
-    return folders, vals, [folder for split in splits for folder in split.unused if folder.resolve() not in used]
+def find_parts(data: "DataConfig") -> Parts:
+    """The parts that a run uses."""
+    named = [_parts_of(name, with_val=not data.val) for name in data.train]
+    train = [part for parts in named for part in parts.train]
+    for number, part in enumerate(train):
+        if any(part.same_as(other) for other in train[:number]):
+            raise UserError(f"--data {part} is given twice; each image would count twice")
+    val = [part for parts in named for part in parts.val if not any(part.same_as(other) for other in train)]
+    if data.val:
+        found = _parts_of(data.val, with_val=True)
+        folder = Part(Path(data.val))
+        val = [folder] if os.path.isdir(data.val) else (found.val or found.train)
+        if any(part.same_as(other) for part in val for other in train):
+            raise UserError(f"--val {val[0]} is also a training folder; name other images, or none")
+    used = [*train, *val]
+    unused = [part for parts in named for part in parts.unused if not any(part.same_as(other) for other in used)]
+    return Parts(train, val, unused)
+
+
+def _parts_of(name: str, *, with_val: bool) -> Parts:
+    """What one --data names."""
+    path = Path(name)
+    if is_pack(path):
+        splits = list(open_pack(path))
+        if len(splits) > 1 and "train" not in splits:
+            raise UserError(f"{printable(path)} has the splits {', '.join(map(printable, splits))}, but no train")
+        train = "train" if "train" in splits else splits[0]
+        val = [Part(path, split) for split in splits if split == "val" != train and with_val]
+        unused = [Part(path, split) for split in splits if split not in (train, "val")]
+        return Parts([Part(path, train)], val, unused)
+    if path.is_file():
+        raise UserError(f"{printable(path)} is not a folder, and not a pack (.safetensors)")
+    if not path.is_dir():
+        raise UserError(f"no such folder: {printable(path)}")
+    found = find_splits(path, with_val=with_val)
+    return Parts([Part(found.train)], [Part(found.val)] if found.val else [], [Part(other) for other in found.unused])
 
 
 def data_line(data: "DataConfig", train_index: Index, val_index: Index | None) -> str:
     """The line that says which images a run trains on, which it validates on, and which folders it does not use."""
-
-    def named(folders: Sequence[Path]) -> str:
-        return ", ".join(printable(folder) for folder in folders)
-
-    folders, vals, unused = data_folders(data)
-    line = f"{len(train_index)} training images of {len(train_index.classes)} classes in {named(folders)}; "
-    line += f"{len(val_index)} validation images in {named(vals)}" if val_index else "no validation images"
-    return f"{line}; not used: {named(unused)}" if unused else line
+    train, val, unused = (", ".join(map(str, parts)) for parts in find_parts(data))
+    line = f"{len(train_index)} training images of {len(train_index.classes)} classes in {train}; "
+    line += f"{len(val_index)} validation images in {val}" if val_index else "no validation images"
+    return f"{line}; not used: {unused}" if unused else line
 
 
-def open_labeled(folder: str, classes: Sequence[str], origin: str | Path, limits: Limits = DEFAULT_LIMITS) -> Index:
-    """The index of a folder to evaluate a network of these classes on: DIR/val where DIR has train/ and val/, else DIR.
+def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: Limits = DEFAULT_LIMITS) -> Index:
+    """The index of images to evaluate a network of these classes on: DIR/val where DIR has train/ and val/, else DIR;
+    of a pack in the same way.
 
     Its labels are the positions in `classes`. Classes without images are named on stderr. Raises UserError where it has
     images of another class. origin: where the classes are from.
     """
-    splits = find_splits(Path(folder))
-    root = splits.val or Path(folder)
-    index = scan(root, limits=limits, partial=True)
+    parts = _parts_of(name, with_val=True)
+    root = (parts.val or parts.train)[0] if is_pack(name) or parts.val else Part(Path(name))
+    index = root.open(limits, partial=True)
     used = [index.classes[label] for label in np.unique(index.labels)]
     foreign = sorted(set(used) - set(classes))
     if foreign:
@@ -84,7 +130,37 @@ def open_labeled(folder: str, classes: Sequence[str], origin: str | Path, limits
     missing = [name for name in classes if name not in set(used)]
     if missing:
         names = ", ".join(map(printable, missing[:5])) + ", …" * (len(missing) > 5)
-        print(f"{printable(root)} has no images of {len(missing)} of {len(classes)} classes: {names}", file=sys.stderr)
+        print(f"{root} has no images of {len(missing)} of {len(classes)} classes: {names}", file=sys.stderr)
     position = {name: number for number, name in enumerate(classes)}
     of_label = np.array([position.get(name, -1) for name in index.classes], np.int64)
     return replace(index, labels=of_label[index.labels], classes=tuple(classes))
+
+
+def open_unlabeled(name: str, limits: Limits = DEFAULT_LIMITS) -> Index:
+    """The index of all images in a folder and its subfolders, or in a pack, without labels; see `scan_unlabeled`."""
+    if not is_pack(name):
+        return scan_unlabeled(name, limits=limits)
+    indices = list(open_pack(name).values())
+    if len(indices) > 1:
+        raise UserError(
+            f"{printable(name)} has several splits, and predictions are for one; unpack it and name a folder"
+        )
+    return replace(indices[0], labels=np.full(len(indices[0]), -1, np.int64), classes=())
+
+
+def open_splits(
+    name: str, split: str = "all", limits: Limits = DEFAULT_LIMITS, *, keep_unreadable: bool = False
+) -> dict[str, Index]:
+    """The indices of a folder's or a pack's training and validation images, by `train` and `val`. split: `all`, or only
+    one of them. Raises UserError where the split is not there, or the two do not have the same classes."""
+    parts = _parts_of(name, with_val=split != "train")
+    found = {"train": parts.train[0]} | ({"val": parts.val[0]} if parts.val else {})
+    if split not in ("all", *found):
+        raise UserError(f"{printable(name)} has no validation images")
+    indices = {
+        key: part.open(limits, keep_unreadable=keep_unreadable) for key, part in found.items() if split in ("all", key)
+    }
+    classes = [index.classes for index in indices.values()]
+    if len(classes) > 1:
+        require_classes(classes[0], found["train"], classes[1], found["val"])
+    return indices

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -13,7 +13,7 @@ from fasttrain.utils.errors import UserError
 T = TypeVar("T")
 
 
-def split_by_cost(items: Sequence[T], max_items: int, cost: Callable[[T], int], max_cost: int) -> Iterator[list[T]]:
+def split_by_cost(items: Iterable[T], max_items: int, cost: Callable[[T], int], max_cost: int) -> Iterator[list[T]]:
     """Split the items, in their order, into groups of at most `max_items` items and at most `max_cost` in total. An
     item that alone costs more is a group of its own."""
     group: list[T] = []

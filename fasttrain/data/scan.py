@@ -33,6 +33,19 @@ class Limits(NamedTuple):
     def of(cls, data: "DataConfig") -> "Limits":
         return cls(data.links, data.max_megapixels)
 
+    def apply(self, sizes: NDArray[np.int32]) -> tuple[NDArray[np.int32], dict[int, str]]:
+        """`sizes`, int32 [N, 2], with 0 for the images that have too many pixels, and the problems of those."""
+        sizes, problems = sizes.copy(), {}
+        megapixels = sizes.prod(1, dtype=np.int64) / 1e6
+        for number in np.flatnonzero(megapixels > self.max_megapixels).tolist():
+            height, width = sizes[number].tolist()
+            problems[number] = (
+                f"it has {width} x {height} pixels, {megapixels[number]:.1f} million, more than data.max_megapixels "
+                f"{self.max_megapixels:g}; scale it down or raise the setting"
+            )
+            sizes[number] = 0
+        return sizes, problems
+
 
 DEFAULT_LIMITS = Limits()
 
@@ -87,7 +100,7 @@ def scan(
     _report_lookalikes(root, classes)
     paths, sizes, problems = _paths_and_sizes(root, ids, cache_key, progress, limits)
     if not keep_unreadable:
-        _require_usable(paths, problems)
+        require_usable(paths, problems)
     return Index(paths, tuple(ids), np.array(labels, np.int64), sizes, tuple(classes), problems)
 
 
@@ -123,7 +136,7 @@ def scan_unlabeled(folder: str | Path, *, progress: bool = True, limits: Limits 
     for name in ids:
         digest.update(stamps[name].encode(errors="surrogateescape"))
     paths, sizes, problems = _paths_and_sizes(root, ids, digest.hexdigest(), progress, limits)
-    _require_usable(paths, problems)
+    require_usable(paths, problems)
     return Index(paths, tuple(ids), np.full(len(paths), -1, np.int64), sizes, ())
 
 
@@ -195,15 +208,8 @@ def _paths_and_sizes(
         sizes, problems = read_headers(paths, progress)
         if cache is not None and not problems:  # a file that cannot be read is tried again next time
             _store_sizes(cache, sizes)
-    megapixels = sizes.prod(1, dtype=np.int64) / 1e6
-    for number in np.flatnonzero(megapixels > limits.max_megapixels).tolist():
-        height, width = sizes[number].tolist()
-        problems[number] = (
-            f"it has {width} x {height} pixels, {megapixels[number]:.1f} million, more than data.max_megapixels "
-            f"{limits.max_megapixels:g}; scale it down or raise the setting"
-        )
-        sizes[number] = 0
-    return paths, sizes, problems
+    sizes, too_large = limits.apply(sizes)
+    return paths, sizes, problems | too_large
 
 
 def _walk(root: Path, limits: Limits) -> tuple[list[str], list[str], list[int], str, _Ignored]:
@@ -254,7 +260,7 @@ def _is_inside(path: str, real_root: str) -> bool:
     return os.path.realpath(path).startswith(real_root + os.sep)
 
 
-def _require_usable(paths: Sequence[str], problems: Mapping[int, str]) -> None:
+def require_usable(paths: Sequence[str], problems: Mapping[int, str]) -> None:
     if problems:
         first = min(problems)
         more = f" ({len(problems) - 1} more images cannot be used)" if len(problems) > 1 else ""

@@ -321,7 +321,7 @@ def test_data_check_names_bad_files_and_moves_them_to_quarantine_and_back(demo_s
     for cls in ("cross-checks-blue", "disc-stripes-red"):
         shutil.copytree(demo_set / "val" / cls, tmp_path / "set" / cls)
     result = call("data", "check", tmp_path / "set", "--workers", 1)
-    assert "bad: none" in result.stdout and "50 image files read" in result.stdout
+    assert "bad: none" in result.stdout and "50 images read" in result.stdout
     victim = tmp_path / "set" / "disc-stripes-red" / "055.jpg"
     victim.write_bytes(victim.read_bytes()[:-2])
     args = ["data", "check", tmp_path / "set", "--workers", 1, "--out", tmp_path / "r.json"]
