@@ -8,10 +8,11 @@ has the threads of a run, which on a GPU are two fewer.
 import gc
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,9 +97,11 @@ def pipeline(
     profile: bool = False,
     only: Sequence[str] = (),
     decoder: Decoder | None = None,
+    packs: Mapping[str, Index] = MappingProxyType({}),
 ) -> Iterator[list[Row]]:
     """Seconds per batch of every loader, for each batch size and policy, over `steps` batches per round. Yields the
-    rows of a case after every turn. only: patterns of the loaders' names. decoder: fasttrain's decoder.
+    rows of a case after every turn. only: patterns of the loaders' names. decoder: fasttrain's decoder. packs: packs of
+    the images by name, each with a contender of its own.
 
     images_per_class: K of the batches of P classes x K images, for which the images are relabeled; 0 leaves that
     contender out. profile: also measure fasttrain's pipeline truncated after each stage. The rows of this work,
@@ -117,6 +120,10 @@ def pipeline(
             contenders[GROUPED] = partial(grouped_batches, images_per_class=images_per_class, decoder=decoder)
         if policy != "none":
             contenders[LINEAR] = partial(fasttrain, augment=AugmentConfig(autoaugment=policy, warps="linear"))
+        for name, packed in packs.items():
+            # The peers read files, so a pack is a contender with an index of its own.
+            same_count = repeated(packed, len(images))
+            contenders[f"{FASTTRAIN}, {name}"] = partial(packed_batches, index=same_count, decoder=decoder)
         contenders |= {TIMM: timm_batches, TORCHVISION: torchvision_batches, STOCK: stock_dali_batches}
         contenders = {name: contenders[name] for name in common.select(contenders, only, LOADERS)}
         truncated = stages(work, decoder) if profile and FASTTRAIN in contenders else {}
@@ -216,6 +223,11 @@ def fasttrain_batches(
         labels = to_device(all_labels[indices], work.device)
         targets = (labels, labels[mixed.partner], mixed.lam) if work.cutmix else labels
         yield Batch(mixed.images, labels, targets)
+
+
+def packed_batches(work: Workload, index: Index, decoder: Decoder | None = None) -> Stream:
+    """Fasttrain's pipeline with another index of the same images."""
+    return fasttrain_batches(replace(work, index=index), decoder=decoder)
 
 
 def grouped_batches(work: Workload, images_per_class: int, decoder: Decoder | None = None) -> Stream:

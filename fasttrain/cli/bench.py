@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fasttrain.cli.options import (
-    DATA,
     FILE,
+    FOLDER,
     PNG_SOFTWARE,
     SET_HELP,
     GroupedCommand,
@@ -124,7 +124,9 @@ def bench_kernels(rank: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
 
 
 @bench.command("pipeline", cls=GroupedCommand, short_help="The training pipeline.")
-@data_option("--data", required=True, type=DATA, metavar="DIR|PACK", help="Images in class folders, or a pack.")
+@data_option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
+@data_option("--pack", "packs", type=FILE, multiple=True, metavar="FILE",
+             help="Also fasttrain's pipeline with this pack. Repeatable.")  # fmt: skip
 @training_option("--batch-size", "batch_sizes", type=click.IntRange(2), multiple=True, default=(64,), show_default=True,
                  help="Images per batch. Repeatable.")  # fmt: skip
 @training_option("--image-size", type=click.IntRange(8), default=224, show_default=True, help="In pixels.")
@@ -142,7 +144,14 @@ def bench_kernels(rank: "Ranks", rounds: int, only: Sequence[str]) -> Figures:
 @benchmark_option("--profile", is_flag=True, help="Also measure the parts of fasttrain's own pipeline.")
 @_benchmark(rounds=5)
 def bench_pipeline(
-    rank: "Ranks", data: str, precision: str, workers: int, profile: bool, decoder: str, **options: Any
+    rank: "Ranks",
+    data: str,
+    packs: tuple[Path, ...],
+    precision: str,
+    workers: int,
+    profile: bool,
+    decoder: str,
+    **options: Any,
 ) -> Figures:
     """The training pipeline, compared with timm's loader, torchvision v2 and DALI's stock pipeline on the same
     images."""
@@ -152,6 +161,7 @@ def bench_pipeline(
     from fasttrain.pipelines import decoders
 
     index, _ = open_data(DataConfig(train=(data,)))
+    packed = {path.stem: open_data(DataConfig(train=(str(path),)))[0] for path in packs}
     options |= {"workers": rank.threads(workers), "processes": workers or rank.cores}
     dtype = pipeline.dtype_of(precision, rank.device)
     kind = decoders.resolve(decoder, rank.device)
@@ -160,10 +170,17 @@ def bench_pipeline(
         rank.device,
         dtype,
         profile=profile,
+        packs=packed,
         decoder=decoders.Decoder(kind, MachineConfig().hardware_load),
         **options,
     )
-    return rows, {"images": len(index), "precision": precision, "decoder": kind, **options}
+    return rows, {
+        "images": len(index),
+        "packs": sorted(packed),
+        "precision": precision,
+        "decoder": kind,
+        **options,
+    }
 
 
 def _network_options(command: _Command) -> _Command:
@@ -253,7 +270,7 @@ def bench_step(
 
 
 @bench.command("train", cls=GroupedCommand, short_help="Whole runs.")
-@data_option("--data", required=True, type=DATA, metavar="DIR|PACK", help="Images in class folders, or a pack.")
+@data_option("--data", required=True, type=FOLDER, metavar="DIR", help="Images in class folders.")
 @_network_options
 @machine_option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
                 help="Threads or processes; 0: a run's default, and one per core for peers.")  # fmt: skip

@@ -45,6 +45,11 @@ class Encoding:
         scale = self.shorter_side / shorter
         return max(1, round(height * scale)), max(1, round(width * scale))
 
+    def raw_bytes(self, index: Index, number: int) -> int:
+        """The bytes of an image's pixels in the pack."""
+        height, width = self.size(*index.sizes[number].tolist())
+        return height * width * 3
+
 
 class Packed(NamedTuple):
     """images, bytes: in the pack. left_out: (id, reason) of the images that cannot be decoded."""
@@ -142,7 +147,12 @@ def make(
 
     written = sum(entry.length for entry in done)
     if left:
-        say(_estimate([task(left[row]) for row in _spread(len(left))], len(left), encoding, workers, out, written))
+        sample = [task(left[row]) for row in _spread(len(left))]
+        raw = encoding.kind == "raw"
+        needed = (
+            sum(encoding.raw_bytes(index_of[split], number) for split, number in order[len(done) :]) if raw else None
+        )
+        say(_estimate(sample, len(left), needed, encoding, workers, out, written))
     try:
         with partial_path.open("r+b" if done else "wb") as data, journal_path.open("ab" if done else "wb") as journal:
             if not done:
@@ -242,14 +252,17 @@ def _spread(count: int) -> list[int]:
     return np.linspace(0, count - 1, min(_SAMPLE, count)).astype(int).tolist()
 
 
-def _estimate(sample: Sequence[_Image], count: int, encoding: Encoding, workers: int, out: Path, written: int) -> str:
-    """What `count` more images will need, by encoding a few of them. Raises UserError where the disk has too little
-    space."""
+def _estimate(
+    sample: Sequence[_Image], count: int, needed: int | None, encoding: Encoding, workers: int, out: Path, written: int
+) -> str:
+    """What `count` more images will need, by encoding a few of them. needed: in bytes, if it is known. Raises UserError
+    where the disk has too little space."""
     encode(sample[:1], encoding)  # builds the decoder
     start = time.perf_counter()
     lengths = [len(content) for content, _ in encode(sample, encoding)]
     minutes = (time.perf_counter() - start) / len(sample) * count / workers / 60
-    needed, free = int(np.mean(lengths) * count), shutil.disk_usage(out.parent).free
+    needed = int(np.mean(lengths) * count) if needed is None else needed
+    free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise UserError(
             f"the pack needs about {needed / 1e9:.1f} GB more and {printable(out.parent)} has {free / 1e9:.1f} GB free"

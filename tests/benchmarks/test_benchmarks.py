@@ -22,8 +22,11 @@ from fasttrain import recipes
 from fasttrain.benchmarks import common, kernels, pipeline, step, train
 from fasttrain.cli.main import main
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from fasttrain.data import pack
 from fasttrain.data.index import Index
+from fasttrain.data.open_data import open_splits
 from fasttrain.data.scan import scan
+from fasttrain.data.stores.pack import open_pack
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation.evaluate import normalize
 from fasttrain.utils.errors import UserError
@@ -250,6 +253,18 @@ def test_pipeline_and_its_stages(photos, tmp_path):
     full = next(row for row in rows if row["contender"] == common.FASTTRAIN)
     assert sum(row["us_per_image"] for row in stages) == pytest.approx(full["least"] / 4 * 1e6)
     assert stages[-1]["seconds"] == full["seconds"]
+
+
+def test_packs_have_contenders_of_their_own(colors, tmp_path):
+    """With the images of the pack, which is repeated like the folder."""
+    folder = str(Path(colors.paths[0]).parent.parent)
+    path = tmp_path / "small.safetensors"
+    pack.make(open_splits(folder), path, pack.Encoding("raw"), workers=1, progress=False, say=lambda line: None)
+    options = {"batch_sizes": (4,), "image_size": 32, "policies": ("none",), "rounds": 1, "steps": 2}
+    only = ("fasttrain", "fasttrain, small")
+    packs = {"small": open_pack(path)["train"]}
+    *_, rows = pipeline.pipeline(colors, CPU, torch.float32, only=only, packs=packs, **options)
+    assert [row.contender for row in rows] == list(only)
 
 
 def test_a_truncated_pipeline_outputs_its_last_stage(colors):
