@@ -34,7 +34,7 @@ def data_demo(folder: Path, seed: int) -> None:
 
 
 @data_.command("check", short_help="Name every bad file of a folder, or every damaged image of a pack.")
-@click.argument("folder", metavar="DIR|PACK", type=DATA)
+@click.argument("folder", metavar="DIR|PACK|TABLE", type=DATA)
 @click.option("--quarantine", type=FOLDER, metavar="DIR", help="Move bad files here; `data restore` moves them back.")
 @click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
 @click.option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
@@ -48,16 +48,23 @@ def data_check(folder: str, quarantine: str | None, out: Path | None, workers: i
     """
     from fasttrain.data import check
     from fasttrain.data import quarantine as quarantines
+    from fasttrain.data.scan import Limits
     from fasttrain.data.stores.pack import is_pack
+    from fasttrain.data.stores.table import is_table
     from fasttrain.utils.text import printable
 
     if out:
         check.require_writable(out)
     if quarantine:
         quarantines.check_quarantine_folder(folder, quarantine)
-    if is_pack(folder) and quarantine:
-        raise UserError("--quarantine moves files, and a pack is one file; pack the folder again with --on-bad skip")
-    report = check.examine_pack(folder) if is_pack(folder) else check.examine(folder, workers, links == "follow")
+    if quarantine and (is_pack(folder) or is_table(folder)):
+        raise UserError("--quarantine moves the bad files of a folder; it takes no pack and no table")
+    if is_pack(folder):
+        report = check.examine_pack(folder)
+    elif is_table(folder):
+        report = check.examine_table(folder, workers, Limits(links))
+    else:
+        report = check.examine(folder, workers, links == "follow")
     if out:
         check.write_report(report, out)
     click.echo(report.text())
@@ -120,7 +127,7 @@ def data_cut(
 
 
 @data_.command("pack", short_help="Put a data set into one file that is quick to read.")
-@click.argument("data", metavar="DIR", type=FOLDER)
+@click.argument("data", metavar="DIR|TABLE", type=DATA)
 @click.option("--out", required=True, type=FILE, metavar="FILE.safetensors", help="The pack to make.")
 @click.option(
     "--pixels",
@@ -169,7 +176,7 @@ def data_pack(
     workers: int,
     links: str,
 ) -> None:  # fmt: skip
-    """Put the images of DIR into one file, which `--data FILE` takes like a folder.
+    """Put the images of DIR or TABLE into one file, which `--data FILE` takes like a folder.
 
     The file is an ordinary safetensors file. A command that was interrupted resumes when it is called again.
     """

@@ -86,8 +86,8 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 
 @click.command("eval", cls=GroupedCommand, short_help="Evaluate a checkpoint on labeled images.")
 @_network_command
-@data_option("--data", required=True, type=DATA, metavar="DIR|PACK",
-             help="Labeled images: DIR, DIR/val where DIR holds train/ and val/, or a pack.")  # fmt: skip
+@data_option("--data", required=True, type=DATA, metavar="DIR|FILE",
+             help="Labeled images: DIR, DIR/val where DIR holds train/ and val/, a pack or a table.")  # fmt: skip
 @links_option
 @output_option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
 @output_option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
@@ -131,7 +131,7 @@ def evaluate_(
 
 @click.command(cls=GroupedCommand, short_help="Save probabilities of images without labels.")
 @_network_command
-@data_option("--images", required=True, type=DATA, metavar="DIR|PACK", help="Images, in DIR and its folders.")
+@data_option("--images", required=True, type=DATA, metavar="DIR|FILE", help="Images, in DIR and its folders.")
 @links_option
 @output_option("--out", required=True, type=FILE, metavar="FILE.npz", help="Write the probabilities here.")
 def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options: Any) -> None:

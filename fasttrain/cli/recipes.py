@@ -46,7 +46,7 @@ def recipes_(name: str | None) -> None:
 @click.command(cls=GroupedCommand, short_help="Draw a batch as the network sees it.")
 @model_option("--arch", metavar="A", help="Network whose recipe to show.")
 @model_option("--recipe", "recipe_name", metavar="NAME|FILE.toml", help="Recipe to show.")
-@data_option("--data", type=DATA, metavar="DIR|PACK", help="Training images. Default: the recipe's, or the demo set.")
+@data_option("--data", type=DATA, metavar="DIR|FILE", help="Training images. Default: the recipe's, or the demo set.")
 @training_option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)
 @output_option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Epoch of the batch, from 0.")
 @output_option("--step", type=click.IntRange(0), default=0, show_default=True, help="Step in the epoch, from 0.")

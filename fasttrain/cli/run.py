@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 @model_option("--loss", type=click.Choice(LOSS_COMBINATIONS),
               help="With --arch: the losses. Default: ce; the others fine-tune the weights of --init.")  # fmt: skip
 @model_option("--init", metavar="RUN|FILE", help="Weights to start from: a run's best, or a file of timm's weights.")
-@data_option("--data", multiple=True, type=DATA, metavar="DIR|PACK",
-             help="Training images: DIR/<class>/<image>, DIR/train or a pack. Repeatable. Default: demo "
-             "set.")  # fmt: skip
-@data_option("--val", type=DATA, metavar="DIR|PACK", help="Validation images. Default: DIR/val, or those of the pack.")
+@data_option("--data", multiple=True, type=DATA, metavar="DIR|FILE",
+             help="Training images: DIR/<class>/<image>, DIR/train, a pack or a table (.csv). Repeatable. Default: the "
+             "demo set.")  # fmt: skip
+@data_option("--val", type=DATA, metavar="DIR|FILE", help="Validation images. Default: DIR/val, or the file's.")
 @data_option("--on-bad", type=click.Choice(ON_BAD),
              help="A training image that cannot be decoded ends the run or is replaced. Default: stop.")  # fmt: skip
 @data_option("--links", type=click.Choice(LINKS),

@@ -26,7 +26,9 @@ from fasttrain.data.decode_check import CHUNK_BYTES, CHUNK_FILES, KINDS, TIMEOUT
 from fasttrain.data.headers import EXTENSIONS
 from fasttrain.data.layout import find_splits
 from fasttrain.data.process_pool import map_in_processes, split_by_cost
+from fasttrain.data.scan import DEFAULT_LIMITS, Limits
 from fasttrain.data.stores.pack import Images, open_pack
+from fasttrain.data.stores.table import open_table
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import atomic, read_json_object
 from fasttrain.utils.text import printable
@@ -131,8 +133,6 @@ def examine(folder: str | Path, workers: int = 0, follow_links: bool = False, pr
     Raises UserError where the folder cannot be listed, has no class folders or can be read in two ways, or the
     processes do not start. No file's content makes it raise.
     """
-    from tqdm import tqdm
-
     start, root = time.perf_counter(), Path(folder)
     if not root.is_dir():
         raise UserError(f"no such folder: {printable(root)}")
@@ -144,6 +144,26 @@ def examine(folder: str | Path, workers: int = 0, follow_links: bool = False, pr
             files += _walk(root, f"{path.name}/" if path != root else "", findings, follow_links)
     except OSError as error:
         raise UserError(f"cannot read the folder {printable(error.filename or root)}: {error.strerror}") from None
+    return _examine(root, files, findings, start, workers, progress)
+
+
+def examine_table(path: str | Path, workers: int = 0, limits: Limits = DEFAULT_LIMITS, progress: bool = True) -> Report:
+    """Read all files of a table. Raises UserError where the table is malformed, or the processes do not start."""
+    start, table = time.perf_counter(), Path(path)
+    files = [
+        _File(file, image_id, f"{split}/", index.classes[label], os.path.getsize(file))
+        for split, index in open_table(table, limits, progress=progress).items()
+        for file, image_id, label in zip(index.paths, index.ids, index.labels.tolist(), strict=True)
+    ]
+    return _examine(table.parent, files, [], start, workers, progress)
+
+
+def _examine(
+    root: Path, files: Sequence[_File], findings: list[Finding], start: float, workers: int, progress: bool
+) -> Report:
+    """Decode the files, and look for copies among them."""
+    from tqdm import tqdm
+
     size_counts = Counter(file.size for file in files)  # only files of equal size can be copies, so others need no hash
     tasks: dict[Task, _File] = {(file.path, size_counts[file.size] > 1): file for file in files}
     workers = workers or len(os.sched_getaffinity(0))

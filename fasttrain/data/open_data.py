@@ -13,6 +13,7 @@ from fasttrain.data.index import Index, merge, require_classes
 from fasttrain.data.layout import find_splits
 from fasttrain.data.scan import DEFAULT_LIMITS, Limits, require_usable, scan, scan_unlabeled
 from fasttrain.data.stores.pack import is_pack, open_pack
+from fasttrain.data.stores.table import is_table, open_table
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -20,8 +21,24 @@ if TYPE_CHECKING:  # config imports torch, and commands that only read files nee
     from fasttrain.config.schema import DataConfig
 
 
+def is_container(path: str | Path) -> bool:
+    """Whether a file holds or lists many images."""
+    return is_pack(path) or is_table(path)
+
+
+def open_container(path: str | Path, limits: Limits) -> dict[str, Index]:
+    """The indices of a container's splits, by name. Images that cannot be used have the size 0 and a problem."""
+    if is_table(path):
+        return open_table(path, limits)
+    indices = {}
+    for split, index in open_pack(path).items():
+        sizes, problems = limits.apply(index.sizes)
+        indices[split] = replace(index, sizes=sizes, problems=problems)
+    return indices
+
+
 class Part(NamedTuple):
-    """A folder of class folders, or a split of a pack."""
+    """A folder of class folders, or a split of a pack or a table."""
 
     path: Path
     split: str = ""
@@ -36,11 +53,13 @@ class Part(NamedTuple):
         """Its index; see `scan`."""
         if not self.split:
             return scan(self.path, keep_unreadable=keep_unreadable, partial=partial, limits=limits)
-        index = open_pack(self.path)[self.split]
-        sizes, problems = limits.apply(index.sizes)
-        if problems and not keep_unreadable:
-            require_usable(index.paths, problems)
-        return replace(index, sizes=sizes, problems=problems)
+        index = open_container(self.path, limits)[self.split]
+        if not keep_unreadable:
+            require_usable(index.paths, index.problems)
+        missing = sorted(set(range(len(index.classes))) - set(index.labels.tolist()))
+        if missing and not partial and self.split != "val":
+            raise UserError(f"{self} has no image of class {printable(index.classes[missing[0]])!r}")
+        return index
 
 
 class Parts(NamedTuple):
@@ -55,8 +74,8 @@ def open_data(data: "DataConfig") -> tuple[Index, Index | None]:
     """The training index (several parts merged) and the validation index, or None where there is none.
 
     `DIR` with `train/<class>/…` inside stands for DIR/train; the images of DIR/val (or valid, or validation) are then
-    the validation images, unless others are named. A pack has such splits, too. Raises UserError where the two do not
-    have the same classes, or a folder can be read in two ways.
+    the validation images, unless others are named. Packs and tables have such splits, too. Raises UserError where the
+    two do not have the same classes, or a folder can be read in two ways.
     """
     parts, limits = find_parts(data), Limits.of(data)
     train_index = merge([part.open(limits, keep_unreadable=data.on_bad == "skip") for part in parts.train], parts.train)
@@ -69,14 +88,14 @@ def open_data(data: "DataConfig") -> tuple[Index, Index | None]:
 
 def find_parts(data: "DataConfig") -> Parts:
     """The parts that a run uses."""
-    named = [_parts_of(name, with_val=not data.val) for name in data.train]
+    named = [_parts_of(name, Limits.of(data), with_val=not data.val) for name in data.train]
     train = [part for parts in named for part in parts.train]
     for number, part in enumerate(train):
         if any(part.same_as(other) for other in train[:number]):
             raise UserError(f"--data {part} is given twice; each image would count twice")
     val = [part for parts in named for part in parts.val if not any(part.same_as(other) for other in train)]
     if data.val:
-        found = _parts_of(data.val, with_val=True)
+        found = _parts_of(data.val, Limits.of(data), with_val=True)
         folder = Part(Path(data.val))
         val = [folder] if os.path.isdir(data.val) else (found.val or found.train)
         if any(part.same_as(other) for part in val for other in train):
@@ -86,11 +105,11 @@ def find_parts(data: "DataConfig") -> Parts:
     return Parts(train, val, unused)
 
 
-def _parts_of(name: str, *, with_val: bool) -> Parts:
+def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
     """What one --data names."""
     path = Path(name)
-    if is_pack(path):
-        splits = list(open_pack(path))
+    if is_container(path):
+        splits = list(open_container(path, limits))
         if len(splits) > 1 and "train" not in splits:
             raise UserError(f"{printable(path)} has the splits {', '.join(map(printable, splits))}, but no train")
         train = "train" if "train" in splits else splits[0]
@@ -98,7 +117,7 @@ def _parts_of(name: str, *, with_val: bool) -> Parts:
         unused = [Part(path, split) for split in splits if split not in (train, "val")]
         return Parts([Part(path, train)], val, unused)
     if path.is_file():
-        raise UserError(f"{printable(path)} is not a folder, and not a pack (.safetensors)")
+        raise UserError(f"{printable(path)} is not a folder, a pack (.safetensors) or a table (.csv, .tsv)")
     if not path.is_dir():
         raise UserError(f"no such folder: {printable(path)}")
     found = find_splits(path, with_val=with_val)
@@ -115,13 +134,13 @@ def data_line(data: "DataConfig", train_index: Index, val_index: Index | None) -
 
 def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: Limits = DEFAULT_LIMITS) -> Index:
     """The index of images to evaluate a network of these classes on: DIR/val where DIR has train/ and val/, else DIR;
-    of a pack in the same way.
+    of a pack or a table in the same way.
 
     Its labels are the positions in `classes`. Classes without images are named on stderr. Raises UserError where it has
     images of another class. origin: where the classes are from.
     """
-    parts = _parts_of(name, with_val=True)
-    root = (parts.val or parts.train)[0] if is_pack(name) or parts.val else Part(Path(name))
+    parts = _parts_of(name, limits, with_val=True)
+    root = (parts.val or parts.train)[0] if is_container(name) or parts.val else Part(Path(name))
     index = root.open(limits, partial=True)
     used = [index.classes[label] for label in np.unique(index.labels)]
     foreign = sorted(set(used) - set(classes))
@@ -137,10 +156,11 @@ def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: 
 
 
 def open_unlabeled(name: str, limits: Limits = DEFAULT_LIMITS) -> Index:
-    """The index of all images in a folder and its subfolders, or in a pack, without labels; see `scan_unlabeled`."""
-    if not is_pack(name):
+    """The index of all images in a folder and its subfolders (see `scan_unlabeled`), or in a pack or table; it has no
+    labels."""
+    if not is_container(name):
         return scan_unlabeled(name, limits=limits)
-    indices = list(open_pack(name).values())
+    indices = list(open_container(name, limits).values())
     if len(indices) > 1:
         raise UserError(
             f"{printable(name)} has several splits, and predictions are for one; unpack it and name a folder"
@@ -153,7 +173,7 @@ def open_splits(
 ) -> dict[str, Index]:
     """The indices of a folder's or a pack's training and validation images, by `train` and `val`. split: `all`, or only
     one of them. Raises UserError where the split is not there, or the two do not have the same classes."""
-    parts = _parts_of(name, with_val=split != "train")
+    parts = _parts_of(name, limits, with_val=split != "train")
     found = {"train": parts.train[0]} | ({"val": parts.val[0]} if parts.val else {})
     if split not in ("all", *found):
         raise UserError(f"{printable(name)} has no validation images")

@@ -127,7 +127,7 @@ def scan_unlabeled(folder: str | Path, *, progress: bool = True, limits: Limits 
             elif not name.lower().endswith(EXTENSIONS) or not entry.is_file():
                 ignored.add("files that are not images", entry)
             else:
-                stamps[name] = _stamp(name, entry)
+                stamps[name] = stamp(name, entry.stat())
     ignored.report(root)
     if not stamps:
         raise UserError(f"there is no image in {printable(root)}; {ignored.hint(root) or 'name a folder of images'}")
@@ -185,9 +185,8 @@ def _report_lookalikes(root: Path, classes: Sequence[str]) -> None:
             print(f"{printable(root)}: the class folders {' and '.join(map(ascii, names))} look alike", file=sys.stderr)
 
 
-def _stamp(name: str, entry: os.DirEntry[str]) -> str:
+def stamp(name: str, info: os.stat_result) -> str:
     """What changes when a file does, as text for the cache's key: its name, size, times and inode."""
-    info = entry.stat()
     return f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ctime_ns}\0{info.st_ino}\0"
 
 
@@ -198,6 +197,14 @@ def _paths_and_sizes(
     cannot be used, whose sizes are 0."""
     base = str(root.resolve())
     paths = tuple(os.path.join(base, image_id) for image_id in ids)
+    return paths, *sizes_of(paths, cache_key, progress, limits)
+
+
+def sizes_of(
+    paths: Sequence[str], cache_key: str, progress: bool, limits: Limits
+) -> tuple[NDArray[np.int32], dict[int, str]]:
+    """The images' sizes from the cache or else from the headers, int32 [N, 2]; and the problems of those that cannot be
+    used, whose sizes are 0."""
     try:
         cache = cache_dir() / "index" / f"{cache_key}.npy"
     except UserError:  # it only saves time
@@ -209,7 +216,7 @@ def _paths_and_sizes(
         if cache is not None and not problems:  # a file that cannot be read is tried again next time
             _store_sizes(cache, sizes)
     sizes, too_large = limits.apply(sizes)
-    return paths, sizes, problems | too_large
+    return sizes, problems | too_large
 
 
 def _walk(root: Path, limits: Limits) -> tuple[list[str], list[str], list[int], str, _Ignored]:
@@ -233,7 +240,7 @@ def _walk(root: Path, limits: Limits) -> tuple[list[str], list[str], list[int], 
             else:
                 ids.append(f"{folder.name}/{file.name}")
                 labels.append(len(classes) - 1)
-                digest.update(_stamp(ids[-1], file).encode(errors="surrogateescape"))
+                digest.update(stamp(ids[-1], file.stat()).encode(errors="surrogateescape"))
     return classes, ids, labels, digest.hexdigest(), ignored
 
 

@@ -1,0 +1,119 @@
+"""A table of images: a CSV file (or a .tsv file with tabs) with the columns path and label, and perhaps split.
+
+A path is relative to the table's folder. Splits are called train, val (or valid, or validation) and test; without that
+column, all images are of one split. Other columns are not used.
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fasttrain.data.headers import EXTENSIONS
+from fasttrain.data.index import Index
+from fasttrain.data.layout import VAL_NAMES
+from fasttrain.data.scan import Limits, sizes_of, stamp
+from fasttrain.utils.errors import UserError
+from fasttrain.utils.files import opened
+from fasttrain.utils.text import printable
+
+ENDINGS = (".csv", ".tsv")
+_COLUMNS = ("path", "label", "split")
+
+
+class _Row(NamedTuple):
+    line: int
+    path: str
+    label: str
+    split: str
+
+
+def is_table(path: str | Path) -> bool:
+    return str(path).lower().endswith(ENDINGS) and os.path.isfile(path)
+
+
+def open_table(path: str | Path, limits: Limits, *, progress: bool = True) -> dict[str, Index]:
+    """The indices of a table's splits, by name; `train` where it has no column for them.
+
+    Images that cannot be used have the size 0 and a problem. Raises UserError, which names the line, where a row is
+    malformed, an image is listed twice, or a path is not of an image, leaves the table's folder or does not exist.
+    """
+    table, rows = Path(path), list(_rows(Path(path)))
+    root = os.path.realpath(table.parent)
+    seen: dict[str, _Row] = {}
+    for row in rows:
+        where = f"{printable(table)} line {row.line}: {printable(row.path)}"
+        if (other := seen.setdefault(row.path, row)) is not row:
+            disagrees = "" if other.label == row.label else f", with the label {printable(other.label)!r}"
+            raise UserError(f"{where} is also in line {other.line}{disagrees}")
+        if not row.path.lower().endswith(EXTENSIONS):
+            raise UserError(f"{where} is not an image; images end in {', '.join(EXTENSIONS)}")
+        if not _inside(root, row.path, limits):
+            raise UserError(f"{where} is not in the table's folder; with --links follow it is taken")
+        if not os.path.isfile(os.path.join(root, row.path)):
+            raise UserError(f"{where} is not there")
+    if not rows:
+        raise UserError(f"{printable(table)} lists no images")
+    classes = tuple(sorted({row.label for row in rows}))
+    if len(classes) == 1:
+        raise UserError(
+            f"{printable(table)} has only one label ({printable(classes[0])}); a classifier needs two or more"
+        )
+    position = {name: number for number, name in enumerate(classes)}
+    indices = {}
+    for split in dict.fromkeys(row.split for row in rows):
+        some = sorted((row for row in rows if row.split == split), key=lambda row: (row.label, row.path))
+        ids = tuple(row.path for row in some)
+        paths = tuple(os.path.join(root, row.path) for row in some)
+        digest = hashlib.sha256(f"table\0{root}\0".encode(errors="surrogateescape"))
+        for image_id, full in zip(ids, paths, strict=True):
+            digest.update(stamp(image_id, os.stat(full)).encode(errors="surrogateescape"))
+        sizes, problems = sizes_of(paths, digest.hexdigest(), progress, limits)
+        labels = np.array([position[row.label] for row in some], np.int64)
+        indices[split] = Index(paths, ids, labels, sizes, classes, problems)
+    return indices
+
+
+def _inside(root: str, path: str, limits: Limits) -> bool:
+    """Whether a path is in the table's folder, also where links lead; with `follow`, any path is taken."""
+    if limits.links == "follow":
+        return True
+    if os.path.isabs(path) or ".." in path.split("/"):
+        return False
+    return os.path.realpath(os.path.join(root, path)).startswith(root + os.sep)
+
+
+def _rows(table: Path) -> Iterator[_Row]:
+    """The rows of a table. Raises UserError, which names the line, where one is malformed."""
+    try:
+        with io.TextIOWrapper(opened(table), encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+            header = [name.strip().lower() for name in next(reader, [])]
+            missing = [name for name in _COLUMNS[:2] if name not in header]
+            if missing or len(set(header)) < len(header):
+                raise UserError(
+                    f"{printable(table)} line 1 must name the columns path and label, and may name split; it has "
+                    f"{printable(', '.join(header)[:100]) or 'none'}"
+                )
+            columns = {name: header.index(name) for name in _COLUMNS if name in header}
+            for values in reader:
+                where = f"{printable(table)} line {reader.line_num}"
+                if not values:
+                    continue
+                if len(values) != len(header):
+                    raise UserError(f"{where} has {len(values)} values, and line 1 names {len(header)} columns")
+                path, label = (values[columns[name]].strip() for name in _COLUMNS[:2])
+                split = values[columns["split"]].strip().lower() if "split" in columns else "train"
+                split = "val" if split in VAL_NAMES else split
+                if not path or not label or "\0" in path:
+                    raise UserError(f"{where} has no path or no label")
+                if split not in ("train", "val", "test"):
+                    raise UserError(f"{where} has the split {printable(split)!r}; splits are train, val and test")
+                yield _Row(reader.line_num, os.path.normpath(path), label, split)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {printable(table)}: {printable(str(error))}") from None
