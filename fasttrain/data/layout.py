@@ -9,7 +9,6 @@ from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
 VAL_NAMES = ("val", "valid", "validation")
-_UNUSED_NAMES = ("test",)  # may hold images without class folders
 
 
 class Splits(NamedTuple):
@@ -32,12 +31,13 @@ def find_splits(folder: Path, *, with_val: bool = True) -> Splits:
         return Splits(folder)
     others = [path for path in _visible_folders(folder) if path.name != "train"]
     vals = [folder / name for name in VAL_NAMES if os.path.lexists(folder / name)]
-    for path in others:
-        if path not in vals and path.name not in _UNUSED_NAMES and _holds_images(path):
-            raise UserError(
-                f"{printable(folder)} has train/ with folders and, next to it, {printable(path.name)}/ with images: "
-                f"name the folder of the class folders ({printable(train)}), or rename the class train"
-            )
+    classes = [path for path in others if path not in vals and _holds_images(path)] if _holds_images(train) else []
+    if classes:
+        other = printable(classes[0].name)
+        raise UserError(
+            f"{printable(folder)} has train/ with images and folders and, next to it, {other}/ with images: name the "
+            f"folder of the class folders ({printable(train)}), or rename the class train"
+        )
     if not with_val:
         return Splits(train, None, tuple(others))
     if len(vals) > 1:

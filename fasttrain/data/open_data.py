@@ -95,9 +95,10 @@ def find_parts(data: "DataConfig") -> Parts:
             raise UserError(f"--data {part} is given twice; each image would count twice")
     val = [part for parts in named for part in parts.val if not any(part.same_as(other) for other in train)]
     if data.val:
-        found = _parts_of(data.val, Limits.of(data), with_val=True)
-        folder = Part(Path(data.val))
-        val = [folder] if os.path.isdir(data.val) else (found.val or found.train)
+        val = [Part(Path(data.val))]
+        if not os.path.isdir(data.val):
+            found = _parts_of(data.val, Limits.of(data), with_val=True)
+            val = found.val or found.train
         if any(part.same_as(other) for part in val for other in train):
             raise UserError(f"--val {val[0]} is also a training folder; name other images, or none")
     used = [*train, *val]

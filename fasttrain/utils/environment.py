@@ -33,7 +33,7 @@ def explain(error: Exception) -> str:
     for each in _chain(error):
         if re.search(r"(failed to find|no working) c(\+\+)? compiler", str(each), re.IGNORECASE):
             return "there is no C or C++ compiler, which torch.compile and Triton need; install gcc and g++" + _WITHOUT
-        if isinstance(each, subprocess.CalledProcessError):
+        if isinstance(each, subprocess.CalledProcessError) and _COMPILERS.search(_program(each)):
             output = each.stderr or each.stdout or b""
             text = output.decode(errors="replace") if isinstance(output, bytes) else output
             cause = next((line.strip() for line in text.splitlines() if "error" in line), str(each))
@@ -47,6 +47,13 @@ def explain(error: Exception) -> str:
 
 
 _WITHOUT = "; --no-compile trains without torch.compile"
+_COMPILERS = re.compile(r"(cc|\+\+|clang|ptxas)[\w.-]*$")  # cc, gcc, g++-12, nvcc and others
+
+
+def _program(error: subprocess.CalledProcessError) -> str:
+    """The program that failed."""
+    words = error.cmd.split() if isinstance(error.cmd, str) else [*map(str, error.cmd)]
+    return words[0] if words else ""
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -42,6 +42,12 @@ def test_the_validation_folder_is_found_by_its_usual_names(tmp_path, name):
     assert examine(tmp_path, workers=1, progress=False).files == 6
 
 
+def test_folders_of_images_next_to_the_splits_are_not_used(tmp_path):
+    fill(tmp_path / "train", tmp_path / "val")
+    fill(tmp_path, classes=("samples", "masks"))
+    assert opened(tmp_path)[2].endswith(f"; not used: {tmp_path}/masks, {tmp_path}/samples")
+
+
 def test_folders_without_splits_have_no_validation_images(tmp_path):
     fill(tmp_path)
     assert opened(tmp_path) == (2, None, f"2 training images of 2 classes in {tmp_path}; no validation images")
@@ -81,7 +87,7 @@ def val_file(root: Path) -> None:
 
 
 def a_class_called_train(root: Path) -> None:
-    fill(root, classes=("car",))
+    fill(root, classes=("train", "car"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def a_class_called_train(root: Path) -> None:
         (empty_val, r"val has no class folders"),
         (broken_val, r"val is a broken link"),
         (val_file, r"val is a file"),
-        (a_class_called_train, r"has train/ with folders and, next to it, car/ with images: name the folder"),
+        (a_class_called_train, r"has train/ with images and folders and, next to it, car/ with images: name"),
     ],
 )
 def test_what_can_be_read_in_two_ways_is_refused(tmp_path, spoil, message):

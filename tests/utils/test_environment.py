@@ -58,6 +58,8 @@ def test_errors_of_compilers_are_explained():
     triton = RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
     assert "there is no C or C++ compiler" in explain(triton)
     assert explain(RuntimeError("something else")) == ""
+    assert explain(subprocess.CalledProcessError(1, ["nvidia-smi", "-L"], stderr=b"error: no devices")) == ""
+    assert "a compiler failed" in explain(subprocess.CalledProcessError(1, "/usr/bin/x86_64-linux-gnu-g++-12 a.cpp"))
 
 
 @pytest.mark.parametrize(
