@@ -117,9 +117,9 @@ def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
         val = [Part(path, split) for split in splits if split == "val" != train and with_val]
         unused = [Part(path, split) for split in splits if split not in (train, "val")]
         return Parts([Part(path, train)], val, unused)
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{printable(path)} is not a folder, a pack (.safetensors) or a table (.csv, .tsv)")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"no such folder: {printable(path)}")
     found = find_splits(path, with_val=with_val)
     return Parts([Part(found.train)], [Part(found.val)] if found.val else [], [Part(other) for other in found.unused])

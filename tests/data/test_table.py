@@ -110,6 +110,7 @@ def test_a_split_that_lacks_a_class_is_refused_for_training(images):
         open_data(DataConfig(train=(str(images / "t.csv"),)))
 
 
+@pytest.mark.slow
 def test_commands_take_a_table(demo_set, tmp_path):
     table = write_table(demo_set / "images.csv", demo_set, splits=True)
     try:

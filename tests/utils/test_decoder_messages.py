@@ -41,6 +41,7 @@ def test_repeated_messages_are_shown_once_and_others_always(how, status):
     assert expected in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_decoders_say_once(demo_set, tmp_path):
     """PNGs with a color profile that libpng complains about at each decode."""
     for name in ("ape", "yak"):
