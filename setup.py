@@ -40,6 +40,7 @@ setup(
         "fasttrain.cli",
         "fasttrain.config",
         "fasttrain.data",
+        "fasttrain.data.stores",
         "fasttrain.data.vipriors",
         "fasttrain.distributed",
         "fasttrain.doctor",
