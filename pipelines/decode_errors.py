@@ -54,7 +54,9 @@ def image_problem(
             require_folder(path)
             return "the file no longer exists"
         except OSError as error:
-            raise RunError(f"cannot read {printable(path)}: {error.strerror}") from None
+            raise RunError(
+                f"cannot read {printable(path)}: {error.strerror}; check the disk, or move the file away"
+            ) from None
     return content_problem(content, index.sizes[number], region, decoder, device)
 
 

@@ -237,6 +237,8 @@ def batches(
     if substitutes is not None and plan.rank == 0:  # files without a readable header are known before the first step
         unreadable = np.array(sorted(substitutes.suspects), np.int64)
         report(unreadable, substitutes.apply(start_step, unreadable))
+    elif substitutes is not None:
+        substitutes.reported |= substitutes.suspects
     done, total = 0, (stop - start_step) * plan.micro_batches
     while done < total:
         # After an error the pipeline is built again, because its prefetched batches are lost.

@@ -23,6 +23,7 @@ FILES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt", ".pkl")
 # Where training programs keep the weights in their files: timm, torchvision, Lightning and others.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "module")
+_NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 
 
@@ -87,7 +88,19 @@ def _from_file(path: Path, model: Classifier, averaged: bool, classes: Sequence[
             f"--init {printable(path)} is a part of a checkpoint; name its folder, {printable(path.parent)}"
         )
     own, head = model.state_dict(), model.classifier_prefix
-    tensors = {_our_name(name, own): each for name, each in _read(path, averaged).items() if name != "n_averaged"}
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, tensor in _read(path, averaged).items():
+        if name == "n_averaged":  # of torch's AveragedModel
+            continue
+        ours = _our_name(name, own)
+        if ours in tensors:
+            first, second = printable(names[ours]), printable(name)
+            raise UserError(
+                f"--init {printable(path)} holds two networks: {first} and {second} are the same tensor of this one; "
+                "save only one of them"
+            )
+        tensors[ours], names[ours] = tensor, name
     same_classes = all(name in tensors and tensors[name].shape == own[name].shape for name in own if head in name)
     source = f"from {printable(path)}"
     if same_classes:
@@ -122,23 +135,38 @@ def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
     except Exception as error:  # damaged files make the two libraries raise anything
         raise UserError(f"--init {printable(path)} cannot be read: {_cause(error)}") from None
     keys = (*_AVERAGED, *_CONTAINERS) if averaged else (*_CONTAINERS, *_AVERAGED)
-    for _ in range(3):  # one may be in another
-        inner = [content[key] for key in keys if isinstance(content, dict) and isinstance(content.get(key), dict)]
-        content = next(filter(None, inner), content)
-    if not (isinstance(content, dict) and content and all(isinstance(each, Tensor) for each in content.values())):
+    found = _state_dict(content, keys, depth=3)
+    if found is None:
         raise UserError(
-            f"--init {printable(path)} holds no weights: expected tensors by name, or a table of them under one of "
-            f"{', '.join(_CONTAINERS)}, {', '.join(_AVERAGED)}"
+            f"--init {printable(path)} holds no weights: expected a state dict, or one under the key "
+            f"{', '.join(_CONTAINERS)} or {', '.join(_AVERAGED)}"
         )
-    return {str(name): each for name, each in content.items()}
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+def _state_dict(content: Any, keys: Sequence[str], depth: int) -> dict[Any, Tensor] | None:
+    """The first table of tensors alone: the content itself, or what is under one of the keys."""
+    if not isinstance(content, dict) or not content:
+        return None
+    if all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    inner = (_state_dict(content.get(key), keys, depth - 1) for key in keys if depth)
+    return next((found for found in inner if found is not None), None)
 
 
 def _safe_types() -> list[Any]:
     """What training programs save next to weights, and what cannot run code: their arguments, and numbers of numpy."""
     scalar = np.float64(0).__reduce__()[0]
-    dtypes = {type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")}
+    dtypes = {type(np.dtype(kind)) for kind in _NUMBERS}
     old_name = (scalar, "numpy.core.multiarray.scalar")  # before numpy 2
-    return [argparse.Namespace, np.dtype, *dtypes, scalar, old_name]
+    return [argparse.Namespace, (_plain_dtype, "numpy.dtype"), *dtypes, scalar, old_name]
+
+
+def _plain_dtype(kind: str, *_: Any) -> np.dtype[Any]:
+    """A dtype of numbers. Others can have any size, which a scalar of them would allocate."""
+    if kind not in _NUMBERS:
+        raise ValueError(f"numbers of the type {kind!r} are not read")
+    return np.dtype(kind)
 
 
 def _cause(error: Exception) -> str:
@@ -146,5 +174,5 @@ def _cause(error: Exception) -> str:
     text = str(error).strip()
     if unsafe := re.search(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", text, re.IGNORECASE):
         return f"it holds a {printable(unsafe[1])}, which could run code; save only the network's state_dict()"
-    detail = re.search(r"WeightsUnpickler error: (.+)", text)
+    detail = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     return printable((detail[1] if detail else text.splitlines()[0] if text else type(error).__name__)[:200])

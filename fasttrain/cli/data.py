@@ -57,6 +57,8 @@ def data_check(folder: str, quarantine: str | None, out: Path | None, workers: i
         check.require_writable(out)
     if quarantine:
         quarantines.check_quarantine_folder(folder, quarantine)
+    if quarantine and links == "follow":
+        raise UserError("--quarantine moves files, and those that links lead to may belong to other folders")
     if quarantine and (is_pack(folder) or is_table(folder)):
         raise UserError("--quarantine moves the bad files of a folder; it takes no pack and no table")
     if is_pack(folder):

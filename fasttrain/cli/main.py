@@ -16,7 +16,7 @@ from fasttrain.cli.ensemble import ensemble, score
 from fasttrain.cli.evaluate import evaluate_, predict
 from fasttrain.cli.recipes import recipes_, show
 from fasttrain.cli.run import run
-from fasttrain.utils.environment import explain, require_current_folder
+from fasttrain.utils.environment import explain, out_of_memory, require_current_folder
 from fasttrain.utils.errors import CommandError
 from fasttrain.utils.output import discard_output, tolerant_output
 
@@ -54,11 +54,11 @@ class _Group(click.Group):
             _print_error(f"{error} (Python {sys.executable}); `fasttrain doctor` lists what is missing")
             sys.exit(1)
         except (RuntimeError, CalledProcessError) as error:
-            if line := explain(error):
+            full = out_of_memory(error)
+            if not full and (line := explain(error)):
                 _print_error(line)
                 sys.exit(1)
-            # torch is not imported here: if the error is torch's, it has been.
-            if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+            if not full:
                 raise
             training = ctx.invoked_subcommand == "run"
             smaller = "--set micro_batch=N or --image-size" if training else "--batch-size"

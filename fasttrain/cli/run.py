@@ -31,7 +31,6 @@ from fasttrain.utils.output import tolerant_output
 
 if TYPE_CHECKING:
     from fasttrain.config.schema import Recipe
-    from fasttrain.data.index import Index
     from fasttrain.train import Result
 
 
@@ -122,7 +121,7 @@ def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
             start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
             result = train(recipe, folder, train_index, val_index, rank, start)
         if rank.first:
-            print_result(result, recipe, folder, val_index)
+            print_result(result, recipe, folder)
 
 
 def recipe_of(
@@ -179,8 +178,9 @@ def recipe_of(
     return toml.override(recipe, *settings), on_demo
 
 
-def print_result(result: "Result", recipe: "Recipe", folder: Path, val_index: "Index | None") -> None:
+def print_result(result: "Result", recipe: "Recipe", folder: Path) -> None:
     """Print the scores, where the checkpoints are, and the command to evaluate them."""
+    from fasttrain.data.open_data import find_parts
     from fasttrain.utils.text import printable
 
     place = printable(folder)
@@ -188,7 +188,6 @@ def print_result(result: "Result", recipe: "Recipe", folder: Path, val_index: "I
         last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
         click.echo(f"{last}best top-1 {result.best:.2%}")
     click.echo(f"run folder: {place}  ({result.steps} steps; best checkpoint: {place}/best, last: {place}/last)")
-    in_pack = val_index is not None and val_index.store is not None
-    found = recipe.data.train[0] if in_pack else os.path.commonpath(val_index.paths) if val_index else "DIR"
-    val_folder = recipe.data.val or found
+    parts = find_parts(recipe.data).val
+    val_folder = parts[0].path if len(parts) == 1 else "DIR"
     click.echo(f"next: {program()} eval {shell_word(folder)} --data {shell_word(val_folder)}")

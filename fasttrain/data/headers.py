@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-_TIFF_MODES = {"L": 1, "P": 1, "I;16": 1, "I;16B": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}  # PIL's modes, and their channels
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM")  # PIL's names
+# PIL's modes of TIFFs, and their channels.
+_TIFF_MODES = {"1": 1, "L": 1, "P": 1, "I;16": 1, "I;16B": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}
 # Tags of TIFF; the first is also one of EXIF.
-ORIENTATION, BITS, _CHANNELS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 274, 258, 277, 262, 284, 339
+ORIENTATION, BITS, _COMPRESSION, _CHANNELS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 274, 258, 259, 277, 262, 284, 339
 _WHITE_IS_0, _YCBCR = 0, 6  # kinds of _PHOTOMETRIC
 
 
@@ -60,10 +62,10 @@ def _problem_of_content(path: str) -> str:
 def unsupported(image: "Image") -> str:
     """Why DALI cannot decode an image that PIL opened, or gives other pixels than PIL; empty if it does neither.
     Determined by comparing both for TIFFs of every kind that PIL opens (`tests/data/test_headers.py`)."""
-    if image.format == "GIF":
-        return "it is a GIF, which DALI does not decode; convert it to PNG"
+    if image.format not in _FORMATS:
+        return f"it is a {image.format}, which DALI does not decode; convert it to PNG"
     tiles: Any = getattr(image, "tile", None)
-    if image.format == "PPM" and tiles and (tiles[0][0] != "raw" or image.mode == "I"):
+    if image.format == "PPM" and tiles and (tiles[0][0] != "raw" or image.mode not in ("L", "RGB")):
         return "it is a PNM file in text or without 8 bits per channel; convert it to PNG"
     tags: Any = getattr(image, "tag_v2", None)
     if image.format != "TIFF" or tags is None:
@@ -73,7 +75,7 @@ def unsupported(image: "Image") -> str:
     planar = tags.get(_PLANAR, 1) == 2
     agrees = (
         mode in _TIFF_MODES
-        and bits >= 8
+        and (bits >= 8 or (mode == "1" and tags.get(_COMPRESSION, 1) != 1))
         and set(sample_format) == {1}
         and (channels == _TIFF_MODES[mode] or mode == "RGB")
         and not (planar and (bits > 8 or channels > 4 or mode == "RGBA" or photometric == _WHITE_IS_0))
@@ -122,8 +124,9 @@ def _warnings_with_paths() -> Iterator[Callable[[str], Header]]:
 
     def record(message: Warning | str, *_: Any, **__: Any) -> None:
         kind = " ".join(printable(str(message)).split())
+        line = f"{printable(getattr(current, 'path', 'an image'))}: {kind}"
         with lock:
-            first_paths.setdefault("".join(" " if part.isdigit() else part for part in kind), f"{current.path}: {kind}")
+            first_paths.setdefault("".join(" " if part.isdigit() else part for part in kind), line)
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:

@@ -42,7 +42,7 @@ def find_splits(folder: Path, *, with_val: bool = True) -> Splits:
         return Splits(train, None, tuple(others))
     if len(vals) > 1:
         names = " and ".join(printable(path) for path in vals)
-        raise UserError(f"{names} both look like validation images; name one of them with --val")
+        raise UserError(f"{names} both look like validation images; name one of them")
     for val in vals:
         if not has_folders(val):
             what = "is a broken link" if not val.exists() else "has no class folders" if val.is_dir() else "is a file"
@@ -61,12 +61,22 @@ def has_folders(folder: Path) -> bool:
 def _visible_folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted(Path(entry.path) for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"cannot read the folder {printable(folder)}: {error.strerror}") from None
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether there are images directly in a folder."""
-    with os.scandir(folder) as entries:
-        return any(entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") for entry in entries)
+    """Whether there are images directly in a folder; False where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") for entry in entries)
+    except OSError:
+        return False
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -93,7 +93,10 @@ def find_parts(data: "DataConfig") -> Parts:
     for number, part in enumerate(train):
         if any(part.same_as(other) for other in train[:number]):
             raise UserError(f"--data {part} is given twice; each image would count twice")
-    val = [part for parts in named for part in parts.val if not any(part.same_as(other) for other in train)]
+    val: list[Part] = []
+    for part in (part for parts in named for part in parts.val):
+        if not any(part.same_as(other) for other in (*train, *val)):
+            val.append(part)
     if data.val:
         val = [Part(Path(data.val))]
         if not os.path.isdir(data.val):

@@ -19,7 +19,7 @@ from fasttrain.utils.text import printable
 if TYPE_CHECKING:  # config imports torch, and commands that only read files need not wait for it
     from fasttrain.config.schema import DataConfig
 
-_CACHE_FORMAT = "fasttrain-index-3"
+_CACHE_FORMAT = "fasttrain-index-4"
 
 
 class Limits(NamedTuple):
@@ -163,7 +163,8 @@ class _Ignored:
 
         if links := inside("links out of the folder"):
             target = printable(os.path.realpath(links[0]))
-            return f"{len(links)} links were not followed, such as {printable(links[0])} -> {target}: --links follow"
+            example = f"{printable(links[0])} -> {target}"
+            return f"{len(links)} links were not followed, such as {example}: use --links follow or data.links=follow"
         if links := inside("broken links"):
             return f"{len(links)} links are broken, such as {printable(links[0])} -> {printable(os.readlink(links[0]))}"
         if folders := inside("folders inside class folders"):

@@ -4,6 +4,7 @@
 on what other libraries say even when they end the run's process.
 """
 
+import fcntl
 import os
 import re
 import signal
@@ -15,11 +16,12 @@ from contextlib import contextmanager, suppress
 _COLOR = re.compile(rb"\x1b\[[0-9;]*m")
 # Threads write parts of lines, so that a message may begin within a line.
 _MESSAGE = re.compile(
-    rb"(?=\[(?:ERROR|WARNING)\].*\[\w+_decoder\]"  # nvImageCodec
+    rb"(?=\[(?:ERROR|WARNING)\].*\[\w+_(?:decoder|parser)\]"  # nvImageCodec
     rb"|\[ ?(?:ERROR|WARN):\d+@[\d.]+\] global \w+\.cpp"  # OpenCV, DALI's last resort
     rb"|TIFF[A-Z]\w+: |: \w+ compression support is not configured"
     rb"|libpng (?:warning|error): "
-    rb"|Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Unsupported marker type)"
+    rb"|Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Unsupported marker type"
+    rb"|Bogus [A-Z]?\w+ |Input file read error|ZIPDecode: |JPEGLib: |: Using code not yet in table)"
 )
 _CONTINUED = re.compile(rb"> |\s*$")  # of OpenCV, and ends of lines
 _ONCE = b" (shown once; `fasttrain data check` names such files)"
@@ -37,23 +39,29 @@ def shown_once() -> Iterator[None]:
         yield
         return
     sys.stderr.flush()
-    real = os.dup(2)
+    real = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)  # not 1, where stdout is closed
     # -I and -S: it needs nothing but the standard library, and starts in about 10 ms.
     command = [sys.executable, "-I", "-S", __file__]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=real, start_new_session=True)
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=real, start_new_session=True)
+    except (OSError, TypeError):  # no more processes, or no path of Python: nothing is filtered
+        os.close(real)
+        yield
+        return
     assert process.stdin is not None
     before = sys.stderr
     os.dup2(process.stdin.fileno(), 2)
     process.stdin.close()
-    sys.stderr = os.fdopen(real, "w", buffering=1, errors="backslashreplace")
+    own_stderr = os.fdopen(real, "w", buffering=1, encoding=before.encoding, errors="backslashreplace")
+    sys.stderr = own_stderr
     try:
         yield
     finally:
         with suppress(OSError, ValueError):
-            sys.stderr.flush()
-        os.dup2(sys.stderr.fileno(), 2)
+            own_stderr.flush()
+        os.dup2(real, 2)
         with suppress(OSError, ValueError):
-            sys.stderr.close()
+            own_stderr.close()
         sys.stderr = before
         with suppress(subprocess.TimeoutExpired):  # a child process may still hold the pipe
             process.wait(1)

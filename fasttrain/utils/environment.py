@@ -41,9 +41,16 @@ def explain(error: Exception) -> str:
             return f"a compiler failed: {printable(cause[:300])}{headers}{_WITHOUT}"
     # torch is not imported here: if the error is torch's, it has been.
     if isinstance(error, getattr(sys.modules.get("torch._dynamo.exc"), "TorchDynamoException", ())):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"torch.compile failed: {printable(lines[0][:300]) if lines else type(error).__name__}{_WITHOUT}"
+        *_, cause = _chain(error)
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        line = f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
+        return f"torch.compile failed: {printable(line[:300])}{_WITHOUT}"
     return ""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory was full, also where torch.compile wraps the error."""
+    return any(isinstance(each, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())) for each in _chain(error))
 
 
 _WITHOUT = "; --no-compile trains without torch.compile"

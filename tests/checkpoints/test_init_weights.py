@@ -177,3 +177,31 @@ def test_the_first_tensor_that_differs_is_named(tmp_path, timm_model):
     torch.save({"model": state}, tmp_path / "weights.tar")
     with pytest.raises(UserError, match=r"backbone\.conv1\.0\.weight is \[2, 2\] in it and \["):
         init_from(tmp_path / "weights.tar")
+
+
+@pytest.mark.parametrize("ema", [{"decay": 0.999}, {"decay": 0.999, "shadow": {}}])
+def test_a_table_of_settings_is_not_taken_for_weights(tmp_path, timm_model, ema):
+    torch.save({"model": timm_model.state_dict(), "ema": ema}, tmp_path / "weights.pth")
+    ours, _ = init_from(tmp_path / "weights.pth")
+    assert torch.equal(ours.eval()(IMAGES).logits, timm_model.eval()(IMAGES))
+
+
+def test_two_networks_in_one_file_are_refused(tmp_path, timm_model):
+    state = timm_model.state_dict()
+    both = {f"model.{name}": tensor for name, tensor in state.items()} | {f"net.{name}": state[name] for name in state}
+    torch.save({"state_dict": both}, tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match=r"holds two networks: model\.\S+ and net\.\S+ are the same tensor"):
+        init_from(tmp_path / "weights.ckpt")
+
+
+class HugeScalar:
+    """A scalar of numpy that unpacks to a gigabyte."""
+
+    def __reduce__(self):
+        return np.float64(0).__reduce__()[0], (np.dtype("V1000000000"), b"")
+
+
+def test_a_scalar_cannot_have_any_size(tmp_path, timm_model):
+    torch.save({"state_dict": timm_model.state_dict(), "x": HugeScalar()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"cannot be read: .*(V1000000000|numbers of the type|VoidDType)"):
+        init_from(tmp_path / "weights.pth")

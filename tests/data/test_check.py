@@ -84,6 +84,7 @@ GOOD = {
     "rgb.bmp": encoded("BMP"),
     "rgb.tif": encoded("TIFF"),
     "lzw.tiff": encoded("TIFF", compression="tiff_lzw"),
+    "fax.tif": encoded("TIFF", GRAY.convert("1"), compression="group4"),
 }
 DEEP = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16)
 # Files by name: the content, and the finding to expect, as kind, whether bad, and a part of the reason.
@@ -100,7 +101,7 @@ FILES: dict[str, tuple[bytes, str, bool, str]] = {
     "zeros.jpg": (damaged(encoded(image=picture(14)), bytes(512)), "corrupt", True, "libjpeg: Corrupt JPEG data: "),
     "inserted.jpg": (damaged(encoded(image=picture(14)), b"\xff" * 30), "corrupt", True, ""),
     "flipped.png": (damaged(encoded("PNG"), b"?"), "corrupt", True, "PIL: broken PNG file"),
-    "fax.tif": (encoded("TIFF", GRAY.convert("1"), compression="group4"), "unsupported", True, "1 channel of 1 bit"),
+    "bits.tif": (encoded("TIFF", GRAY.convert("1")), "unsupported", True, "1 channel of 1 bit"),
     "lzma.tif": (encoded("TIFF", compression="lzma"), "dali-refuses", True, "PIL decodes it"),
     "text.jpg": (b"Once upon a time", "not-an-image", True, "4f 6e 63 65"),
     "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not-an-image", True, ""),

@@ -93,7 +93,7 @@ def a_class_called_train(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (two_vals, r"both look like validation images; name one of them with --val"),
+        (two_vals, r"both look like validation images; name one of them"),
         (
             flat_val,
             r"val has no class folders: validation images belong in .*val/<class>/\. To train without them, name",
@@ -117,6 +117,14 @@ def test_what_can_be_read_in_two_ways_is_refused(tmp_path, spoil, message):
         assert opened(tmp_path, val=tmp_path / "other")[:2] == (2, 2)
 
 
+def test_links_to_themselves_and_twice_the_same_validation_images_do_no_harm(tmp_path):
+    fill(tmp_path / "shared", tmp_path / "one" / "train", tmp_path / "two" / "train")
+    for name in ("one", "two"):
+        (tmp_path / name / "val").symlink_to(tmp_path / "shared")
+        (tmp_path / name / "loop").symlink_to("loop")
+    assert opened(tmp_path / "one", tmp_path / "two")[:2] == (4, 2)
+
+
 def test_hidden_folders_do_not_make_a_class_called_train_a_split(tmp_path):
     fill(tmp_path, classes=("train", "car"))
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
@@ -132,7 +140,7 @@ def test_links_are_followed_only_on_request(tmp_path, capsys):
     for name in ("a.jpg", "b.jpg"):
         (linked / "ape" / name).symlink_to(tmp_path / "store" / "ape" / name)
     with pytest.raises(
-        UserError, match=r"2 links were not followed, such as .*ape/[ab]\.jpg -> .*store.*: --links follow"
+        UserError, match=r"2 links were not followed, such as .*ape/[ab]\.jpg -> .*store.*: use --links follow"
     ):
         scan(linked, partial=True)
     follow = Limits(links="follow")

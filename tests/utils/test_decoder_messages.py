@@ -41,6 +41,12 @@ def test_repeated_messages_are_shown_once_and_others_always(how, status):
     assert expected in done.stderr
 
 
+def test_a_closed_stdout_does_not_take_stderr_away(tmp_path):
+    command = f"{sys.executable} -m fasttrain run --arch test_resnet --data {tmp_path}/nothing >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "no such folder" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_run_shows_what_decoders_say_once(demo_set, tmp_path):
     """PNGs with a color profile that libpng complains about at each decode."""
