@@ -18,7 +18,7 @@ from fasttrain.checkpoints.run_dir import check_overwritable, write_recipe
 from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index, facts, require_classes
-from fasttrain.data.open_data import data_line
+from fasttrain.data.open_data import data_line, find_parts
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.base import Output
 from fasttrain.models import Classifier, build_on_meta, check_input_shape
@@ -283,7 +283,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     kept = min(recipe.checkpoint.keep + 1, -(-recipe.epochs // recipe.checkpoint.every_epochs))
     rows = plan.micro_batch * plan.views
     lines = {
-        "data": data_line(recipe.data, train_index, val_index),
+        "data": data_line(find_parts(recipe.data), train_index, val_index),
         "network": f"{recipe.arch}, {parameters / 1e6:.2f} M parameters, {recipe.precision}",
         "losses": " + ".join(loss.name for loss in recipe.losses),
         "input": f"{[rows, 3, recipe.image_size, recipe.image_size]} per rank and micro-batch",

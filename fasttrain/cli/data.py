@@ -33,12 +33,15 @@ def data_demo(folder: Path, seed: int) -> None:
     click.echo(f"{status} {printable(folder)}: {len(demo_set.CLASSES)} classes, 500 train and 250 val images")
 
 
+_workers_option = click.option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
+                               help="Processes that decode; 0: one per core.")  # fmt: skip
+
+
 @data_.command("check", short_help="Name every bad file of a folder, or every damaged image of a pack.")
 @click.argument("folder", metavar="DIR|PACK|TABLE", type=DATA)
 @click.option("--quarantine", type=FOLDER, metavar="DIR", help="Move bad files here; `data restore` moves them back.")
 @click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
-@click.option("--workers", type=click.IntRange(0, 1024), default=0, show_default=True,
-              help="Processes that decode; 0: one per core.")  # fmt: skip
+@_workers_option
 @links_option
 def data_check(folder: str, quarantine: str | None, out: Path | None, workers: int, links: str) -> None:
     """Decode every file of DIR with PIL and DALI, name the bad ones and what is unusual about others.
@@ -159,13 +162,7 @@ def data_cut(
     show_default=True,
     help="An image that cannot be decoded ends the command or is left out.",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(0, 1024),
-    default=0,
-    show_default=True,
-    help="Processes that decode; 0: one per core.",
-)
+@_workers_option
 @links_option
 def data_pack(
     data: str,

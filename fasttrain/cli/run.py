@@ -31,6 +31,8 @@ from fasttrain.utils.output import tolerant_output
 
 if TYPE_CHECKING:
     from fasttrain.config.schema import Recipe
+    from fasttrain.data.index import Index
+    from fasttrain.data.open_data import Part, Parts
     from fasttrain.train import Result
 
 
@@ -90,7 +92,7 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
 def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     from fasttrain.checkpoints.run_dir import lock, open_run
     from fasttrain.config import toml
-    from fasttrain.data.open_data import data_line, open_data
+    from fasttrain.data.open_data import data_line, find_parts, open_parts
     from fasttrain.distributed.ranks import ranks
     from fasttrain.prepare import resolve_auto, summary
     from fasttrain.train import train
@@ -110,18 +112,23 @@ def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
                 err=True,
             )
         recipe = resolve_auto(recipe, rank.device)
-        train_index, val_index = rank.in_turn(lambda: open_data(recipe.data))
+
+        def opened() -> "tuple[Parts, tuple[Index, Index | None]]":
+            parts = find_parts(recipe.data)
+            return parts, open_parts(parts, recipe.data)
+
+        parts, (train_index, val_index) = rank.in_turn(opened)
         if dry_run:
             if rank.first:
                 click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder)}")
             return
         if rank.first:
-            click.echo(data_line(recipe.data, train_index, val_index), err=True)
+            click.echo(data_line(parts, train_index, val_index), err=True)
         with lock(folder) if rank.first else nullcontext():
             start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
             result = train(recipe, folder, train_index, val_index, rank, start)
         if rank.first:
-            print_result(result, recipe, folder)
+            print_result(result, folder, parts.val)
 
 
 def recipe_of(
@@ -178,9 +185,8 @@ def recipe_of(
     return toml.override(recipe, *settings), on_demo
 
 
-def print_result(result: "Result", recipe: "Recipe", folder: Path) -> None:
+def print_result(result: "Result", folder: Path, val: "list[Part]") -> None:
     """Print the scores, where the checkpoints are, and the command to evaluate them."""
-    from fasttrain.data.open_data import find_parts
     from fasttrain.utils.text import printable
 
     place = printable(folder)
@@ -188,6 +194,5 @@ def print_result(result: "Result", recipe: "Recipe", folder: Path) -> None:
         last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
         click.echo(f"{last}best top-1 {result.best:.2%}")
     click.echo(f"run folder: {place}  ({result.steps} steps; best checkpoint: {place}/best, last: {place}/last)")
-    parts = find_parts(recipe.data).val
-    val_folder = parts[0].path if len(parts) == 1 else "DIR"
+    val_folder = val[0].path if len(val) == 1 else "DIR"
     click.echo(f"next: {program()} eval {shell_word(folder)} --data {shell_word(val_folder)}")

@@ -112,9 +112,7 @@ def _merged_store(indices: Sequence[Index], origins: Sequence[object]) -> Store 
     if len(stores) == 1 or not any(stores):
         return stores[0]
     decoded = {store is not None and store.decoded for store in stores}
-    if decoded == {True}:
-        return Merged(stores, [index.paths for index in indices], decoded=True)
-    if decoded == {False}:
-        return Merged(stores, [index.paths for index in indices])
+    if len(decoded) == 1:
+        return Merged(stores, [index.paths for index in indices], decoded.pop())
     names = " and ".join(printable(str(origin)) for origin in origins)
     raise UserError(f"{names} cannot be used together: one holds decoded pixels and another image files")

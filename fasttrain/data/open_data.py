@@ -38,10 +38,11 @@ def open_container(path: str | Path, limits: Limits) -> dict[str, Index]:
 
 
 class Part(NamedTuple):
-    """A folder of class folders, or a split of a pack or a table."""
+    """A folder of class folders, or a split of a pack or a table, whose index is read with its file."""
 
     path: Path
     split: str = ""
+    index_of_split: Index | None = None
 
     def __str__(self) -> str:
         return printable(self.path) + (f" ({printable(self.split)})" if self.split else "")
@@ -51,9 +52,9 @@ class Part(NamedTuple):
 
     def open(self, limits: Limits, *, keep_unreadable: bool = False, partial: bool = False) -> Index:
         """Its index; see `scan`."""
-        if not self.split:
+        index = self.index_of_split
+        if index is None:
             return scan(self.path, keep_unreadable=keep_unreadable, partial=partial, limits=limits)
-        index = open_container(self.path, limits)[self.split]
         if not keep_unreadable:
             require_usable(index.paths, index.problems)
         missing = sorted(set(range(len(index.classes))) - set(index.labels.tolist()))
@@ -77,7 +78,12 @@ def open_data(data: "DataConfig") -> tuple[Index, Index | None]:
     the validation images, unless others are named. Packs and tables have such splits, too. Raises UserError where the
     two do not have the same classes, or a folder can be read in two ways.
     """
-    parts, limits = find_parts(data), Limits.of(data)
+    return open_parts(find_parts(data), data)
+
+
+def open_parts(parts: Parts, data: "DataConfig") -> tuple[Index, Index | None]:
+    """`open_data`, where the parts are found already."""
+    limits = Limits.of(data)
     train_index = merge([part.open(limits, keep_unreadable=data.on_bad == "skip") for part in parts.train], parts.train)
     if not parts.val:
         return train_index, None
@@ -113,13 +119,14 @@ def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
     """What one --data names."""
     path = Path(name)
     if is_container(path):
-        splits = list(open_container(path, limits))
+        splits = open_container(path, limits)
         if len(splits) > 1 and "train" not in splits:
             raise UserError(f"{printable(path)} has the splits {', '.join(map(printable, splits))}, but no train")
-        train = "train" if "train" in splits else splits[0]
-        val = [Part(path, split) for split in splits if split == "val" != train and with_val]
-        unused = [Part(path, split) for split in splits if split not in (train, "val")]
-        return Parts([Part(path, train)], val, unused)
+        parts = {split: Part(path, split, index) for split, index in splits.items()}
+        train = "train" if "train" in parts else next(iter(parts))
+        val = [part for split, part in parts.items() if split == "val" != train and with_val]
+        unused = [part for split, part in parts.items() if split not in (train, "val")]
+        return Parts([parts[train]], val, unused)
     if os.path.isfile(path):
         raise UserError(f"{printable(path)} is not a folder, a pack (.safetensors) or a table (.csv, .tsv)")
     if not os.path.isdir(path):
@@ -128,9 +135,9 @@ def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
     return Parts([Part(found.train)], [Part(found.val)] if found.val else [], [Part(other) for other in found.unused])
 
 
-def data_line(data: "DataConfig", train_index: Index, val_index: Index | None) -> str:
+def data_line(parts: Parts, train_index: Index, val_index: Index | None) -> str:
     """The line that says which images a run trains on, which it validates on, and which folders it does not use."""
-    train, val, unused = (", ".join(map(str, parts)) for parts in find_parts(data))
+    train, val, unused = (", ".join(map(str, some)) for some in parts)
     line = f"{len(train_index)} training images of {len(train_index.classes)} classes in {train}; "
     line += f"{len(val_index)} validation images in {val}" if val_index else "no validation images"
     return f"{line}; not used: {unused}" if unused else line

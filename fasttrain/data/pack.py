@@ -137,7 +137,7 @@ def make(
     order = [(split, number) for split, index in enumerate(index_of) for number in range(len(index))]
     partial_path, journal_path = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "journal"))
     stamp = _stamp(indices, encoding)
-    header_bytes = _header_bytes(indices, encoding, command, len(order))
+    header_bytes = _header_bytes(indices, encoding, command)
     done = _resume(partial_path, journal_path, stamp, header_bytes)
     left = range(len(done), len(order))
 
@@ -333,7 +333,7 @@ def _header(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) ->
     return json.dumps(entries).encode()
 
 
-def _header_bytes(indices: Mapping[str, Index], encoding: Encoding, command: str, count: int) -> int:
+def _header_bytes(indices: Mapping[str, Index], encoding: Encoding, command: str) -> int:
     """The bytes that are kept free for the header, which is written last: enough for any size of the images."""
     most = {name: (2**60, 2) for name in TENSORS}
     return (8 + len(_header(_metadata(indices, encoding, command), most)) + 63) // 64 * 64

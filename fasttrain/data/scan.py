@@ -132,7 +132,7 @@ def scan_unlabeled(folder: str | Path, *, progress: bool = True, limits: Limits 
     if not stamps:
         raise UserError(f"there is no image in {printable(root)}; {ignored.hint(root) or 'name a folder of images'}")
     ids = sorted(stamps)
-    digest = hashlib.sha256(f"{_CACHE_FORMAT}\0{real_root}\0unlabelled\0".encode(errors="surrogateescape"))
+    digest = hashlib.sha256(f"{real_root}\0unlabelled\0".encode(errors="surrogateescape"))
     for name in ids:
         digest.update(stamps[name].encode(errors="surrogateescape"))
     paths, sizes, problems = _paths_and_sizes(root, ids, digest.hexdigest(), progress, limits)
@@ -141,7 +141,7 @@ def scan_unlabeled(folder: str | Path, *, progress: bool = True, limits: Limits 
 
 
 class _Ignored:
-    """What a scan leaves out: how many entries of each kind, and the paths of the first ones."""
+    """What a scan leaves out: the paths of the entries of each kind."""
 
     def __init__(self) -> None:
         self.paths: dict[str, list[str]] = {}
@@ -207,7 +207,7 @@ def sizes_of(
     """The images' sizes from the cache or else from the headers, int32 [N, 2]; and the problems of those that cannot be
     used, whose sizes are 0."""
     try:
-        cache = cache_dir() / "index" / f"{cache_key}.npy"
+        cache = cache_dir() / "index" / f"{_CACHE_FORMAT}-{cache_key}.npy"
     except UserError:  # it only saves time
         cache = None
     problems: dict[int, str] = {}
@@ -224,7 +224,7 @@ def _walk(root: Path, limits: Limits) -> tuple[list[str], list[str], list[int], 
     """Class names, ids, labels, a hash over all files' stamps, and what was ignored."""
     real_root = os.path.realpath(root)
     ignored = _Ignored()
-    digest = hashlib.sha256(f"{_CACHE_FORMAT}\0{real_root}\0".encode(errors="surrogateescape"))
+    digest = hashlib.sha256(f"{real_root}\0".encode(errors="surrogateescape"))
     classes: list[str] = []
     ids: list[str] = []
     labels: list[int] = []

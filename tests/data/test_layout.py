@@ -11,7 +11,7 @@ from PIL import Image
 
 from fasttrain.config.schema import DataConfig
 from fasttrain.data.check import examine
-from fasttrain.data.open_data import data_line, open_data, open_labeled
+from fasttrain.data.open_data import data_line, find_parts, open_data, open_labeled
 from fasttrain.data.scan import Limits, scan, scan_unlabeled
 from fasttrain.utils.errors import UserError
 
@@ -29,7 +29,11 @@ def opened(*data: Path, val: Path | str = "") -> tuple[int, int | None, str]:
     """How many training and validation images are found, and the line about them."""
     config = DataConfig(train=tuple(map(str, data)), val=str(val))
     train_index, val_index = open_data(config)
-    return len(train_index), None if val_index is None else len(val_index), data_line(config, train_index, val_index)
+    return (
+        len(train_index),
+        None if val_index is None else len(val_index),
+        data_line(find_parts(config), train_index, val_index),
+    )
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])

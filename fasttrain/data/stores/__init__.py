@@ -22,7 +22,7 @@ class Store(Protocol):
 class Merged:
     """Several stores one after another. None: files, at `paths`."""
 
-    def __init__(self, stores: Sequence[Store | None], paths: Sequence[Sequence[str]], decoded: bool = False) -> None:
+    def __init__(self, stores: Sequence[Store | None], paths: Sequence[Sequence[str]], decoded: bool) -> None:
         self.stores, self.paths, self.decoded = stores, paths, decoded
         self.starts = np.cumsum([0, *map(len, paths)])
 

@@ -32,8 +32,14 @@ from fasttrain.utils.text import printable
 FORMAT = "fasttrain-pack-1"
 KINDS = ("same", "jpeg", "raw")
 DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
-TENSORS = {"images": "U8", "offsets": "I64", "sizes": "I32", "labels": "I64", "splits": "U8", "ids": "U8"} | {
-    "sha256": "U8"
+TENSORS = {
+    "images": "U8",
+    "offsets": "I64",
+    "sizes": "I32",
+    "labels": "I64",
+    "splits": "U8",
+    "ids": "U8",
+    "sha256": "U8",
 }
 HEADER_BYTES = 100 << 20  # at most, as safetensors itself reads it
 
