@@ -104,8 +104,8 @@ def load_teacher(recipe: Recipe, classes: Sequence[str], device: torch.device) -
 
 @dataclass
 class Run:
-    """A run that is ready for its next step. resumed: from a checkpoint. changed: what differs from that checkpoint's
-    run. notes: lines to log at the start."""
+    """A run that is ready for its next step. resumed_from: the checkpoint it goes on from, or None. changed: what
+    differs from that checkpoint's run. notes: lines to log at the start."""
 
     recipe: Recipe
     out: Path
@@ -116,7 +116,7 @@ class Run:
     train_step: Step
     progress: Progress
     fingerprint: dict[str, Any]
-    resumed: bool
+    resumed_from: Path | None
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -166,7 +166,7 @@ def prepare(
         train_step=train_step,
         progress=progress,
         fingerprint=fingerprint,
-        resumed=saved is not None,
+        resumed_from=saved.path if saved else None,
         changed=changed,
         notes=notes,
     )
@@ -208,7 +208,7 @@ def open_log(run: Run) -> Log:
     """Open a run's log, and write and print how it starts. A run that resumes also gets its recipe.toml anew."""
     recipe, plan, progress, device = run.recipe, run.plan, run.progress, run.ranks.device
     start = progress.steps_done
-    if run.resumed and run.ranks.first:
+    if run.resumed_from and run.ranks.first:
         write_recipe(run.out, toml.to_toml(recipe))
     log = Log(
         run.out,
@@ -231,6 +231,8 @@ def open_log(run: Run) -> Log:
         **({"rewinds": progress.rewinds, "shift": plan.shift} if progress.rewinds else {}),
     )
     log.say(device_line(recipe, run.ranks))
+    if run.resumed_from:
+        log.say(f"resuming after step {start} of {plan.steps}, from {printable(run.resumed_from)}")
     for line in filter(None, (*run.notes, groups_line(plan), views_line(plan, recipe))):
         log.event("note", text=line)
         log.say(line)

@@ -13,6 +13,7 @@ from fasttrain.data.index import Index
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.image_input import read_images
 from fasttrain.pipelines.plan import Plan
+from fasttrain.utils.environment import exhausted
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.text import printable
 
@@ -86,7 +87,10 @@ def content_problem(
                 pipe.feed_input(name, [value])
         _, header = pipe.run()
         height, width = np.array(header.as_array())[0].tolist()
-    except RuntimeError:  # DALI's message holds an error code at most
+    except RuntimeError as error:
+        if line := exhausted(error):
+            raise RunError(line) from None
+        # Else DALI's message holds an error code at most.
         damaged = "it is damaged, or not an image that DALI can read"
         return damaged if region is None else content_problem(content, size) or damaged
     if size is not None and (height, width) != tuple(size):
@@ -182,6 +186,8 @@ class Substitutes:
 def decode_error(error: Exception, index: Index, numbers: NDArray[np.int64]) -> RunError:
     """A RunError that names the first of these images that cannot be read and decoded; if all can, it names the batch.
     Raises RunError itself where a folder no longer exists."""
+    if line := exhausted(error):
+        return RunError(line)
     for number in numbers.tolist():
         if reason := image_problem(index, number):
             path = index.paths[number]

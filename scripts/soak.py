@@ -223,7 +223,7 @@ class Soak:
         lines = [line for line in text.splitlines() if line.startswith("fasttrain: ")]
         if code > 0 and len(lines) != 1:
             self.fail(f"printed {len(lines)} error lines instead of one: {lines}")
-        if code >= 0 and list(self.home.glob(".run.lock*")):
+        if code >= 0 and (self.run / ".lock").exists():
             self.fail("left its lock")
         saved = any(event["event"] == "checkpoint" for event in self.log[self.first_event :])
         partial = [path for folder in (self.run, self.run / "checkpoints") for path in folder.glob(".*")]

@@ -758,9 +758,24 @@ def test_a_recipe_is_not_written_through_a_link(tmp_path):
         open_run(Path("run"), "auto", "arch = 1")
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    Path("run").mkdir()
+    Path("run", ".lock").symlink_to(victim)
+
+    def take() -> None:
+        with lock(Path("run")):
+            pass
+
+    assert_refused(take, "run")
+    assert victim.read_text() == "mine"
+
+
 @pytest.mark.parametrize("content", [HOSTILE.encode(), b"\xff\xff", b"\0" * 100, b""])
 def test_the_holder_of_a_lock_is_escaped(content):
-    with Path(".run.lock").open("w+b") as file:
+    Path("run").mkdir()
+    with Path("run", ".lock").open("w+b") as file:
         file.write(content)
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -96,7 +96,7 @@ def save(
     checkpoint cannot be written.
     """
     with _disk_errors(out):
-        final = _free_name(out, step)
+        final = free_name(out, step)
         with _new_folder(final) as temporary:
             snapshot.wait()
             for name, tensors in snapshot.files.items():
@@ -129,7 +129,7 @@ def branch(out: Path, path: Path, changes: Callable[[dict[str, Any]], dict[str, 
     meta.json, given the original's. Raises RunError if it cannot be written."""
     meta = meta_json.read(path)
     with _disk_errors(out):
-        final = _free_name(out, meta["step"])
+        final = free_name(out, meta["step"])
         with _new_folder(final) as temporary:
             for name in (MODEL, TRAIN):
                 try:
@@ -161,7 +161,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     fsync(folder.parent)
 
 
-def _free_name(out: Path, step: int) -> Path:
+def free_name(out: Path, step: int) -> Path:
     """A folder for a new checkpoint. One of the same step may exist, from before the run resumed from an earlier one;
     links may point to it, so it stays for now."""
     names = (f"step-{step:08}{suffix}" for suffix in itertools.chain([""], (f".{n}" for n in itertools.count(1))))
@@ -216,12 +216,13 @@ def _prune(out: Path, keep: int) -> None:
         remains.unlink(missing_ok=True)
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that `path` names: its folder, `last` or `best`, or a run's folder (its best, else its last).
+def find(path: Path, first: str = "best") -> Path:
+    """The checkpoint that `path` names: its folder, `last` or `best`, or a run's folder.
 
-    Raises UserError if there is none.
+    first: which one of a run is taken if it has both, `best` or `last`. Raises UserError if there is none.
     """
-    for candidate in (read_link(path), read_link(path / "best"), read_link(path / "last")):
+    second = "last" if first == "best" else "best"
+    for candidate in (read_link(path), read_link(path / first), read_link(path / second)):
         if os.path.isfile(candidate / META):  # Path.is_file raises for some impossible paths
             return candidate.resolve()
     raise UserError(f"{printable(path)} is no checkpoint and holds none")

@@ -50,6 +50,7 @@ def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[st
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; data, classes, or a key such as optim.lr"
             raise UserError(f"resume.allow: nothing called {printable(name)!r} can differ{hint}")
+    _require_same_outputs(saved, ours["classes"])
     found = _differences(theirs, ours)
     refused = [key for key in found if not any(f"{key}.".startswith(f"{name}.") for name in allow)]
     if refused:
@@ -60,6 +61,19 @@ def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[st
             f"--resume never, or resume anyway with --set 'resume.allow=[{keys}]'"
         )
     return list(found.values())
+
+
+def _require_same_outputs(saved: Checkpoint, classes: Sequence[str]) -> None:
+    """Raises UserError where a class of a checkpoint would have another output now: classes are sorted by name."""
+    before = saved.meta["classes"]
+    moved = [name for name, now in zip(before, classes, strict=False) if name != now and name in classes]
+    if moved:
+        was, now = before.index(moved[0]), list(classes).index(moved[0])
+        raise UserError(
+            f"cannot resume from {printable(saved.path)}: the classes differ, and {printable(moved[0])!r} was output "
+            f"{was} and would be {now}. Keep the names' order, or start a new run with --init, which takes all weights "
+            "but the classifier's"
+        )
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:

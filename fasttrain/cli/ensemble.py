@@ -34,6 +34,8 @@ def ensemble(
 
     Prints each file's accuracy and the ensemble's, where labels are known, and how often two files agree.
     """
+    import numpy as np
+
     from fasttrain.evaluation import predictions, submission
     from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_members
     from fasttrain.utils.text import printable
@@ -41,6 +43,8 @@ def ensemble(
     if weights and fit_files:
         raise UserError("--weights and --fit exclude each other: fitting finds the weights")
     if out:
+        if any(out.resolve() == path.resolve() for path in (*files, *fit_files)):
+            raise UserError(f"--out {printable(out)} is one of the files to average; name another file")
         predictions.check_overwritable(out)
     if submission_path:
         submission.check_overwritable(submission_path)
@@ -59,11 +63,15 @@ def ensemble(
     first = members[0]
     if fitted_classes is not None and fitted_classes != first.classes.tolist():
         raise UserError("--fit: its files have other classes than the files to average")
+    ids = first.ids.tolist()
+    if submission_path:
+        submission.image_names(ids)  # raises before anything is written
     fused = fuse([member.probs for member in members], shares)
     if out:
         predictions.save(replace(first, probs=fused, per_size={}), out)
     if submission_path:
-        submission.write(submission_path, [str(id_) for id_ in first.ids], fused.argmax(1).tolist())
+        numbers = np.array(submission.class_numbers(first.classes.tolist()))
+        submission.write(submission_path, ids, numbers[fused.argmax(1)].tolist())
     for number, (path, member) in enumerate(zip(files, members, strict=True)):
         weight = f"weight {shares[number]:.3f}  " if shares else ""
         top1 = f"top-1 {predictions.scores(member.probs, first.labels).top1:.2%}  " if first.labels is not None else ""
@@ -85,8 +93,8 @@ def _parse_weights(text: str, count: int) -> list[float]:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != count or not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
-        raise UserError(f"--weights {text}: give {count} numbers with commas, 0 or more and not all 0")
+    if len(weights) != count or not all(0 <= weight <= 1e9 for weight in weights) or not sum(weights):
+        raise UserError(f"--weights {text}: give {count} numbers with commas, between 0 and 1e9 and not all 0")
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 

@@ -113,11 +113,7 @@ def evaluate_(
     predicted = _predict(checkpoint_path, open_index, **options)
     if predicted is None or predicted.labels is None:
         return
-    if out:
-        predictions.save(predicted, out)
     answers, classes = predicted.probs.argmax(1), [str(name) for name in predicted.classes]
-    if confusion_path:
-        confusion.draw(predicted.labels, answers, classes, confusion_path, PNG_SOFTWARE)
     for size, probs in predicted.per_size.items():
         scores = predictions.scores(probs, predicted.labels)
         click.echo(f"{size:>5} px: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}")
@@ -125,8 +121,12 @@ def evaluate_(
     fused = "   fused: " if predicted.per_size else ""
     click.echo(f"{fused}top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
     click.echo(confusion.summary(predicted.labels, answers, classes))
-    for path in filter(None, (out, confusion_path)):
-        click.echo(f"wrote {printable(path)}")
+    if out:
+        predictions.save(predicted, out)
+        click.echo(f"wrote {printable(out)}")
+    if confusion_path:
+        confusion.draw(predicted.labels, answers, classes, confusion_path, PNG_SOFTWARE)
+        click.echo(f"wrote {printable(confusion_path)}")
 
 
 @click.command(cls=GroupedCommand, short_help="Save probabilities of images without labels.")

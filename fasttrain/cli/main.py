@@ -16,7 +16,7 @@ from fasttrain.cli.ensemble import ensemble, score
 from fasttrain.cli.evaluate import evaluate_, predict
 from fasttrain.cli.recipes import recipes_, show
 from fasttrain.cli.run import run
-from fasttrain.utils.environment import explain, out_of_memory, require_current_folder
+from fasttrain.utils.environment import explain, out_of_memory, require_current_folder, require_working_python
 from fasttrain.utils.errors import CommandError
 from fasttrain.utils.output import discard_output, tolerant_output
 
@@ -45,6 +45,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             require_current_folder()
+            require_working_python()
             return super().invoke(ctx)
         except CommandError as error:
             if str(error):
@@ -53,7 +54,7 @@ class _Group(click.Group):
         except ImportError as error:
             _print_error(f"{error} (Python {sys.executable}); `fasttrain doctor` lists what is missing")
             sys.exit(1)
-        except (RuntimeError, CalledProcessError) as error:
+        except (RuntimeError, CalledProcessError, MemoryError) as error:
             full = out_of_memory(error)
             if not full and (line := explain(error)):
                 _print_error(line)

@@ -70,6 +70,7 @@ def show(
     from fasttrain.data.open_data import open_data
     from fasttrain.pipelines.plan import Plan
     from fasttrain.show_batch import draw_batch
+    from fasttrain.utils.files import replacing
     from fasttrain.utils.text import printable
 
     recipe = chosen_recipe(arch, recipe_name)
@@ -87,7 +88,9 @@ def show(
         )
     info = PngInfo()
     info.add_text("Software", PNG_SOFTWARE)
-    draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images).save(out, pnginfo=info)
+    picture = draw_batch(plan, index, epoch * plan.steps_per_epoch + step, images)
+    with replacing(out) as temporary:
+        picture.save(temporary, pnginfo=info)
     click.echo(f"wrote {printable(out)}")
 
 

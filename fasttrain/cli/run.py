@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 @output_option("--out", type=FOLDER, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
 @output_option("--resume", default="auto", metavar="auto|never|PATH", show_default=True,
                help="Resume from the run's last checkpoint, start over (the old run's folder is renamed), or resume "
-               "from PATH.")  # fmt: skip
+               "from PATH: a checkpoint, or a run's folder, for its last one.")  # fmt: skip
 @output_option("--dry-run", is_flag=True, help="Check everything, print what would be done, and stop.")
 def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     """Train a network.
@@ -90,7 +90,7 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
 
 
 def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
-    from fasttrain.checkpoints.run_dir import lock, open_run
+    from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
     from fasttrain.config import toml
     from fasttrain.data.open_data import data_line, find_parts, open_parts
     from fasttrain.distributed.ranks import ranks
@@ -118,6 +118,8 @@ def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
             return parts, open_parts(parts, recipe.data)
 
         parts, (train_index, val_index) = rank.in_turn(opened)
+        for part in (*parts.train, *parts.val):
+            require_outside(folder, part.path)
         if dry_run:
             if rank.first:
                 click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder)}")

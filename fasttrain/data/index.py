@@ -82,8 +82,8 @@ def require_classes(classes: Sequence[str], origin: object, other_classes: Seque
 
 
 def spelling(name: str) -> str:
-    """Equal for names that look alike: composed and decomposed letters, and surrounding spaces."""
-    return unicodedata.normalize("NFC", name).strip().removeprefix("\ufeff")
+    """Equal for names that look alike: composed and decomposed letters, capitals, and surrounding spaces."""
+    return unicodedata.normalize("NFC", name).strip().removeprefix("\ufeff").casefold()
 
 
 def merge(indices: Sequence[Index], origins: Sequence[object]) -> Index:

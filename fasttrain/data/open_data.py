@@ -104,10 +104,8 @@ def find_parts(data: "DataConfig") -> Parts:
         if not any(part.same_as(other) for other in (*train, *val)):
             val.append(part)
     if data.val:
-        val = [Part(Path(data.val))]
-        if not os.path.isdir(data.val):
-            found = _parts_of(data.val, Limits.of(data), with_val=True)
-            val = found.val or found.train
+        found = _parts_of(data.val, Limits.of(data), with_val=True)
+        val = found.val or (found.train if is_container(data.val) else [Part(Path(data.val))])
         if any(part.same_as(other) for part in val for other in train):
             raise UserError(f"--val {val[0]} is also a training folder; name other images, or none")
     used = [*train, *val]

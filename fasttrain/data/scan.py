@@ -3,7 +3,8 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -81,7 +82,8 @@ def scan(
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"no such folder: {printable(root)}")
-    classes, ids, labels, cache_key, ignored = _walk(root, limits)
+    with _read_errors():
+        classes, ids, labels, cache_key, ignored = _walk(root, limits)
     ignored.report(root)
     if not classes:
         hint = ignored.hint(root) or f"images belong in {printable(root)}/<class>/<image>"
@@ -114,20 +116,21 @@ def scan_unlabeled(folder: str | Path, *, progress: bool = True, limits: Limits 
     ignored = _Ignored()
     stamps: dict[str, str] = {}
     pending, seen = [root], {real_root}
-    while pending:
-        for entry in _entries(pending.pop(), real_root, ignored, limits):
-            name = os.path.relpath(entry.path, root)
-            if entry.is_dir():
-                real = os.path.realpath(entry.path)
-                if entry.is_symlink() and (limits.links != "follow" or real in seen):
-                    ignored.add("links to folders", entry)
+    with _read_errors():
+        while pending:
+            for entry in _entries(pending.pop(), real_root, ignored, limits):
+                name = os.path.relpath(entry.path, root)
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path)
+                    if entry.is_symlink() and (limits.links != "follow" or real in seen):
+                        ignored.add("links to folders", entry)
+                    else:
+                        seen.add(real)
+                        pending.append(Path(entry.path))
+                elif not name.lower().endswith(EXTENSIONS) or not entry.is_file():
+                    ignored.add("files that are not images", entry)
                 else:
-                    seen.add(real)
-                    pending.append(Path(entry.path))
-            elif not name.lower().endswith(EXTENSIONS) or not entry.is_file():
-                ignored.add("files that are not images", entry)
-            else:
-                stamps[name] = stamp(name, entry.stat())
+                    stamps[name] = stamp(name, entry.stat())
     ignored.report(root)
     if not stamps:
         raise UserError(f"there is no image in {printable(root)}; {ignored.hint(root) or 'name a folder of images'}")
@@ -138,6 +141,16 @@ def scan_unlabeled(folder: str | Path, *, progress: bool = True, limits: Limits 
     paths, sizes, problems = _paths_and_sizes(root, ids, digest.hexdigest(), progress, limits)
     require_usable(paths, problems)
     return Index(paths, tuple(ids), np.full(len(paths), -1, np.int64), sizes, ())
+
+
+@contextmanager
+def _read_errors() -> Iterator[None]:
+    """Raises UserError where a file vanishes while a folder is read, or a folder may not be searched."""
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename or "")
+        raise UserError(f"cannot read {printable(name)}: {error.strerror}") from None
 
 
 class _Ignored:

@@ -40,11 +40,13 @@ def summary(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: Se
 
 
 def require_matplotlib() -> None:
-    """Raises UserError where matplotlib, which `draw` needs, is not installed."""
+    """Raises UserError where matplotlib, which `draw` needs, is not installed or not set up."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("--confusion needs matplotlib: pip install matplotlib") from None
+    except ValueError as error:  # of MPLBACKEND, or a matplotlibrc
+        raise UserError(f"matplotlib is not set up: {printable(str(error))[:200]}") from None
 
 
 def draw(
@@ -55,6 +57,7 @@ def draw(
     Raises RunError where the file cannot be written."""
     import warnings
 
+    from matplotlib import rc_context
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -76,6 +79,7 @@ def draw(
             color = "black" if shares[row, column] > 0.6 else "white"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(picture, ax=axes, label="share of the row's class")
-    with replacing(path) as temporary, warnings.catch_warnings():
+    plain = rc_context({"text.usetex": False})  # names are not LaTeX
+    with replacing(path) as temporary, warnings.catch_warnings(), plain:
         warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font does not have
         figure.savefig(temporary, dpi=100, metadata={"Software": software})

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.utils.errors import UserError
-from fasttrain.utils.files import opened, replacing
+from fasttrain.utils.files import opened, replacing, require_writable_folder
 from fasttrain.utils.text import printable
 
 _SCORED_AT_ONCE = 2**22  # probabilities
@@ -89,11 +89,11 @@ def save(predictions: Predictions, path: Path) -> None:
 
 
 def check_overwritable(path: Path) -> None:
-    """Raises UserError where `path` does not end in .npz, has no folder, or exists and holds no probabilities."""
+    """Raises UserError where `path` does not end in .npz, has no folder that can be written to, or exists and holds no
+    probabilities."""
     if path.suffix != ".npz":
         raise UserError(f"{printable(path)}: probabilities are kept in a .npz file; end the name in .npz")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")
+    require_writable_folder(path)
     if path.exists() and not _has_probabilities(path):
         raise UserError(f"{printable(path)} exists and holds no probabilities; name another file")
 

@@ -8,27 +8,40 @@ from pathlib import Path
 
 from fasttrain.data.index import spelling
 from fasttrain.utils.errors import UserError
-from fasttrain.utils.files import opened, replacing
+from fasttrain.utils.files import opened, replacing, require_writable_folder
 from fasttrain.utils.text import printable
 
 HEADER, LABELS_HEADER = ("Image IDs", "Predictions"), ("Image IDs", "Labels")
 
 
 def check_overwritable(path: Path) -> None:
-    """Raises UserError where `path` has no folder, or exists and is not a submission."""
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")
+    """Raises UserError where `path` has no folder that can be written to, or exists and is not a submission."""
+    require_writable_folder(path)
     if path.exists() and not _is_submission(path):
         raise UserError(f"{printable(path)} exists and is not a submission; name another file")
 
 
-def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
-    """Write predictions, sorted by id as text. Ids are written without folders. Raises UserError where two are then the
-    same, or like `check_overwritable`; RunError where the file cannot be written."""
+def class_numbers(classes: Sequence[str]) -> list[int]:
+    """The integers that a submission writes for these classes: the names themselves where all are integers, which as
+    text may be in another order; else their positions."""
+    if all(name.isascii() and name.isdigit() for name in classes):
+        return [int(name) for name in classes]
+    return list(range(len(classes)))
+
+
+def image_names(ids: Sequence[str]) -> list[str]:
+    """The ids without folders, as a submission writes them. Raises UserError where two are then the same."""
     names = [id_.rsplit("/", 1)[-1] for id_ in ids]
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
         raise UserError(f"two images are called {printable(duplicates[0])!r}; a submission needs unique names")
+    return names
+
+
+def write(path: Path, ids: Sequence[str], classes: Sequence[int]) -> None:
+    """Write predictions, sorted by image name as text. Raises UserError like `image_names` and `check_overwritable`;
+    RunError where the file cannot be written."""
+    names = image_names(ids)
     check_overwritable(path)
     with (
         replacing(path) as temporary,

@@ -148,9 +148,10 @@ class Log:
             try:
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
-            except OSError as error:  # log.jsonl has everything
+            except Exception as error:  # log.jsonl has everything
                 self.board = None
-                self.say(f"the TensorBoard file cannot be written: {error.strerror}; it is left as it is")
+                reason = (isinstance(error, OSError) and error.strerror) or printable(str(error))
+                self.say(f"the TensorBoard file cannot be written: {reason}; it is left as it is")
 
     def close(self) -> None:
         if self.open:
@@ -166,11 +167,16 @@ def _peak_gib(device: torch.device) -> float:
 
 
 def _tensorboard(out: Path) -> Any:
+    """A TensorBoard writer; None where TensorBoard is not installed, or does not work, which is said."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    try:
+
         return SummaryWriter(str(out / "tensorboard"))
+    except ModuleNotFoundError:
+        return None
     except OSError:
         return None  # if the disk is full, log.jsonl reports it
+    except Exception as error:  # versions of TensorBoard, protobuf and numpy that do not fit raise anything
+        reason = printable(f"{type(error).__name__}: {error}".splitlines()[0])
+        print(f"no TensorBoard files: {reason}; machine.tensorboard=false leaves it out", file=sys.stderr)
+        return None

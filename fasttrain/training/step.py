@@ -66,7 +66,7 @@ class Step:
             self.graphs = Graphs[StepOutput](device, recipe.mix.kinds)
         self.lr_at = optim.lr_schedule(recipe, plan.steps_per_epoch)
         names = ["loss", *(name for loss in recipe.losses for name in metric_names(loss))]
-        self.meter = Meter(names, device, rows=recipe.machine.log_steps)
+        self.meter = Meter(names, device, rows=min(recipe.machine.log_steps, plan.steps_per_epoch))
         self.guard = Guard(model, self.scaler, device)
 
         self.network: Network = model  # what a step calls: the model, in DDP and compiled where the recipe says so

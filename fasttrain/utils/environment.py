@@ -28,8 +28,37 @@ def require_current_folder() -> None:
         raise UserError("the current folder no longer exists; change to another one") from None
 
 
-def explain(error: Exception) -> str:
-    """What an error of a compiler means, as one line; empty for any other error."""
+def require_working_python() -> None:
+    """Raises UserError where Python, or tqdm, is told by a variable to run in a way that cannot work."""
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "Python leaves out docstrings, which DALI needs; start it without -OO and with PYTHONOPTIMIZE below 2"
+        )
+    names = [name for name in os.environ if name.startswith("TQDM_")]
+    if names:
+        try:
+            import tqdm  # noqa: F401
+        except ValueError as error:
+            raise UserError(f"tqdm does not accept {' or '.join(names)}: {printable(str(error))}") from None
+
+
+def exhausted(error: BaseException) -> str:
+    """What the machine has too little of, main memory or threads, as one line; empty for any other error."""
+    for each in _chain(error):
+        text = str(each)
+        if isinstance(each, MemoryError) or re.search(
+            r"DefaultCPUAllocator|std::bad_alloc|Cannot allocate memory", text
+        ):
+            return "the machine's memory is full; stop other programs, or use a smaller batch or fewer --workers"
+        if re.search(r"can't start new thread|Resource temporarily unavailable", text):
+            return "no more threads can be started; raise the limit of processes (ulimit -u), or use fewer --workers"
+    return ""
+
+
+def explain(error: BaseException) -> str:
+    """What an error of a compiler, or a lack of memory or threads, means, as one line; empty for any other error."""
+    if line := exhausted(error):
+        return line
     for each in _chain(error):
         if re.search(r"(failed to find|no working) c(\+\+)? compiler", str(each), re.IGNORECASE):
             return "there is no C or C++ compiler, which torch.compile and Triton need; install gcc and g++" + _WITHOUT
@@ -48,7 +77,7 @@ def explain(error: Exception) -> str:
     return ""
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory was full, also where torch.compile wraps the error."""
     return any(isinstance(each, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())) for each in _chain(error))
 

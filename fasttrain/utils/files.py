@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fasttrain.utils.errors import RunError
+from fasttrain.utils.errors import RunError, UserError
 from fasttrain.utils.text import printable
 
 _JSON_BYTES = 16 << 20  # at most; parsed JSON takes about twenty times as much memory
@@ -81,6 +81,20 @@ def replacing(path: Path) -> Iterator[Path]:
         raise RunError(f"cannot write {printable(path)}: {error.strerror or error}") from None
 
 
+def require_writable_folder(path: Path) -> None:
+    """Raises UserError where the folder of a file to write does not exist or takes no new files."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {printable(path)}: there is no folder {printable(path.parent)}")
+    probe = path.with_name(f".{path.stem}.{os.getpid()}")
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        probe.unlink()
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `folder` at the end of the block; that must not exist, or be empty.
@@ -98,9 +112,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Wait until a file, or a folder's list of files, is on the disk. Some file systems cannot do so for folders; then
+    this does nothing."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not os.path.isdir(path):
+            raise
     finally:
         os.close(handle)

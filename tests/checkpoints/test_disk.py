@@ -183,7 +183,7 @@ def test_a_disk_without_links(index, tmp_path, monkeypatch):
 
 def test_training_continues_past_io_errors(index, tmp_path, monkeypatch):
     """In the first save even looking up names fails; the last save succeeds."""
-    original, calls = checkpoint._free_name, [0]
+    original, calls = checkpoint.free_name, [0]
 
     def free_name(*args):
         calls[0] += 1
@@ -191,7 +191,7 @@ def test_training_continues_past_io_errors(index, tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return original(*args)
 
-    monkeypatch.setattr(checkpoint, "_free_name", free_name)
+    monkeypatch.setattr(checkpoint, "free_name", free_name)
     run(tiny(epochs=2, checkpoint=CheckpointConfig(on_error="go_on")), tmp_path / "run", index)
     assert [event["event"] for event in events(tmp_path / "run") if "save" in event["event"]] == ["save_failed"]
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fasttrain.config.schema import DataConfig
 from fasttrain.data import headers
+from fasttrain.data import scan as scan_module
 from fasttrain.data.open_data import open_data
 from fasttrain.data.scan import cache_dir, scan, scan_unlabeled
 from fasttrain.utils.errors import UserError
@@ -216,3 +217,13 @@ def test_the_fingerprint_depends_on_the_images_and_not_on_their_folder(small, tm
     assert original.fingerprint() == copy.fingerprint()
     (tmp_path / "copy" / "zebra" / "b.jpg").rename(tmp_path / "copy" / "ape" / "b.jpg")
     assert original.fingerprint() != scan(tmp_path / "copy").fingerprint()
+
+
+@pytest.mark.parametrize("scanned", [scan, scan_unlabeled])
+def test_a_file_that_vanishes_during_the_scan_is_named(demo_set, tmp_path, monkeypatch, scanned):
+    def vanishing(name, info):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(demo_set / name))
+
+    monkeypatch.setattr(scan_module, "stamp", vanishing)
+    with pytest.raises(UserError, match=r"cannot read .*: No such file"):
+        scanned(demo_set / "val")

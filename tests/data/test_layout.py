@@ -230,3 +230,20 @@ def test_the_line_about_the_images_is_in_the_banner_and_the_dry_run(demo_set, tm
     line = f"500 training images of 10 classes in {demo_set}/train; 250 validation images in {demo_set}/val"
     assert line in call(*args, "--dry-run").stdout
     assert line in call(*args).stderr
+
+
+def test_val_may_name_a_folder_that_holds_train_and_val(tmp_path, demo_set):
+    root = tmp_path / "set"
+    root.mkdir()
+    for name in ("train", "val"):
+        (root / name).symlink_to(demo_set / name)
+    parts = find_parts(DataConfig(train=(str(demo_set / "train"),), val=str(root)))
+    assert [str(part.path) for part in parts.val] == [str(root / "val")]
+
+
+def test_class_folders_that_differ_in_capitals_are_named(tmp_path, demo_set, capsys):
+    shutil.copytree(demo_set / "val", tmp_path / "set")
+    name = next((tmp_path / "set").iterdir()).name
+    shutil.copytree(tmp_path / "set" / name, tmp_path / "set" / name.upper())
+    scan(tmp_path / "set")
+    assert "look alike" in capsys.readouterr().err

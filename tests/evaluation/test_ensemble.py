@@ -3,9 +3,11 @@
 import io
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
@@ -317,3 +319,28 @@ def test_duplicate_zip_entries_are_refused(tmp_path):
         packed.writestr("probs.npy", b"x")
     with pytest.raises(UserError, match="holds no probabilities"):
         predictions.load(tmp_path / "p.npz")
+
+
+def file_of(path: Path, ids: list[str], classes: list[str], chosen: list[int]) -> Path:
+    probs = np.full((len(ids), len(classes)), 0.5 / (len(classes) - 1), np.float32)
+    probs[np.arange(len(ids)), chosen] = 0.5
+    predictions.save(Predictions(np.array(ids), np.array(classes), probs), path)
+    return path
+
+
+def test_a_submission_writes_the_numbers_that_name_the_classes(tmp_path):
+    """As text, 10 comes before 2."""
+    file = file_of(tmp_path / "a.npz", ["x.jpg", "y.jpg"], ["0", "10", "2"], [1, 2])
+    call("ensemble", file, "--submission", tmp_path / "s.csv")
+    assert (tmp_path / "s.csv").read_text().splitlines()[1:] == ["x.jpg,10", "y.jpg,2"]
+
+
+def test_nothing_is_written_where_a_submission_or_an_input_forbids_it(tmp_path):
+    file = file_of(tmp_path / "a.npz", ["a/x.jpg", "b/x.jpg"], ["a", "b"], [1, 0])
+    before = file.read_bytes()
+    assert "is one of the files to average" in call("ensemble", file, "--out", file, status=2).output
+    out = tmp_path / "fused.npz"
+    line = call("ensemble", file, "--out", out, "--submission", tmp_path / "s.csv", status=2).output
+    assert "two images are called 'x.jpg'" in line
+    assert file.read_bytes() == before and not out.exists()
+    assert "between 0 and 1e9" in call("ensemble", file, file, "--weights", "1e308,1e308", status=2).output

@@ -76,7 +76,8 @@ import subprocess, sys
 from pathlib import Path
 child = subprocess.Popen(["sleep", "60"])
 print("Traceback (most recent call last)\\nfasttrain: one\\nfasttrain: two", file=sys.stderr)
-Path(r"HOME", ".run.lock").touch()
+Path(r"HOME", "run").mkdir()
+Path(r"HOME", "run", ".lock").touch()
 sys.exit(3)
 """
 

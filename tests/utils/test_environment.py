@@ -5,11 +5,13 @@ import pwd
 import re
 import subprocess
 import sys
+import types
 
 import pytest
-from helpers import call
+from helpers import CPU, call, events
 
 from fasttrain.data.scan import scan
+from fasttrain.training.log import Log
 from fasttrain.utils.environment import explain
 
 
@@ -86,3 +88,46 @@ def test_a_current_folder_that_was_deleted_is_named(tmp_path):
 def test_an_encoding_without_some_characters_prints_the_help():
     result = fasttrain("run", "--help", PYTHONIOENCODING="latin1")
     assert result.returncode == 0 and "\\u2026" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory is full"),
+        (RuntimeError("Error when executing: std::bad_alloc"), "memory is full"),
+        (MemoryError(), "memory is full"),
+        (RuntimeError("can't start new thread"), "no more threads"),
+    ],
+)
+def test_full_memory_and_too_few_threads_are_explained(error, message):
+    assert message in explain(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("TQDM_MININTERVAL", "often", "TQDM_MININTERVAL"), ("PYTHONOPTIMIZE", "2", "docstrings")],
+)
+def test_a_variable_that_python_cannot_run_with_is_named(name, value, message):
+    result = fasttrain("recipes", **{name: value})
+    assert result.returncode == 2 and message in last_line(result)
+
+
+def test_a_backend_of_matplotlib_that_does_not_exist_is_named():
+    code = "from fasttrain.evaluation import confusion; confusion.require_matplotlib()"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "x"}, timeout=60)
+    assert "UserError: matplotlib is not set up: Key backend: 'x'" in result.stderr.splitlines()[-1]
+
+
+def test_a_broken_tensorboard_is_said_and_left_out(tmp_path, monkeypatch, capsys):
+    broken = types.ModuleType("torch.utils.tensorboard")
+
+    def writer(path):
+        raise AttributeError("module 'numpy' has no attribute 'bool8'")
+
+    broken.SummaryWriter = writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", broken)
+    log = Log(tmp_path, CPU, start_step=0, steps=1, batch_size=1)
+    log.train(0, 1, 0.1, {"loss": 1.0})
+    log.close()
+    assert "no TensorBoard files: AttributeError" in capsys.readouterr().err and len(events(tmp_path)) == 1
