@@ -37,23 +37,23 @@ _workers_option = click.option("--workers", type=click.IntRange(0, 1024), defaul
                                help="Processes that decode; 0: one per core.")  # fmt: skip
 
 
-@data_.command("check", short_help="Name every bad file of a folder, or every damaged image of a pack.")
-@click.argument("folder", metavar="DIR|PACK|TABLE", type=DATA)
+@data_.command("check", short_help="Name every bad image of a folder or a file of images.")
+@click.argument("folder", metavar="DIR|FILE", type=DATA)
 @click.option("--quarantine", type=FOLDER, metavar="DIR", help="Move bad files here; `data restore` moves them back.")
 @click.option("--out", type=FILE, metavar="FILE.json", help="Write the report.")
 @_workers_option
 @links_option
 def data_check(folder: str, quarantine: str | None, out: Path | None, workers: int, links: str) -> None:
-    """Decode every file of DIR with PIL and DALI, name the bad ones and what is unusual about others.
+    """Decode every image with PIL and DALI, name the bad ones and what is unusual about others.
 
-    DIR holds class folders, or train/ and val/ with class folders. The images of a PACK are compared with their hashes.
-    Exit status 1 if a file or an image is bad.
+    DIR holds class folders, or train/ and val/ with class folders; FILE is a table or tar shards. The images of a pack
+    are compared with their hashes. Exit status 1 if an image is bad.
     """
     from fasttrain.data import check
     from fasttrain.data import quarantine as quarantines
+    from fasttrain.data.open_data import is_container
     from fasttrain.data.scan import Limits
     from fasttrain.data.stores.pack import is_pack
-    from fasttrain.data.stores.table import is_table
     from fasttrain.utils.text import printable
 
     if out:
@@ -62,12 +62,12 @@ def data_check(folder: str, quarantine: str | None, out: Path | None, workers: i
         quarantines.check_quarantine_folder(folder, quarantine)
     if quarantine and links == "follow":
         raise UserError("--quarantine moves files, and those that links lead to may belong to other folders")
-    if quarantine and (is_pack(folder) or is_table(folder)):
-        raise UserError("--quarantine moves the bad files of a folder; it takes no pack and no table")
+    if quarantine and is_container(folder):
+        raise UserError("--quarantine moves the bad files of a folder; these images are in, or listed by, a file")
     if is_pack(folder):
         report = check.examine_pack(folder)
-    elif is_table(folder):
-        report = check.examine_table(folder, workers, Limits(links))
+    elif is_container(folder):
+        report = check.examine_container(folder, workers, Limits(links))
     else:
         report = check.examine(folder, workers, links == "follow")
     if out:

@@ -16,7 +16,7 @@ import re
 import stat
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,11 @@ from typing import NamedTuple
 from fasttrain.data.decode_check import CHUNK_BYTES, CHUNK_FILES, KINDS, TIMEOUT_S, Task, check_files, sniff
 from fasttrain.data.headers import EXTENSIONS
 from fasttrain.data.layout import find_splits
+from fasttrain.data.open_data import open_container
 from fasttrain.data.process_pool import map_in_processes, split_by_cost
 from fasttrain.data.scan import DEFAULT_LIMITS, Limits
+from fasttrain.data.stores import Store
 from fasttrain.data.stores.pack import Images, open_pack
-from fasttrain.data.stores.table import open_table
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import atomic, read_json_object
 from fasttrain.utils.text import printable
@@ -147,34 +148,51 @@ def examine(folder: str | Path, workers: int = 0, follow_links: bool = False, pr
     return _examine(root, files, findings, start, workers, progress)
 
 
-def examine_table(path: str | Path, workers: int = 0, limits: Limits = DEFAULT_LIMITS, progress: bool = True) -> Report:
-    """Read all files of a table. Raises UserError where the table is malformed, or the processes do not start."""
-    start, table = time.perf_counter(), Path(path)
-    files = [
-        _File(file, image_id, f"{split}/", index.classes[label], os.path.getsize(file))
-        for split, index in open_table(table, limits, progress=progress).items()
-        for file, image_id, label in zip(index.paths, index.ids, index.labels.tolist(), strict=True)
-    ]
-    return _examine(table.parent, files, [], start, workers, progress)
+def examine_container(
+    path: str | Path, workers: int = 0, limits: Limits = DEFAULT_LIMITS, progress: bool = True
+) -> Report:
+    """Read all images of a table, of tar shards or of another container that is not a pack. Raises UserError where it
+    is malformed, or the processes do not start."""
+    start, files = time.perf_counter(), []
+    stores: list[tuple[Store | None, int]] = []
+    for split, index in open_container(path, limits).items():
+        for number, (name, image_id, label) in enumerate(
+            zip(index.paths, index.ids, index.labels.tolist(), strict=True)
+        ):
+            size = os.path.getsize(name) if index.store is None else len(index.store.content(number))
+            files.append(_File(name, image_id, f"{split}/", index.classes[label], size))
+            stores.append((index.store, number))
+
+    def content(number: int) -> bytes | None:
+        store, own = stores[number]
+        return None if store is None else store.content(own).tobytes()
+
+    return _examine(Path(path).parent, files, [], start, workers, progress, content)
 
 
 def _examine(
-    root: Path, files: Sequence[_File], findings: list[Finding], start: float, workers: int, progress: bool
+    root: Path,
+    files: Sequence[_File],
+    findings: list[Finding],
+    start: float,
+    workers: int,
+    progress: bool,
+    content: Callable[[int], bytes | None] = lambda number: None,
 ) -> Report:
-    """Decode the files, and look for copies among them."""
+    """Decode the files, and look for copies among them. content: that of an image in a container, by its number."""
     from tqdm import tqdm
 
     size_counts = Counter(file.size for file in files)  # only files of equal size can be copies, so others need no hash
-    tasks: dict[Task, _File] = {(file.path, size_counts[file.size] > 1): file for file in files}
+    tasks = (Task(file.path, size_counts[file.size] > 1, n, content(n)) for n, file in enumerate(files))
     workers = workers or len(os.sched_getaffinity(0))
     # Several chunks per worker, so that all workers finish at about the same time.
-    chunk_files = max(1, min(CHUNK_FILES, len(tasks) // (4 * workers)))
-    chunks = split_by_cost(list(tasks), chunk_files, lambda task: tasks[task].size, CHUNK_BYTES)
+    chunk_files = max(1, min(CHUNK_FILES, len(files) // (4 * workers)))
+    chunks = split_by_cost(tasks, chunk_files, lambda task: files[task.number].size, CHUNK_BYTES)
     copies: defaultdict[bytes, list[_File]] = defaultdict(list)
     # `disable=None` hides the bar where stderr is not a terminal.
     with tqdm(total=len(files), desc="checking", unit="file", disable=None if progress else True) as bar:
         for task, result in map_in_processes(check_files, chunks, workers):
-            file = tasks[task]
+            file = files[task.number]
             crash = [("crash", f"its decoder crashed, ran out of memory, or took more than {TIMEOUT_S:.0f} s")]
             problems, digest = result or (crash, None)
             findings += [Finding(file.relative, kind, reason, kind in BAD) for kind, reason in problems]

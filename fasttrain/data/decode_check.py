@@ -50,7 +50,17 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not a stuffed byte, a fill
 _LIBJPEG = re.compile(r"Corrupt JPEG data.*|Premature end of JPEG.*|Inconsistent progression.*")
 _ANSI_AND_ADDRESS = re.compile(r"\x1b\[[0-9;]*m| ?<\S+ object at 0x[0-9a-f]+>")
 
-Task = tuple[str, bool]  # a file's path, and whether to hash its content
+
+class Task(NamedTuple):
+    """A file to check. hashed: whether to hash its content. number: its position among all files. content: of an image
+    in a container; else it is read from `path`."""
+
+    path: str
+    hashed: bool = False
+    number: int = 0
+    content: bytes | None = None
+
+
 Result = tuple[list[tuple[str, str]], bytes | None]  # (kind, reason) pairs, and the hash
 
 
@@ -125,20 +135,21 @@ def _captured_stderr() -> Iterator[IO[bytes]]:
 
 def _check_with_pil(task: Task) -> _File:
     """Read and decode a file. `data` stays empty where DALI need not decode it: it is no image, or far too large."""
-    file, (path, hashed) = _File(), task
-    try:
-        with open(path, "rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-    except OSError as error:
-        file.problem = ("unreadable", error.strerror or "cannot be read")
-        return file
+    file, path, data = _File(), task.path, task.content
+    if data is None:
+        try:
+            with open(path, "rb") as stream:
+                data = stream.read(_MAX_BYTES + 1)
+        except OSError as error:
+            file.problem = ("unreadable", error.strerror or "cannot be read")
+            return file
     if not data:
         file.problem = ("empty", "0 bytes")
         return file
     if len(data) > _MAX_BYTES:
         file.problem = ("absurd-size", f"a file of more than {_MAX_BYTES >> 20} MiB; it was not decoded")
         return file
-    if hashed:
+    if task.hashed:
         file.digest = hashlib.blake2b(data, digest_size=16).digest()
     supported, file.kind = sniff(data[:256])
     if not supported:
@@ -146,7 +157,7 @@ def _check_with_pil(task: Task) -> _File:
         if file.kind:
             file.problem = ("unsupported", f"{file.kind}; training supports {', '.join(KINDS)}")
         return file
-    if not path.lower().endswith(KINDS[file.kind][2]):
+    if os.path.splitext(path)[1] and not path.lower().endswith(KINDS[file.kind][2]):
         file.notes.append(("wrong-extension", f"holds a {file.kind}"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

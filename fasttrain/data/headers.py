@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +34,13 @@ class Header(NamedTuple):
     problem: str = ""
 
 
-def read_header(path: str) -> Header:
-    """Read an image's header. Raises UserError if the file cannot be read: that says nothing about the image."""
+def read_header(path: str, file: IO[bytes] | None = None) -> Header:
+    """Read an image's header. file: its content, where `path` only names it. Raises UserError if the file cannot be
+    read: that says nothing about the image."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:  # reads only the header
+        with Image.open(file or path) as image:  # reads only the header
             if problem := unsupported(image):
                 return Header(0, 0, problem)
             if max(image.size) >= 2**31:
@@ -50,13 +51,8 @@ def read_header(path: str) -> Header:
     except Exception as error:  # PIL raises whatever the broken header leads its parsers to
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"cannot read {printable(path)}: {error.strerror}") from None
-        return Header(0, 0, _problem_of_content(path))
-
-
-def _problem_of_content(path: str) -> str:
-    if os.path.getsize(path) == 0:
-        return "the file is empty"
-    return "it has no header of an image"
+        size = file.seek(0, os.SEEK_END) if file else os.path.getsize(path)
+        return Header(0, 0, "it has no header of an image" if size else "the file is empty")
 
 
 def unsupported(image: "Image") -> str:
@@ -88,10 +84,21 @@ def unsupported(image: "Image") -> str:
     return f"it is a TIFF that DALI cannot decode as PIL does (mode {mode}, {kind}); convert it to 8-bit RGB"
 
 
-def read_headers(paths: Sequence[str], progress: bool) -> tuple[NDArray[np.int32], dict[int, str]]:
+def read_headers(
+    paths: Sequence[str], progress: bool, open_image: Callable[[int], IO[bytes]] | None = None
+) -> tuple[NDArray[np.int32], dict[int, str]]:
     """Sizes, int32 [N, 2] (height, width), and the problem of each image whose size is 0. Prints each kind of PIL's
-    warnings once, with the first file that caused it."""
+    warnings once, with the first file that caused it.
+
+    open_image: opens an image by its number, where the paths only name images in a container.
+    """
     from tqdm import tqdm
+
+    def read_number(number: int) -> Header:
+        if open_image is None:
+            return read(paths[number], None)
+        with open_image(number) as file:
+            return read(paths[number], file)
 
     workers = min(16, 4 * (os.cpu_count() or 1))
     sizes, problems = np.zeros((len(paths), 2), np.int32), {}
@@ -99,7 +106,7 @@ def read_headers(paths: Sequence[str], progress: bool) -> tuple[NDArray[np.int32
         # `disable=None` hides the bar where stderr is not a terminal.
         bar = tqdm(total=len(paths), desc="reading headers", unit="file", disable=None if progress else True)
         with bar:
-            for number, header in enumerate(pool.map(read, paths)):
+            for number, header in enumerate(pool.map(read_number, range(len(paths)))):
                 sizes[number] = header.height, header.width
                 if header.problem:
                     problems[number] = header.problem
@@ -108,7 +115,7 @@ def read_headers(paths: Sequence[str], progress: bool) -> tuple[NDArray[np.int32
 
 
 @contextmanager
-def _warnings_with_paths() -> Iterator[Callable[[str], Header]]:
+def _warnings_with_paths() -> Iterator[Callable[[str, IO[bytes] | None], Header]]:
     """Gives a function like `read_header`. Prints the warnings at the end, and lifts PIL's own limit of pixels."""
     import sys
 
@@ -118,9 +125,9 @@ def _warnings_with_paths() -> Iterator[Callable[[str], Header]]:
     first_paths: dict[str, str] = {}
     lock = threading.Lock()
 
-    def read(path: str) -> Header:
+    def read(path: str, file: IO[bytes] | None) -> Header:
         current.path = path
-        return read_header(path)
+        return read_header(path, file)
 
     def record(message: Warning | str, *_: Any, **__: Any) -> None:
         kind = " ".join(printable(str(message)).split())

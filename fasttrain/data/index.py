@@ -2,8 +2,10 @@
 
 import hashlib
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +51,32 @@ class Index:
     def fingerprint_of_sizes(self) -> str:
         """SHA-256 over the images' sizes, from which crops are planned."""
         return hashlib.sha256(self.sizes.astype("<i4").tobytes()).hexdigest()
+
+
+class Samples(NamedTuple):
+    """Images in the order of an index: by class, then by id. order: their positions before, int64 [N]."""
+
+    ids: tuple[str, ...]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    order: NDArray[np.int64]
+
+
+def of_samples(ids: Sequence[str], labels: Sequence[str] | None, origin: object) -> Samples:
+    """Sort images by their label and id. labels: class names; None: the images have none, all labels are −1 and there
+    are no classes. Raises UserError where an id is there twice, or all labels are the same."""
+    twice = [image_id for image_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise UserError(f"{printable(str(origin))} has two images with the name {printable(twice[0])}")
+    classes = tuple(sorted(set(labels or ())))
+    if len(classes) == 1:
+        raise UserError(
+            f"{printable(str(origin))} has only one label ({printable(classes[0])}); a classifier needs two or more"
+        )
+    position = {name: number for number, name in enumerate(classes)}
+    numbers = np.array([-1] * len(ids) if labels is None else [position[name] for name in labels], np.int64)
+    order = np.array(sorted(range(len(ids)), key=lambda row: (numbers[row], ids[row])), np.int64)
+    return Samples(tuple(ids[row] for row in order.tolist()), numbers[order], classes, order)
 
 
 def facts(index: Index | None, kind: str) -> dict[str, str]:

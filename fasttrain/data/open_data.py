@@ -13,6 +13,7 @@ from fasttrain.data.index import Index, merge, require_classes
 from fasttrain.data.layout import find_splits
 from fasttrain.data.scan import DEFAULT_LIMITS, Limits, require_usable, scan, scan_unlabeled
 from fasttrain.data.stores.pack import is_pack, open_pack
+from fasttrain.data.stores.shards import is_shards, open_shards
 from fasttrain.data.stores.table import is_table, open_table
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
@@ -23,13 +24,16 @@ if TYPE_CHECKING:  # config imports torch, and commands that only read files nee
 
 def is_container(path: str | Path) -> bool:
     """Whether a file holds or lists many images."""
-    return is_pack(path) or is_table(path)
+    return is_pack(path) or is_table(path) or is_shards(path)
 
 
-def open_container(path: str | Path, limits: Limits) -> dict[str, Index]:
-    """The indices of a container's splits, by name. Images that cannot be used have the size 0 and a problem."""
+def open_container(path: str | Path, limits: Limits, *, labeled: bool = True) -> dict[str, Index]:
+    """The indices of a container's splits, by name. Images that cannot be used have the size 0 and a problem. labeled:
+    the labels are needed; without, a container may have none."""
     if is_table(path):
         return open_table(path, limits)
+    if is_shards(path):
+        return open_shards(path, limits, labeled=labeled)
     indices = {}
     for split, index in open_pack(path).items():
         sizes, problems = limits.apply(index.sizes)
@@ -126,7 +130,9 @@ def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
         unused = [part for split, part in parts.items() if split not in (train, "val")]
         return Parts([parts[train]], val, unused)
     if os.path.isfile(path):
-        raise UserError(f"{printable(path)} is not a folder, a pack (.safetensors) or a table (.csv, .tsv)")
+        raise UserError(
+            f"{printable(path)} is not a folder, a pack (.safetensors), a table (.csv, .tsv) or tar shards (.tar)"
+        )
     if not os.path.isdir(path):
         raise UserError(f"no such folder: {printable(path)}")
     found = find_splits(path, with_val=with_val)
@@ -169,7 +175,7 @@ def open_unlabeled(name: str, limits: Limits = DEFAULT_LIMITS) -> Index:
     labels."""
     if not is_container(name):
         return scan_unlabeled(name, limits=limits)
-    indices = list(open_container(name, limits).values())
+    indices = list(open_container(name, limits, labeled=False).values())
     if len(indices) > 1:
         raise UserError(
             f"{printable(name)} has several splits, and predictions are for one; unpack it and name a folder"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -373,6 +374,20 @@ def _finish(
     return size
 
 
+def _file_names(index: Index, path: Path) -> list[tuple[str, str]]:
+    """The class folder and the name of each image's file. Raises RunError where a class or an id cannot be a name."""
+    folders = [index.classes[label] for label in index.labels.tolist()]
+    names = [image_id.rsplit("/", 1)[-1] for image_id in index.ids]
+    for folder, image_id in zip(folders, index.ids, strict=True):
+        if {"", ".", ".."} & {folder, *image_id.split("/")} or "/" in folder:
+            raise RunError(f"{printable(path)}: {printable(image_id)!r} is not the name of an image in a class")
+    count = Counter(zip(folders, names, strict=True))
+    return [
+        (folder, name if count[folder, name] == 1 else image_id.replace("/", "-"))
+        for folder, name, image_id in zip(folders, names, index.ids, strict=True)
+    ]
+
+
 def unpack(path: Path, out: Path, progress: bool = True) -> int:
     """Write a pack's images as files: class folders in `out`, or in OUT/train and OUT/val where it has both. Pixels
     become PNGs. Returns the number of images. Raises UserError where `out` is not empty or `path` is no pack, RunError
@@ -389,16 +404,12 @@ def unpack(path: Path, out: Path, progress: bool = True) -> int:
         with atomic_folder(out) as temporary, bar:
             for split, index in indices.items():
                 root = temporary / split if len(indices) > 1 else temporary
-                for number, image_id in enumerate(index.ids):
-                    parts = image_id.split("/")
-                    if len(parts) != 2 or not all(parts) or {".", ".."} & set(parts):
-                        name = printable(image_id)
-                        raise RunError(f"{printable(path)}: {name!r} is not the name of an image in a class")
+                for number, (folder, name) in enumerate(_file_names(index, path)):
                     store = index.store
                     assert isinstance(store, Images)
                     if not store.intact(number):
                         raise RunError(f"{printable(index.paths[number])} is damaged: it does not have its hash")
-                    target = root / parts[0] / parts[1]
+                    target = root / folder / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     content = store.content(number)
                     if store.decoded:

@@ -3,10 +3,10 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from fasttrain.data.headers import EXTENSIONS, read_headers
 from fasttrain.data.index import Index, spelling
 from fasttrain.utils.errors import UserError
-from fasttrain.utils.files import atomic
+from fasttrain.utils.files import atomic, opened
 from fasttrain.utils.text import printable
 
 if TYPE_CHECKING:  # config imports torch, and commands that only read files need not wait for it
     from fasttrain.config.schema import DataConfig
 
-_CACHE_FORMAT = "fasttrain-index-4"
+_CACHE_FORMAT = "fasttrain-index-5"
 
 
 class Limits(NamedTuple):
@@ -215,20 +215,22 @@ def _paths_and_sizes(
 
 
 def sizes_of(
-    paths: Sequence[str], cache_key: str, progress: bool, limits: Limits
+    paths: Sequence[str],
+    cache_key: str,
+    progress: bool,
+    limits: Limits,
+    open_image: Callable[[int], IO[bytes]] | None = None,
 ) -> tuple[NDArray[np.int32], dict[int, str]]:
     """The images' sizes from the cache or else from the headers, int32 [N, 2]; and the problems of those that cannot be
-    used, whose sizes are 0."""
-    try:
-        cache = cache_dir() / "index" / f"{_CACHE_FORMAT}-{cache_key}.npy"
-    except UserError:  # it only saves time
-        cache = None
+    used, whose sizes are 0. open_image: see `read_headers`."""
     problems: dict[int, str] = {}
-    sizes = None if cache is None else _load_sizes(cache, len(paths))
-    if sizes is None:
-        sizes, problems = read_headers(paths, progress)
-        if cache is not None and not problems:  # a file that cannot be read is tried again next time
-            _store_sizes(cache, sizes)
+    name = f"{_CACHE_FORMAT}-{cache_key}.npz"
+    cached = load_cached(name, ("sizes",))
+    sizes = None if cached is None else cached["sizes"]
+    if sizes is None or sizes.shape != (len(paths), 2) or sizes.dtype != np.int32 or not (sizes > 0).all():
+        sizes, problems = read_headers(paths, progress, open_image)
+        if not problems:  # a file that cannot be read is tried again next time
+            store_cached(name, {"sizes": sizes})
     sizes, too_large = limits.apply(sizes)
     return sizes, problems | too_large
 
@@ -288,24 +290,23 @@ def require_usable(paths: Sequence[str], problems: Mapping[int, str]) -> None:
         raise UserError(f"cannot use the image {printable(paths[first])}: {problems[first]}{more}")
 
 
-def _load_sizes(cache: Path, count: int) -> NDArray[np.int32] | None:
+def load_cached(name: str, keys: Sequence[str]) -> dict[str, NDArray[Any]] | None:
+    """The arrays with these keys that `store_cached` has written; None where there is no such file, or it is broken."""
     try:
-        if not cache.is_file():  # opening a pipe would block
-            return None
-        with cache.open("rb") as file:
-            sizes = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception:  # numpy raises whatever a broken header leads Python's parser to
+        with opened(_cached(name)) as file, np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in keys}
+    except Exception:  # numpy raises whatever a broken file leads its parsers to
         return None
-    if sizes.shape != (count, 2) or sizes.dtype != np.int32:
-        return None
-    return sizes if (sizes > 0).all() else None
 
 
-def _store_sizes(cache: Path, sizes: NDArray[np.int32]) -> None:
-    """Write the cache; where this fails, the next run reads the headers again."""
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(cache) as temporary:
-            np.save(temporary, sizes)
-    except OSError:
-        pass
+def store_cached(name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays into the cache; where this fails, the next run computes them again."""
+    with suppress(OSError, UserError):
+        path = _cached(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+
+def _cached(name: str) -> Path:
+    return cache_dir() / "index" / name

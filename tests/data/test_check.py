@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fasttrain.data import check
-from fasttrain.data.decode_check import check_files
+from fasttrain.data.decode_check import Task, check_files
 from fasttrain.data.process_pool import map_in_processes
 from fasttrain.data.quarantine import quarantine, restore
 from fasttrain.utils.errors import UserError
@@ -289,7 +289,7 @@ def problems_of(folder: Path, contents: list[bytes], name="x{}.jpg") -> list[lis
     paths = [folder / name.format(number) for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    return [problems for problems, _ in check_files([(str(path), False) for path in paths])]
+    return [problems for problems, _ in check_files([Task(str(path)) for path in paths])]
 
 
 TRUNCATABLE = [name for name in GOOD if name != "appended.jfif"]
@@ -343,7 +343,7 @@ def test_oriented_tiffs_are_compared_as_stored(tmp_path):
 
 
 def test_a_worker_reports_a_read_error(tmp_path):
-    ((problems, digest),) = check_files([(str(tmp_path), True)])
+    ((problems, digest),) = check_files([Task(str(tmp_path), True)])
     assert problems == [("unreadable", os.strerror(errno.EISDIR))] and digest is None
 
 
@@ -404,7 +404,7 @@ def test_a_decoder_that_hangs_is_ended(tmp_path):
     (tmp_path / "x.jpg").write_bytes(encoded())
     code = (
         "import sys; from fasttrain.data import decode_check as check; check.decoder(); check.TIMEOUT_S = 0.2; "
-        "check._decode_with_pil = lambda file, data: sum(range(10**12)); check.check_files([(sys.argv[1], False)])"
+        "check._decode_with_pil = lambda file, data: sum(range(10**12)); check.check_files([check.Task(sys.argv[1])])"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.jpg")], timeout=60).returncode == 1
 

@@ -93,7 +93,7 @@ def test_headers_are_read_again_only_after_a_change(small, monkeypatch):
     first = scan(small)
     read = []
     read_header = headers.read_header
-    monkeypatch.setattr(headers, "read_header", lambda path: read.append(path) or read_header(path))
+    monkeypatch.setattr(headers, "read_header", lambda path, file: read.append(path) or read_header(path))
     again = scan(small)
     assert not read and np.array_equal(again.sizes, first.sizes)
     picture(small / "zebra" / "b.jpg", (77, 66))
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_opened_says_nothing_about_the_image(small, monkey
 @pytest.mark.parametrize("damage", [b"", b"not an array", b"PK\x03\x04", None])
 def test_a_damaged_cache_is_ignored(small, damage):
     sizes = scan(small).sizes
-    (cached,) = (cache_dir() / "index").glob("*.npy")
+    (cached,) = (cache_dir() / "index").glob("*.npz")
     cached.write_bytes(cached.read_bytes()[:-30] if damage is None else damage)
     assert np.array_equal(scan(small).sizes, sizes)
 

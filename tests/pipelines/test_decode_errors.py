@@ -16,7 +16,7 @@ from PIL import Image
 
 from fasttrain.config.schema import AugmentConfig, DataConfig
 from fasttrain.data.check import BAD
-from fasttrain.data.decode_check import check_files
+from fasttrain.data.decode_check import Task, check_files
 from fasttrain.data.index import Index
 from fasttrain.data.open_data import open_data
 from fasttrain.data.scan import scan as strict_scan
@@ -91,7 +91,7 @@ def test_another_image_of_the_class_replaces_a_bad_one(folder, kind, when):
 def test_the_data_check_agrees(tmp_path, kind):
     (tmp_path / kind).write_bytes(broken_files()[kind])
     assert content_problem(np.fromfile(tmp_path / kind, np.uint8))
-    ((notes, _),) = check_files([(str(tmp_path / kind), False)])
+    ((notes, _),) = check_files([Task(str(tmp_path / kind))])
     assert notes[-1][0] in BAD and "DALI decodes it" not in notes[-1][1]
 
 

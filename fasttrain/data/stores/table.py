@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from fasttrain.data.headers import EXTENSIONS
-from fasttrain.data.index import Index
+from fasttrain.data.index import Index, of_samples
 from fasttrain.data.layout import VAL_NAMES
 from fasttrain.data.scan import Limits, sizes_of, stamp
 from fasttrain.utils.errors import UserError
@@ -59,23 +57,18 @@ def open_table(path: str | Path, limits: Limits, *, progress: bool = True) -> di
             raise UserError(f"{where} is not there")
     if not rows:
         raise UserError(f"{printable(table)} lists no images")
-    classes = tuple(sorted({row.label for row in rows}))
-    if len(classes) == 1:
-        raise UserError(
-            f"{printable(table)} has only one label ({printable(classes[0])}); a classifier needs two or more"
-        )
-    position = {name: number for number, name in enumerate(classes)}
+    samples = of_samples([row.path for row in rows], [row.label for row in rows], table)
+    splits = [rows[row].split for row in samples.order]
     indices = {}
     for split in dict.fromkeys(row.split for row in rows):
-        some = sorted((row for row in rows if row.split == split), key=lambda row: (row.label, row.path))
-        ids = tuple(row.path for row in some)
-        paths = tuple(os.path.join(root, row.path) for row in some)
+        chosen = [number for number, name in enumerate(splits) if name == split]
+        ids = tuple(samples.ids[number] for number in chosen)
+        paths = tuple(os.path.join(root, image_id) for image_id in ids)
         digest = hashlib.sha256(f"table\0{root}\0".encode(errors="surrogateescape"))
         for image_id, full in zip(ids, paths, strict=True):
             digest.update(stamp(image_id, os.stat(full)).encode(errors="surrogateescape"))
         sizes, problems = sizes_of(paths, digest.hexdigest(), progress, limits)
-        labels = np.array([position[row.label] for row in some], np.int64)
-        indices[split] = Index(paths, ids, labels, sizes, classes, problems)
+        indices[split] = Index(paths, ids, samples.labels[chosen], sizes, samples.classes, problems)
     return indices
 
 
