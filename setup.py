@@ -71,6 +71,7 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard"],
         "plot": ["matplotlib"],
+        "parquet": ["pyarrow>=15"],
         "test": [
             "pytest>=8",
             "pytest-timeout",
@@ -82,6 +83,9 @@ setup(
             "pytorch-metric-learning",
             "mypy",
             "ruff",
+            # What other programs write, for the tests of what is read from them.
+            "datasets",
+            "webdataset",
         ],
     },
     entry_points={"console_scripts": ["fasttrain = fasttrain.cli.main:main"]},

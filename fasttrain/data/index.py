@@ -62,13 +62,16 @@ class Samples(NamedTuple):
     order: NDArray[np.int64]
 
 
-def of_samples(ids: Sequence[str], labels: Sequence[str] | None, origin: object) -> Samples:
-    """Sort images by their label and id. labels: class names; None: the images have none, all labels are −1 and there
-    are no classes. Raises UserError where an id is there twice, or all labels are the same."""
+def of_samples(
+    ids: Sequence[str], labels: Sequence[str] | None, origin: object, classes: Sequence[str] | None = None
+) -> Samples:
+    """Sort images by their label and id. labels: class names; None: the images have none, and all labels are −1.
+    classes: sorted; by default those of the labels. Raises UserError where an id is there twice, or there is only one
+    class."""
     twice = [image_id for image_id, count in Counter(ids).items() if count > 1]
     if twice:
         raise UserError(f"{printable(str(origin))} has two images with the name {printable(twice[0])}")
-    classes = tuple(sorted(set(labels or ())))
+    classes = tuple(sorted(set(labels or ())) if classes is None else classes)
     if len(classes) == 1:
         raise UserError(
             f"{printable(str(origin))} has only one label ({printable(classes[0])}); a classifier needs two or more"

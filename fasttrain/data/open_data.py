@@ -12,6 +12,7 @@ import numpy as np
 from fasttrain.data.index import Index, merge, require_classes
 from fasttrain.data.layout import find_splits
 from fasttrain.data.scan import DEFAULT_LIMITS, Limits, require_usable, scan, scan_unlabeled
+from fasttrain.data.stores.arrow import is_arrow, open_arrow
 from fasttrain.data.stores.pack import is_pack, open_pack
 from fasttrain.data.stores.shards import is_shards, open_shards
 from fasttrain.data.stores.table import is_table, open_table
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # config imports torch, and commands that only read files nee
 
 def is_container(path: str | Path) -> bool:
     """Whether a file holds or lists many images."""
-    return is_pack(path) or is_table(path) or is_shards(path)
+    return is_pack(path) or is_table(path) or is_shards(path) or is_arrow(path)
 
 
 def open_container(path: str | Path, limits: Limits, *, labeled: bool = True) -> dict[str, Index]:
@@ -34,6 +35,8 @@ def open_container(path: str | Path, limits: Limits, *, labeled: bool = True) ->
         return open_table(path, limits)
     if is_shards(path):
         return open_shards(path, limits, labeled=labeled)
+    if is_arrow(path):
+        return open_arrow(path, limits, labeled=labeled)
     indices = {}
     for split, index in open_pack(path).items():
         sizes, problems = limits.apply(index.sizes)
@@ -131,7 +134,8 @@ def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
         return Parts([parts[train]], val, unused)
     if os.path.isfile(path):
         raise UserError(
-            f"{printable(path)} is not a folder, a pack (.safetensors), a table (.csv, .tsv) or tar shards (.tar)"
+            f"{printable(path)} is not a folder, a pack (.safetensors), a table (.csv, .tsv), tar shards (.tar), or a "
+            "parquet or Arrow file"
         )
     if not os.path.isdir(path):
         raise UserError(f"no such folder: {printable(path)}")
@@ -178,7 +182,7 @@ def open_unlabeled(name: str, limits: Limits = DEFAULT_LIMITS) -> Index:
     indices = list(open_container(name, limits, labeled=False).values())
     if len(indices) > 1:
         raise UserError(
-            f"{printable(name)} has several splits, and predictions are for one; unpack it and name a folder"
+            f"{printable(name)} has several splits, and predictions are for one; name a file or a folder of one split"
         )
     return replace(indices[0], labels=np.full(len(indices[0]), -1, np.int64), classes=())
 

@@ -1,7 +1,9 @@
 """Containers of images: what a folder's files are to the pipelines, for files that hold many images."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,3 +32,31 @@ class Merged:
         part = int(np.searchsorted(self.starts, number, "right")) - 1
         store, own = self.stores[part], number - int(self.starts[part])
         return np.fromfile(self.paths[part][own], np.uint8) if store is None else store.content(own)
+
+
+def stored_file(length: int, read: Callable[[int, int], bytes]) -> BinaryIO:
+    """An image file in a store, of which only the parts that are needed are read. length: in bytes. read: gives the
+    content, from a start on and with a length."""
+    return io.BufferedReader(_StoredFile(length, read))
+
+
+class _StoredFile(io.RawIOBase):
+    def __init__(self, length: int, read: Callable[[int, int], bytes]) -> None:
+        self.length, self.read_part, self.position = length, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self.length - self.position))
+        buffer[:length] = self.read_part(self.position, length)
+        self.position += length
+        return length

@@ -6,8 +6,6 @@ members are not used. An image's id is its member's name, after its shard's wher
 """
 
 import hashlib
-import io
-import itertools
 import json
 import os
 import re
@@ -16,7 +14,7 @@ import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -27,6 +25,8 @@ from numpy.typing import NDArray
 from fasttrain.data.headers import EXTENSIONS
 from fasttrain.data.index import Index, of_samples
 from fasttrain.data.scan import Limits, load_cached, sizes_of, stamp, store_cached
+from fasttrain.data.stores import stored_file
+from fasttrain.data.stores.patterns import expand
 from fasttrain.utils.errors import RunError, UserError
 from fasttrain.utils.files import opened
 from fasttrain.utils.text import printable
@@ -35,8 +35,6 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of gzip, bzip2, xz and zstd
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # the sample, and what the member is
 _LABEL_KEYS = ("label", "cls", "class")  # of a .json
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
-_MOST_SHARDS = 100_000
 _MOST_LABEL_BYTES = {"cls": 1024, "json": 1 << 20}
 _OPEN_FILES = 64
 _END = 512  # bytes of zeros, at least, after the last member
@@ -91,56 +89,8 @@ class Shards:
             return file
 
 
-class _Content(io.RawIOBase):
-    """An image in a store as a file, of which only the parts that are needed are read."""
-
-    def __init__(self, store: Shards, number: int) -> None:
-        self.store, self.number, self.position = store, number, 0
-        self.length = int(store.lengths[number])
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        self.position = max(0, base + offset)
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self.length - self.position))
-        buffer[:length] = self.store.read(self.number, self.position, length)
-        self.position += length
-        return length
-
-
 def is_shards(path: str | Path) -> bool:
     return str(path).lower().endswith((".tar", *_COMPRESSED)) and not os.path.isdir(path)
-
-
-def expand(pattern: str) -> list[str]:
-    """The files of a pattern such as train-{000000..000012}.tar or train-*.tar. Raises UserError where there are none,
-    or far too many."""
-    pieces = _BRACES.split(pattern)
-    texts = pieces[::4]
-    choices: list[Sequence[str]] = []
-    count = 1
-    for first, last, names in zip(pieces[1::4], pieces[2::4], pieces[3::4], strict=True):
-        numbers = range(int(first), int(last) + 1) if first is not None else range(0)
-        count *= len(numbers) if first is not None else names.count(",") + 1
-        if count > _MOST_SHARDS:
-            raise UserError(f"{printable(pattern)} stands for more than {_MOST_SHARDS:,} files")
-        width = len(first or "")
-        choices.append([str(number).zfill(width) for number in numbers] if first is not None else names.split(","))
-    files = []
-    for chosen in itertools.product(*choices):
-        name = "".join(text + part for text, part in zip(texts, (*chosen, ""), strict=True))
-        files += sorted(glob(name)) if has_magic(name) and not os.path.lexists(name) else [name]
-    if not files:
-        raise UserError(f"no such file: {printable(pattern)}")
-    return files
 
 
 def open_shards(
@@ -185,7 +135,7 @@ def open_shards(
     )
 
     def open_image(number: int) -> IO[bytes]:
-        return io.BufferedReader(_Content(store, number))
+        return stored_file(int(store.lengths[number]), partial(store.read, number))
 
     sizes, problems = sizes_of(paths, digest.hexdigest(), progress, limits, open_image)
     return {"train": Index(paths, samples.ids, samples.labels, sizes, samples.classes, problems, store)}
