@@ -72,6 +72,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "plot": ["matplotlib"],
         "parquet": ["pyarrow>=15"],
+        "remote": ["fsspec[http]", "s3fs"],
         "test": [
             "pytest>=8",
             "pytest-timeout",
@@ -86,6 +87,8 @@ setup(
             # What other programs write, for the tests of what is read from them.
             "datasets",
             "webdataset",
+            "s3fs",
+            "moto[s3,server]",
         ],
     },
     entry_points={"console_scripts": ["fasttrain = fasttrain.cli.main:main"]},

@@ -18,7 +18,7 @@ from fasttrain.checkpoints.run_dir import check_overwritable, write_recipe
 from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index, facts, require_classes
-from fasttrain.data.open_data import data_line, find_parts
+from fasttrain.data.open_data import Parts, data_line
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.base import Output
 from fasttrain.models import Classifier, build_on_meta, check_input_shape
@@ -179,7 +179,7 @@ def require_same_run(recipe: Recipe, train_index: Index, val_index: Index | None
         recipe,
         data=replace(recipe.data, train=(), val=""),
         init=replace(recipe.init, weights=""),
-        machine=replace(recipe.machine, workers=0),
+        machine=replace(recipe.machine, workers=0, stage=""),
     )
     recipe_text = repr(toml.to_dict(comparable))
     ranks.require_same({"recipe": recipe_text} | facts(train_index, "training") | facts(val_index, "validation"))
@@ -273,7 +273,7 @@ def views_line(plan: Plan, recipe: Recipe) -> str:
     return line
 
 
-def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks, out: Path) -> str:
+def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks, out: Path, parts: Parts) -> str:
     """What a run would do from its start, as text. Nothing is trained or written. Raises UserError like `prepare`."""
     plan, model, output = check(recipe, train_index, ranks)
     start_weights(recipe, model, train_index.classes)
@@ -285,7 +285,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     kept = min(recipe.checkpoint.keep + 1, -(-recipe.epochs // recipe.checkpoint.every_epochs))
     rows = plan.micro_batch * plan.views
     lines = {
-        "data": data_line(find_parts(recipe.data), train_index, val_index),
+        "data": data_line(parts, train_index, val_index),
         "network": f"{recipe.arch}, {parameters / 1e6:.2f} M parameters, {recipe.precision}",
         "losses": " + ".join(loss.name for loss in recipe.losses),
         "input": f"{[rows, 3, recipe.image_size, recipe.image_size]} per rank and micro-batch",

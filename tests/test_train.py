@@ -21,6 +21,7 @@ from fasttrain.config.schema import (
     MixConfig,
     OptimConfig,
 )
+from fasttrain.data.open_data import Parts
 from fasttrain.losses.arcface import ArcFace
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.losses.cross_entropy import CrossEntropy
@@ -260,7 +261,7 @@ def test_sync_counter_counts():
 def test_run_and_summary_refuse_what_cannot_be_trained(index, tmp_path, changes, message):
     recipe = tiny(**changes)
     with pytest.raises(UserError, match=message):
-        prepare.summary(recipe, index, None, CPU, tmp_path / "run")
+        prepare.summary(recipe, index, None, CPU, tmp_path / "run", Parts([], [], []))
     with pytest.raises(UserError, match=message):
         run(recipe, tmp_path / "run", index)
 
@@ -268,7 +269,7 @@ def test_run_and_summary_refuse_what_cannot_be_trained(index, tmp_path, changes,
 def test_summary_refuses_a_folder_with_other_files(index, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run"):
-        prepare.summary(tiny(), index, None, CPU, tmp_path)
+        prepare.summary(tiny(), index, None, CPU, tmp_path, Parts([], [], []))
 
 
 def test_out_of_memory_names_the_micro_batch_to_try(index, tmp_path, monkeypatch):

@@ -53,11 +53,13 @@ def data_check(folder: str, quarantine: str | None, out: Path | None, workers: i
     from fasttrain.data import quarantine as quarantines
     from fasttrain.data.open_data import is_container
     from fasttrain.data.scan import Limits
+    from fasttrain.data.stage import local_name
     from fasttrain.data.stores.pack import is_pack
     from fasttrain.utils.text import printable
 
     if out:
         check.require_writable(out)
+    folder = local_name(folder)
     if quarantine:
         quarantines.check_quarantine_folder(folder, quarantine)
     if quarantine and links == "follow":

@@ -17,7 +17,7 @@ from fasttrain.utils.errors import UserError
 PNG_SOFTWARE = "fasttrain"  # marks our pictures, so that a later command may overwrite them
 SET_HELP = "Change a setting: key=value or part.key=value. Repeatable. `fasttrain recipes NAME` lists all settings."
 FOLDER = click.Path(file_okay=False)
-DATA = click.Path()  # a folder or a pack
+DATA = click.Path()  # a folder, a file of images, a pattern of such files, or an address
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -50,6 +50,13 @@ model_option, data_option, training_option, evaluation_option, benchmark_option,
 
 links_option = data_option("--links", type=click.Choice(LINKS), default="inside", show_default=True,
                            help="Take links to places inside the folder, or follow all links.")  # fmt: skip
+
+
+def absolute(name: str) -> str:
+    """A path as an absolute one; an address such as s3://bucket/file as it is."""
+    from fasttrain.data.stage import is_address
+
+    return name if is_address(name) else os.path.abspath(name)
 
 
 def require_png(path: Path, option: str) -> None:

@@ -1,6 +1,5 @@
 """`fasttrain recipes` and `fasttrain show`: the recipes, and what their networks see."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from fasttrain.cli.options import (
     PNG_SOFTWARE,
     SET_HELP,
     GroupedCommand,
+    absolute,
     data_option,
     model_option,
     output_option,
@@ -75,7 +75,7 @@ def show(
 
     recipe = chosen_recipe(arch, recipe_name)
     if data:
-        recipe = replace(recipe, data=replace(recipe.data, train=(os.path.abspath(data),), val=""))
+        recipe = replace(recipe, data=replace(recipe.data, train=(absolute(data),), val=""))
     elif not recipe.data.train:
         recipe = on_demo_set(recipe)
     recipe = toml.override(recipe, *settings)

@@ -13,6 +13,7 @@ from fasttrain.cli.options import (
     FOLDER,
     SET_HELP,
     GroupedCommand,
+    absolute,
     data_option,
     machine_option,
     model_option,
@@ -93,6 +94,8 @@ def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
     from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
     from fasttrain.config import toml
     from fasttrain.data.open_data import data_line, find_parts, open_parts
+    from fasttrain.data.preload import preload
+    from fasttrain.data.stage import staged
     from fasttrain.distributed.ranks import ranks
     from fasttrain.prepare import resolve_auto, summary
     from fasttrain.train import train
@@ -114,16 +117,19 @@ def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
         recipe = resolve_auto(recipe, rank.device)
 
         def opened() -> "tuple[Parts, tuple[Index, Index | None]]":
-            parts = find_parts(recipe.data)
-            return parts, open_parts(parts, recipe.data)
+            parts = find_parts(data)
+            return parts, open_parts(parts, data)
 
+        data = staged(recipe.data, recipe.machine.stage)
         parts, (train_index, val_index) = rank.in_turn(opened)
         for part in (*parts.train, *parts.val):
             require_outside(folder, part.path)
         if dry_run:
             if rank.first:
-                click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder)}")
+                click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder, parts)}")
             return
+        if recipe.machine.preload and rank.local_rank == 0:
+            preload([index for index in (train_index, val_index) if index is not None])
         if rank.first:
             click.echo(data_line(parts, train_index, val_index), err=True)
         with lock(folder) if rank.first else nullcontext():
@@ -163,10 +169,10 @@ def recipe_of(
             raise UserError("--val without --data: name the training images too")
         recipe = on_demo_set(recipe)
     elif data:
-        folders = tuple(os.path.abspath(folder) for folder in data)
+        folders = tuple(absolute(folder) for folder in data)
         recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
     if val:
-        recipe = replace(recipe, data=replace(recipe.data, val=os.path.abspath(val)))
+        recipe = replace(recipe, data=replace(recipe.data, val=absolute(val)))
     changes: list[tuple[str, str, object]] = [
         ("--epochs", "epochs", epochs),
         ("--batch-size", "batch_size", batch_size),

@@ -264,6 +264,10 @@ class MachineConfig:
     """Seconds without progress after which a run on several ranks ends and names the rank that is behind; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard files where TensorBoard is installed."""
+    preload: bool = False
+    """Read all images' files once before the first step, where a disk is cold or slow."""
+    stage: str = ""
+    """A local folder that packs, shards and parquet files are copied to and read from; it keeps them for later runs."""
 
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", _one_of(DEVICES), self.device)

@@ -42,6 +42,11 @@ class Index:
         """Whether the images have to be decoded; if not, the store has their pixels."""
         return self.store is None or not self.store.decoded
 
+    @property
+    def files(self) -> Sequence[str]:
+        """The paths of the files that are read."""
+        return self.paths if self.store is None else self.store.files
+
     def fingerprint(self) -> str:
         """SHA-256 over classes, ids and labels: equal for the same images in another folder."""
         digest = hashlib.sha256("\0".join(self.classes + self.ids).encode(errors="surrogateescape"))

@@ -12,6 +12,7 @@ import numpy as np
 from fasttrain.data.index import Index, merge, require_classes
 from fasttrain.data.layout import find_splits
 from fasttrain.data.scan import DEFAULT_LIMITS, Limits, require_usable, scan, scan_unlabeled
+from fasttrain.data.stage import local_name
 from fasttrain.data.stores.arrow import is_arrow, open_arrow
 from fasttrain.data.stores.pack import is_pack, open_pack
 from fasttrain.data.stores.shards import is_shards, open_shards
@@ -112,7 +113,7 @@ def find_parts(data: "DataConfig") -> Parts:
             val.append(part)
     if data.val:
         found = _parts_of(data.val, Limits.of(data), with_val=True)
-        val = found.val or (found.train if is_container(data.val) else [Part(Path(data.val))])
+        val = found.val or (found.train if is_container(local_name(data.val)) else [Part(Path(data.val))])
         if any(part.same_as(other) for part in val for other in train):
             raise UserError(f"--val {val[0]} is also a training folder; name other images, or none")
     used = [*train, *val]
@@ -122,7 +123,7 @@ def find_parts(data: "DataConfig") -> Parts:
 
 def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
     """What one --data names."""
-    path = Path(name)
+    path = Path(local_name(name))
     if is_container(path):
         splits = open_container(path, limits)
         if len(splits) > 1 and "train" not in splits:
@@ -158,6 +159,7 @@ def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: 
     Its labels are the positions in `classes`. Classes without images are named on stderr. Raises UserError where it has
     images of another class. origin: where the classes are from.
     """
+    name = local_name(name)
     parts = _parts_of(name, limits, with_val=True)
     root = (parts.val or parts.train)[0] if is_container(name) or parts.val else Part(Path(name))
     index = root.open(limits, partial=True)
@@ -177,6 +179,7 @@ def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: 
 def open_unlabeled(name: str, limits: Limits = DEFAULT_LIMITS) -> Index:
     """The index of all images in a folder and its subfolders (see `scan_unlabeled`), or in a pack or table; it has no
     labels."""
+    name = local_name(name)
     if not is_container(name):
         return scan_unlabeled(name, limits=limits)
     indices = list(open_container(name, limits, labeled=False).values())

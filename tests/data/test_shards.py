@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import CPU, TINY, call, same, tiny
+from helpers import CPU, TINY, call, same, tiny, write_shards
 from helpers import run as train
 from PIL import Image
 
@@ -23,18 +23,6 @@ from fasttrain.data.stores.shards import expand, open_shards
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import batches
 from fasttrain.utils.errors import RunError, UserError
-
-
-def write_shards(folder: Path, out: Path, *, label: str = "cls", per_shard: int = 150) -> str:
-    """The images of a folder of class folders as WebDataset's own writer writes them, and their pattern."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = sorted(folder.rglob("*.jpg"), key=lambda path: path.name[::-1])  # in an order of its own
-    with webdataset.ShardWriter(str(out / "shard-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
-        for path in files:
-            name = path.relative_to(folder).with_suffix("")
-            value = {"label": path.parent.name, "width": 3} if label == "json" else path.parent.name.encode()
-            writer.write({"__key__": str(name), "jpg": path.read_bytes(), label: value})
-    return str(out / f"shard-{{000000..{(len(files) - 1) // per_shard:06}}}.tar")
 
 
 @pytest.fixture(scope="module")

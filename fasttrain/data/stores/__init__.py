@@ -16,6 +16,10 @@ class Store(Protocol):
     def decoded(self) -> bool:
         """Whether the content is pixels; if not, it is that of an image file."""
 
+    @property
+    def files(self) -> Sequence[str]:
+        """The paths of the files that are read."""
+
     def content(self, number: int) -> NDArray[np.uint8]:
         """An image: uint8 [H, W, 3] where `decoded`, else the bytes of a file, uint8 [n]. It may be a view of a memory
         map: only what is used of it is read."""
@@ -27,6 +31,11 @@ class Merged:
     def __init__(self, stores: Sequence[Store | None], paths: Sequence[Sequence[str]], decoded: bool) -> None:
         self.stores, self.paths, self.decoded = stores, paths, decoded
         self.starts = np.cumsum([0, *map(len, paths)])
+
+    @property
+    def files(self) -> list[str]:
+        parts = zip(self.stores, self.paths, strict=True)
+        return [path for store, paths in parts for path in (paths if store is None else store.files)]
 
     def content(self, number: int) -> NDArray[np.uint8]:
         part = int(np.searchsorted(self.starts, number, "right")) - 1

@@ -43,9 +43,10 @@ _ROWS = 16  # of a parquet file, in memory at once
 
 @dataclass(frozen=True, eq=False)
 class ArrowImages:
-    """The store of images in Arrow tables. data: the content of each chunk, uint8. chunk: int32 [N]. starts, ends:
-    int64 [N], in bytes."""
+    """The store of images in Arrow tables. files: those that are read. data: the content of each chunk, uint8. chunk:
+    int32 [N]. starts, ends: int64 [N], in bytes."""
 
+    files: tuple[str, ...]
     data: list[NDArray[np.uint8]]
     chunk: NDArray[np.int32]
     starts: NDArray[np.int64]
@@ -168,6 +169,7 @@ def _index(
     paths = tuple(f"{part.file}:{row}" for part, row in (places[number] for number in order))
     chunks = [chunk for part in parts for chunk in part.chunks]
     store = ArrowImages(
+        tuple(str(part.source) for part in parts),
         [content for content, _ in chunks],
         np.repeat(np.arange(len(chunks), dtype=np.int32), [len(offsets) - 1 for _, offsets in chunks])[order],
         np.concatenate([offsets[:-1] for _, offsets in chunks])[order],
@@ -220,10 +222,12 @@ def _split_name(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A file. chunks: the content of the images, uint8, and where each starts and ends in it, int64 [n + 1]. names:
-    the images' paths; "" where one has none. labels: "" where there is none. classes: those that the schema names."""
+    """A file. source: the Arrow file that is read. chunks: the content of the images, uint8, and where each starts and
+    ends in it, int64 [n + 1]. names: the images' paths; "" where one has none. labels: "" where there is none. classes:
+    those that the schema names."""
 
     file: Path
+    source: Path
     stamp: str
     chunks: list[tuple[NDArray[np.uint8], NDArray[np.int64]]]
     names: list[str]
@@ -253,7 +257,7 @@ class _Part:
         if columns.label is not None:
             labels = [_label_text(value, columns.classes) for value in table[columns.label].to_pylist()]
         chunks = [_content(chunk) for chunk in images.chunks if len(chunk)]
-        return cls(file, mark, chunks, names, labels, columns.classes or ())
+        return cls(file, source, mark, chunks, names, labels, columns.classes or ())
 
 
 def _image_name(path: str | None) -> str:

@@ -46,8 +46,9 @@ HEADER_BYTES = 100 << 20  # at most, as safetensors itself reads it
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The store of a pack's images `rows`, int64 [N]: positions among all images of the pack."""
+    """The store of a pack's images `rows`, int64 [N]: positions among all images of the pack. files: the pack."""
 
+    files: tuple[str]
     tensors: dict[str, NDArray[Any]]
     rows: NDArray[np.int64]
     decoded: bool
@@ -153,7 +154,7 @@ def _indices(path: str, metadata: dict[str, str], tensors: dict[str, NDArray[Any
         names = tuple(ids[row] for row in rows.tolist())
         if len(set(names)) < len(names):
             raise ValueError("it has two images of the same id")
-        store = Images(tensors, rows, decoded=kind == "raw")
+        store = Images((path,), tensors, rows, decoded=kind == "raw")
         paths = tuple(f"{path}:{name}" for name in names)
         indices[split] = Index(paths, names, labels[rows], sizes[rows], classes, store=store)
     return indices

@@ -16,6 +16,16 @@ _MOST_SHARDS = 100_000
 def expand(pattern: str) -> list[str]:
     """The files of a pattern such as train-{000000..000012}.tar or train-*.tar. Raises UserError where there are none,
     or far too many."""
+    files: list[str] = []
+    for name in expand_braces(pattern):
+        files += sorted(glob(name)) if has_magic(name) and not os.path.lexists(name) else [name]
+    if not files:
+        raise UserError(f"no such file: {printable(pattern)}")
+    return files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern with braces stands for; they need not exist."""
     pieces = _BRACES.split(pattern)
     texts = pieces[::4]
     choices: list[Sequence[str]] = []
@@ -27,10 +37,7 @@ def expand(pattern: str) -> list[str]:
             raise UserError(f"{printable(pattern)} stands for more than {_MOST_SHARDS:,} files")
         width = len(first or "")
         choices.append([str(number).zfill(width) for number in numbers] if first is not None else names.split(","))
-    files = []
-    for chosen in itertools.product(*choices):
-        name = "".join(text + part for text, part in zip(texts, (*chosen, ""), strict=True))
-        files += sorted(glob(name)) if has_magic(name) and not os.path.lexists(name) else [name]
-    if not files:
-        raise UserError(f"no such file: {printable(pattern)}")
-    return files
+    return [
+        "".join(text + part for text, part in zip(texts, (*chosen, ""), strict=True))
+        for chosen in itertools.product(*choices)
+    ]
