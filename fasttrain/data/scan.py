@@ -20,7 +20,7 @@ from fasttrain.utils.text import printable
 if TYPE_CHECKING:  # config imports torch, and commands that only read files need not wait for it
     from fasttrain.config.schema import DataConfig
 
-_CACHE_FORMAT = "fasttrain-index-5"
+_CACHE_FORMAT = "fasttrain-index-4"
 
 
 class Limits(NamedTuple):
@@ -224,13 +224,12 @@ def sizes_of(
     """The images' sizes from the cache or else from the headers, int32 [N, 2]; and the problems of those that cannot be
     used, whose sizes are 0. open_image: see `read_headers`."""
     problems: dict[int, str] = {}
-    name = f"{_CACHE_FORMAT}-{cache_key}.npz"
-    cached = load_cached(name, ("sizes",))
-    sizes = None if cached is None else cached["sizes"]
-    if sizes is None or sizes.shape != (len(paths), 2) or sizes.dtype != np.int32 or not (sizes > 0).all():
+    cache = cached(f"{_CACHE_FORMAT}-{cache_key}.npy")
+    sizes = _load_sizes(cache, len(paths))
+    if sizes is None:
         sizes, problems = read_headers(paths, progress, open_image)
         if not problems:  # a file that cannot be read is tried again next time
-            store_cached(name, {"sizes": sizes})
+            store_array(cache, sizes)
     sizes, too_large = limits.apply(sizes)
     return sizes, problems | too_large
 
@@ -290,23 +289,36 @@ def require_usable(paths: Sequence[str], problems: Mapping[int, str]) -> None:
         raise UserError(f"cannot use the image {printable(paths[first])}: {problems[first]}{more}")
 
 
-def load_cached(name: str, keys: Sequence[str]) -> dict[str, NDArray[Any]] | None:
-    """The arrays with these keys that `store_cached` has written; None where there is no such file, or it is broken."""
+def _load_sizes(cache: Path | None, count: int) -> NDArray[np.int32] | None:
+    sizes = load_array(cache)
+    if sizes is None or sizes.shape != (count, 2) or sizes.dtype != np.int32 or not (sizes > 0).all():
+        return None
+    return sizes
+
+
+def cached(name: str) -> Path | None:
+    """A path in the cache of indices; None where the user has no home folder. The cache only saves time."""
     try:
-        with opened(_cached(name)) as file, np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in keys}
-    except Exception:  # numpy raises whatever a broken file leads its parsers to
+        return cache_dir() / "index" / name
+    except UserError:
         return None
 
 
-def store_cached(name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays into the cache; where this fails, the next run computes them again."""
-    with suppress(OSError, UserError):
-        path = _cached(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+def load_array(path: Path | None) -> NDArray[Any] | None:
+    """The array that `store_array` has written; None where there is no such file, or it is broken."""
+    try:
+        if path is None:
+            return None
+        with opened(path) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception:  # numpy raises whatever a broken header leads Python's parser to
+        return None
 
 
-def _cached(name: str) -> Path:
-    return cache_dir() / "index" / name
+def store_array(path: Path | None, array: NDArray[Any]) -> None:
+    """Write an array into the cache; where this fails, the next run computes it again."""
+    with suppress(OSError):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as temporary:
+                np.save(temporary, array)

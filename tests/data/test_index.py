@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_opened_says_nothing_about_the_image(small, monkey
 @pytest.mark.parametrize("damage", [b"", b"not an array", b"PK\x03\x04", None])
 def test_a_damaged_cache_is_ignored(small, damage):
     sizes = scan(small).sizes
-    (cached,) = (cache_dir() / "index").glob("*.npz")
+    (cached,) = (cache_dir() / "index").glob("*.npy")
     cached.write_bytes(cached.read_bytes()[:-30] if damage is None else damage)
     assert np.array_equal(scan(small).sizes, sizes)
 

@@ -13,6 +13,7 @@ import sys
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from fasttrain.data.headers import EXTENSIONS
 from fasttrain.data.index import Index, of_samples
-from fasttrain.data.scan import Limits, load_cached, sizes_of, stamp, store_cached
+from fasttrain.data.scan import Limits, cached, load_array, sizes_of, stamp, store_array
 from fasttrain.data.stores import stored_file
 from fasttrain.data.stores.patterns import expand
 from fasttrain.utils.errors import RunError, UserError
@@ -145,19 +146,21 @@ def _members(files: Sequence[str], cache_key: str, progress: bool) -> list[_Memb
     """The images of all shards, from the cache or else from the archives' headers."""
     from tqdm import tqdm
 
-    cache = f"fasttrain-shards-1-{cache_key}.npz"
-    cached = load_cached(cache, ("places", "names", "labels"))
-    if cached is not None:
-        rows = zip(cached["places"].tolist(), _split(cached["names"]), _split(cached["labels"]), strict=True)
-        return [_Member(shard, offset, length, name, label) for (shard, offset, length), name, label in rows]
+    caches = [cached(f"fasttrain-shards-1-{cache_key}-{part}.npy") for part in ("places", "names", "labels")]
+    arrays = [array for cache in caches if (array := load_array(cache)) is not None]
+    if len(arrays) == len(caches):
+        with suppress(ValueError, TypeError):  # the cache is broken
+            rows = zip(arrays[0].tolist(), _split(arrays[1]), _split(arrays[2]), strict=True)
+            return [_Member(shard, offset, length, name, label) for (shard, offset, length), name, label in rows]
     members: list[_Member] = []
     # `disable=None` hides the bar where stderr is not a terminal.
     for shard, file in enumerate(tqdm(files, desc="reading shards", unit="file", disable=None if progress else True)):
         members += _read(file, shard)
     if members:
         places = np.array([(each.shard, each.offset, each.length) for each in members], np.int64)
-        names, labels = ([getattr(each, key) for each in members] for key in ("name", "label"))
-        store_cached(cache, {"places": places, "names": _joined(names), "labels": _joined(labels)})
+        names, labels = (_joined([getattr(each, key) for each in members]) for key in ("name", "label"))
+        for cache, array in zip(caches, (places, names, labels), strict=True):
+            store_array(cache, array)
     return members
 
 
