@@ -26,7 +26,8 @@ def image_inputs(index: Index) -> dict[str, Input]:
 
 
 def image_values(index: Index, numbers: NDArray[np.int64], region: Region | None = None) -> dict[str, Any]:
-    """The values of `image_inputs` for these images. region: the part that is needed; by default the whole image."""
+    """The values of `image_inputs` for these images. region: the part that is needed; by default the whole image. Of
+    stored pixels, its rows are given in full width, as views: the graph cuts the columns."""
     store = index.store
     if store is None:
         return {"path": [np.frombuffer(os.fsencode(index.paths[number]), np.uint8) for number in numbers]}
@@ -34,12 +35,9 @@ def image_values(index: Index, numbers: NDArray[np.int64], region: Region | None
     if not store.decoded:
         return {"encoded": contents}
     if region is not None:
-        boxes = np.concatenate(region, 1).tolist()
-        contents = [
-            pixels[top : top + height, left : left + width]
-            for pixels, (top, left, height, width) in zip(contents, boxes, strict=True)
-        ]
-    return {"pixels": list(map(np.ascontiguousarray, contents)), "size": index.sizes[numbers]}
+        rows = zip(region[0][:, 0].tolist(), region[1][:, 0].tolist(), strict=True)
+        contents = [pixels[top : top + height] for pixels, (top, height) in zip(contents, rows, strict=True)]
+    return {"pixels": contents, "size": index.sizes[numbers]}
 
 
 def read_images(
@@ -48,7 +46,11 @@ def read_images(
     """uint8 HWC images or their regions, and their sizes, int32 [2], in the headers of encoded ones. nodes: those of
     `image_inputs`. region: nodes of (top, left) and (height, width)."""
     if "pixels" in nodes:
-        return (nodes["pixels"].gpu() if on_gpu else nodes["pixels"]), nodes["size"]
+        pixels = nodes["pixels"]
+        if region is not None:  # on the CPU, so that only the region travels to a GPU
+            start, shape = (node[1:2] for node in region)
+            pixels = fn.slice(pixels, start, shape, axes=[1], normalized_anchor=False, normalized_shape=False)
+        return (pixels.gpu() if on_gpu else pixels), nodes["size"]
     encoded = fn.io.file.read(nodes["path"]) if "path" in nodes else nodes["encoded"]
     size = header_size(encoded)
     if region is None:

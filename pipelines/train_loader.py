@@ -30,12 +30,11 @@ def batch_inputs(plan: Plan, index: Index) -> dict[str, Input]:
     """The graph's inputs, by name: those of `image_inputs`, and these. The inputs of view 1 are named
     `view1.flip_start` and so on.
 
-    number: the image's number in the index. region_start, region_shape: of images that have to be decoded, the region
-    that is, (top, left) and (height, width) in pixels of the stored image; the smallest that holds all views' crops.
+    number: the image's number in the index. region_start, region_shape: the region that is decoded or read, (top, left)
+    and (height, width) in pixels of the stored image; the smallest that holds all views' crops.
     """
     inputs = image_inputs(index) | {"number": Input("INT64", 0)}
-    if index.encoded:
-        inputs |= {"region_start": Input("INT32", 1), "region_shape": Input("INT32", 1)}
+    inputs |= {"region_start": Input("INT32", 1), "region_shape": Input("INT32", 1)}
     for view in range(plan.views_total):
         inputs |= {f"view{view}.{name}": value for name, value in view_inputs(plan).items()}
     return inputs
@@ -134,9 +133,9 @@ def graph(
     for each batch; `source` by default.
     """
     plan = source.plan
-    nodes = read_inputs(feed or source, batch_inputs(plan, source.index))
-    region = (nodes["region_start"], nodes["region_shape"]) if source.index.encoded else None
-    images, size = read_images(nodes, decoder, on_gpu, region)
+    # Stored pixels are not copied as they come: a memory map does not change, and most of an image is not needed.
+    nodes = read_inputs(feed or source, batch_inputs(plan, source.index), copy=source.index.encoded)
+    images, size = read_images(nodes, decoder, on_gpu, (nodes["region_start"], nodes["region_shape"]))
     views = []
     for view in range(plan.views_total):
         views.append(_view(images, _with_prefix(f"view{view}", nodes), plan, on_gpu))

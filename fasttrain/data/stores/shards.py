@@ -158,9 +158,9 @@ def _members(files: Sequence[str], cache_key: str, progress: bool) -> list[_Memb
         members += _read(file, shard)
     if members:
         places = np.array([(each.shard, each.offset, each.length) for each in members], np.int64)
-        names, labels = (_joined([getattr(each, key) for each in members]) for key in ("name", "label"))
-        for cache, array in zip(caches, (places, names, labels), strict=True):
-            store_array(cache, array)
+        names, labels = _joined([each.name for each in members]), _joined([each.label for each in members])
+        for path, content in zip(caches, [places, names, labels], strict=True):
+            store_array(path, content)
     return members
 
 
