@@ -1,6 +1,6 @@
 """The main job: `fasttrain run --arch tresnet_xl` on photographs, with default settings, for a few steps.
 
-    python3 scripts/gpu/main_job.py --data DIR --out OUT --json FILE
+    python3 scripts/gpu/main_job.py --data DIR --out OUT --json FILE [--pack]
 
 The photographs are repeated (as hard links) until there are enough for the steps. The figures come from the run's log.
 """
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--arch", default="tresnet_xl")
+    parser.add_argument("--pack", action="store_true", help="train on a pack of raw pixels at 288")
     parser.add_argument("--toy", action="store_true", help="a tiny network, on a CPU")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
     args = parser.parse_args()
@@ -45,7 +46,12 @@ def main() -> int:
             target = images / f"{Path(name).parent}" / f"{copy:03}-{Path(name).name}"
             target.parent.mkdir(parents=True, exist_ok=True)
             link(path, target)
-    command = [sys.executable, "-m", "fasttrain", "run", "--arch", arch, "--data", str(images), "--epochs", "1"]
+    data = images
+    if args.pack:
+        data = args.out / "raw288.safetensors"
+        words = ["data", "pack", str(images), "--out", str(data), "--pixels", "raw", "--shorter-side", "288"]
+        subprocess.run([sys.executable, "-m", "fasttrain", *words], env=environment(), check=True)
+    command = [sys.executable, "-m", "fasttrain", "run", "--arch", arch, "--data", str(data), "--epochs", "1"]
     command += ["--out", str(args.out / "run"), "--set", "machine.log_steps=5"]
     command += [word for setting in args.set for word in ("--set", setting)]
     command += ["--image-size", "32", "--batch-size", "8", "--device", "cpu"] if args.toy else []
@@ -58,7 +64,13 @@ def main() -> int:
     rows = [{key: line.get(key) for key in keys} for line in lines if line["event"] == "train"]
     with ranks("auto") as this_rank:
         run_command = ["fasttrain", "run", "--arch", arch, "--epochs", "1", "--set", "machine.log_steps=5", *args.set]
-        settings = {"command": run_command, "exit_status": status, "seconds": seconds, "batch_size": batch}
+        settings = {
+            "command": run_command,
+            "pack": args.pack,
+            "exit_status": status,
+            "seconds": seconds,
+            "batch_size": batch,
+        }
         write_figures(args.json, this_rank.device, rows, settings)
     for row in rows:
         print(row)

@@ -61,6 +61,10 @@ _KERNELS = (
     "-m fasttrain bench kernels --json {json} --rounds 9"
     " --only 'mix 256*' --only 'triplet 256 x 2656*' --only 'triplet 1024*'"
 )
+_PACKS = (
+    "scripts/gpu/packs.py --data {data} --out {out} --json {json} --autoaugment imagenet --batch-size 256"
+    " --images-per-class 0 --rounds 3 --steps 20 --only 'fasttrain*' --only timm"
+)
 _MAIN_JOB = "scripts/gpu/main_job.py --data {data} --out {out} --json {json}"
 _PROOF = "scripts/gpu/proof.py --data {data} --out {out} --json {json}"
 
@@ -117,6 +121,10 @@ SLOTS = {
             "--batch-size 128 --set machine.compile=graphs --only fasttrain --only 'fasttrain, compiled'",
             arch="resnest101e",
         ),
+    ],
+    "G": [
+        Part("pipeline-256-packs", 80, 150, _PACKS, _TOY_LOADERS),
+        Part("main-job-pack", 200, 280, f"{_MAIN_JOB} --pack", "--toy"),
     ],
 }
 
