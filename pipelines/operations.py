@@ -161,7 +161,7 @@ def apply(images: Any, a: Arguments, size: int, interp: Any) -> Any:
     """
     if a.kind < Kind.COLOR.value:
         if a.kind < Kind.EQUALIZE.value:
-            if a.kind == Kind.NONE.value:
+            if a.kind == Kind.NONE.value:  # noqa: SIM108 (AutoGraph follows statements)
                 result = images
             else:  # BITS
                 result = (images & a.keep) ^ a.flip

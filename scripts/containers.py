@@ -17,21 +17,13 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
-from fasttrain import recipes
-from fasttrain.benchmarks.common import write_figures
-from fasttrain.benchmarks.pipeline import repeated
-from fasttrain.config.schema import AugmentConfig, DataConfig
+# Each process that packs imports this file, so what it does not need is imported where it is used.
 from fasttrain.data import pack
-from fasttrain.data.index import Index
-from fasttrain.data.open_data import open_data
+from fasttrain.data.index import Index, merge
 from fasttrain.data.pack import Encoding
-from fasttrain.pipelines.eval_loader import EvalLoader
-from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.views import views_by_name
 
 SIZE = 224
 VIPRIORS = 100_000  # images: 50 per class for training and 50 for validation
@@ -41,7 +33,6 @@ KINDS = {
     "raw 288": Encoding("raw", 288),
     "raw": Encoding("raw"),
 }
-CPU = torch.device("cpu")
 
 
 @click.command()
@@ -51,8 +42,12 @@ CPU = torch.device("cpu")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def main(data: str, images: int, workers: int, json_path: Path | None) -> None:
     """Measure, and print one line per kind."""
-    index, _ = open_data(DataConfig(train=(data,)))
-    many = unique(repeated(index, images), images)
+    import torch
+
+    from fasttrain.benchmarks.common import write_figures
+
+    index = opened(data)
+    many = unique(merge([index] * -(-images // len(index)), [""] * -(-images // len(index))), images)
     files = sum(Path(path).stat().st_size for path in index.paths)
     rows: list[dict[str, Any]] = [{"kind": "files", "mb": files / 1e6, "gb_of_vipriors": gb(files, index)}]
     report(rows[-1])
@@ -63,7 +58,7 @@ def main(data: str, images: int, workers: int, json_path: Path | None) -> None:
             row = {"kind": kind, "mb": made.bytes / 1e6, "gb_of_vipriors": gb(made.bytes, index)}
             row["images_per_s"] = rate(many, large, encoding, workers)
             row["pillow_images_per_s"] = pillow_rate(many.paths, encoding, workers)
-            packed, _ = open_data(DataConfig(train=(str(small),)))
+            packed = opened(str(small))
             row |= difference(index, packed)
             row |= {f"enlarged_{name}": value for name, value in enlarged(packed).items()}
             rows.append(row)
@@ -71,7 +66,14 @@ def main(data: str, images: int, workers: int, json_path: Path | None) -> None:
     files_row = enlarged(index)
     report({"kind": "files", **{f"enlarged_{name}": value for name, value in files_row.items()}})
     if json_path:
-        write_figures(json_path, CPU, rows, {"images": images, "workers": workers})
+        write_figures(json_path, torch.device("cpu"), rows, {"images": images, "workers": workers})
+
+
+def opened(data: str) -> Index:
+    from fasttrain.config.schema import DataConfig
+    from fasttrain.data.open_data import open_data
+
+    return open_data(DataConfig(train=(data,)))[0]
 
 
 def report(row: dict[str, Any]) -> None:
@@ -109,8 +111,8 @@ def pillow_rate(paths: Sequence[str], encoding: Encoding, workers: int) -> float
 def with_pillow(path: str, encoding: Encoding) -> int:
     from PIL import Image
 
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    with Image.open(path) as file:
+        image = file.convert("RGB")
     height, width = encoding.size(image.height, image.width)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -133,13 +135,22 @@ def difference(index: Index, packed: Index) -> dict[str, float]:
 
 
 def crops(index: Index) -> Iterator[NDArray[np.uint8]]:
-    for batch in EvalLoader(index, views_by_name("center", SIZE), 32, CPU, 2):
+    import torch
+
+    from fasttrain.pipelines.eval_loader import EvalLoader
+    from fasttrain.pipelines.views import views_by_name
+
+    for batch in EvalLoader(index, views_by_name("center", SIZE), 32, torch.device("cpu"), 2):
         yield batch.pixels[0].numpy().copy()
 
 
 def enlarged(index: Index) -> dict[str, float]:
     """Of the training crops of three epochs: the share that is enlarged in height or width, and the mean factor by
     which those are."""
+    from fasttrain import recipes
+    from fasttrain.config.schema import AugmentConfig
+    from fasttrain.pipelines.plan import Plan
+
     recipe = replace(recipes.for_arch("tresnet_xl"), image_size=SIZE, batch_size=64, epochs=3, augment=AugmentConfig())
     plan = Plan.of(recipe, index)
     factors = []

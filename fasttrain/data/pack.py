@@ -105,12 +105,15 @@ def _encode(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes:
     from PIL import Image
 
     height, width = encoding.size(*pixels.shape[:2])
-    if (height, width) != pixels.shape[:2]:
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))  # antialiased
-    if encoding.kind == "raw":
+    if encoding.kind == "raw" and (height, width) == pixels.shape[:2]:
         return pixels.tobytes()
+    image = Image.fromarray(pixels)
+    if (height, width) != pixels.shape[:2]:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)  # antialiased
+    if encoding.kind == "raw":
+        return image.tobytes()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality)
+    image.save(buffer, "JPEG", quality=encoding.quality)
     return buffer.getvalue()
 
 
