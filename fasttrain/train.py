@@ -13,6 +13,7 @@ from fasttrain.checkpoints.async_save import Saver
 from fasttrain.checkpoints.resume import rewind
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
+from fasttrain.data.message_names import MessageNames
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.distributed.stop_signals import StopSignals
 from fasttrain.distributed.watchdog import EVALUATING, SAVING, Watch
@@ -20,14 +21,17 @@ from fasttrain.evaluation.evaluate import EvaluationFailed, evaluate
 from fasttrain.evaluation.predictions import Scores
 from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
-from fasttrain.pipelines.train_loader import batches
+from fasttrain.pipelines.train_loader import PREFETCH, batches
 from fasttrain.prepare import Run, build_val_loader, decoder_of, open_log, prepare
 from fasttrain.training.feed import Feed
 from fasttrain.training.guard import REPORT, Diverged
 from fasttrain.training.log import Log
 from fasttrain.training.memory import explain_out_of_memory, gc_paused
+from fasttrain.utils.decoder_messages import Messages
 from fasttrain.utils.errors import RunError, Stopped
 from fasttrain.utils.text import printable
+
+NO_MESSAGES = Messages()
 
 
 class Result(NamedTuple):
@@ -46,10 +50,12 @@ def train(
     val_index: Index | None,
     ranks: Ranks,
     resume_from: Path | None = None,
+    messages: Messages = NO_MESSAGES,
 ) -> Result:
     """Train a resolved recipe into the run's folder `out`.
 
-    resume_from: the checkpoint to resume from; None: start. Every rank calls this with the same arguments, except for
+    resume_from: the checkpoint to resume from; None: start. messages: of image decoders, for which the log names a
+    file. Every rank calls this with the same arguments, except for
     `ranks`. Raises UserError where the settings, the data and the checkpoint do not fit together; RunError where an
     image cannot be decoded, memory runs out or losses stay not finite; and Stopped after SIGTERM, SIGUSR1 or SIGHUP,
     once the step is done and saved.
@@ -60,7 +66,7 @@ def train(
             if run.finished:
                 return Result(run.progress.steps_done, None, run.progress.best)
             try:
-                return train_loop(run, signals)
+                return train_loop(run, signals, messages)
             except Diverged as diverged:
                 del run  # the next one needs its memory
                 resume_from = ranks.from_first(partial(rewind, out, diverged, train_index, recipe.guard.rewinds))
@@ -68,7 +74,7 @@ def train(
                     raise RunError(f"{diverged}; {printable(out / REPORT)} has the steps and their images") from None
 
 
-def train_loop(run: Run, signals: StopSignals) -> Result:
+def train_loop(run: Run, signals: StopSignals, messages: Messages) -> Result:
     """Train from the run's next step to its end. Raises Diverged where too many steps in a row were not finite."""
     recipe, plan, ranks, progress, train_step = run.recipe, run.plan, run.ranks, run.progress, run.train_step
     val_loader, log = build_val_loader(run), open_log(run)
@@ -84,7 +90,8 @@ def train_loop(run: Run, signals: StopSignals) -> Result:
     watch = Watch(ranks, recipe.machine.hang_timeout)
     saver = Saver(run.out, recipe.checkpoint, log, alive=lambda: watch.at(progress.steps_done - 1, SAVING))
     feed = Feed(stream, plan, run.train_index, watch, progress.steps_done, recipe.machine.hash_batches)
-    with closing(log), saver, watch, gc_paused(), explain_out_of_memory(plan):
+    names = MessageNames(messages, log.say)
+    with closing(log), saver, watch, gc_paused(), explain_out_of_memory(plan), names:
         for step, micro_batches in feed:
             train_step(step, micro_batches)
 
@@ -95,6 +102,7 @@ def train_loop(run: Run, signals: StopSignals) -> Result:
                 log_hash(feed, log, progress.steps_done, ranks)
             if epoch_ends or is_multiple(step + 1, recipe.machine.log_steps):
                 log_point(run, log, saver, epoch)
+                names.look(lambda: recent_paths(run))
             if epoch_ends:
                 log_collapsed(run, log, epoch)
                 if val_loader is not None and evaluates_after(recipe, epoch):
@@ -146,6 +154,21 @@ def log_point(run: Run, log: Log, saver: Saver, epoch: int) -> None:
     if reading.streak >= run.recipe.guard.patience:
         norms = train_step.guard.worst()
         raise Diverged(done, run.plan, progress.rewinds, progress.best, reading.streak_values, norms)
+
+
+def recent_paths(run: Run) -> list[str]:
+    """The files that this rank has decoded up to now in the epoch, the last ones first, and those of the validation
+    images. None of images in containers."""
+    plan, done = run.plan, run.progress.steps_done
+    first = (done - 1) // plan.steps_per_epoch * plan.steps_per_epoch
+    steps = range(min(done + PREFETCH, plan.steps) - 1, first - 1, -1)
+    paths = []
+    if run.train_index.store is None:
+        numbers = (plan.images(step, micro).tolist() for step in steps for micro in range(plan.micro_batches))
+        paths += [run.train_index.paths[number] for some in numbers for number in some]
+    if run.val_index is not None and run.val_index.store is None:
+        paths += run.val_index.paths
+    return paths
 
 
 def log_collapsed(run: Run, log: Log, epoch: int) -> None:

@@ -62,12 +62,22 @@ def _predict(
     sizes: str | None,
     **options: Any,
 ) -> "Predictions | None":
+    from fasttrain.data.message_names import MessageNames
     from fasttrain.distributed.ranks import ranks
     from fasttrain.predict import predict
 
     pixels = () if sizes is None else _parse_sizes(sizes)
-    with shown_once(), ranks(device) as rank:
-        return predict(checkpoint_path, open_index, rank, sizes=pixels, **options)
+    opened: list[Index] = []
+
+    def open_once(recipe: "Recipe", classes: list[str]) -> "Index":
+        opened.append(open_index(recipe, classes))
+        return opened[-1]
+
+    with shown_once() as messages, ranks(device) as rank:
+        predicted = predict(checkpoint_path, open_once, rank, sizes=pixels, **options)
+        with MessageNames(messages, lambda line: click.echo(line, err=True)) as names:
+            names.look(lambda: opened[0].paths if opened[0].store is None else ())
+        return predicted
 
 
 def _limits(recipe: "Recipe", links: str) -> "Limits":

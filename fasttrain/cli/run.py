@@ -26,7 +26,7 @@ from fasttrain.cli.options import (
 from fasttrain.cli.recipes import chosen_recipe, on_demo_set
 from fasttrain.config.choices import DEVICES, LINKS, LOSS_COMBINATIONS, ON_BAD
 from fasttrain.distributed import signals
-from fasttrain.utils.decoder_messages import shown_once
+from fasttrain.utils.decoder_messages import Messages, shown_once
 from fasttrain.utils.errors import Stopped, UserError
 from fasttrain.utils.output import tolerant_output
 
@@ -83,14 +83,14 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
         torchrun --nproc-per-node N -m fasttrain run …
     """
     if dry_run:
-        _run(out, resume, dry_run, **options)
+        _run(out, resume, dry_run, Messages(), **options)
         return
     signals.install()
-    with shown_once(), tolerant_output():
-        _run(out, resume, dry_run, **options)
+    with shown_once() as messages, tolerant_output():
+        _run(out, resume, dry_run, messages, **options)
 
 
-def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
+def _run(out: str | None, resume: str, dry_run: bool, messages: Messages, **options: Any) -> None:
     from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
     from fasttrain.config import toml
     from fasttrain.data.open_data import data_line, find_parts, open_parts
@@ -134,7 +134,8 @@ def _run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
             click.echo(data_line(parts, train_index, val_index), err=True)
         with lock(folder) if rank.first else nullcontext():
             start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
-            result = train(recipe, folder, train_index, val_index, rank, start)
+            own = messages if rank.first else Messages()  # rank 0 says what is found
+            result = train(recipe, folder, train_index, val_index, rank, start, own)
         if rank.first:
             print_result(result, folder, parts.val)
 

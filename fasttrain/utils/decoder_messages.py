@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 _COLOR = re.compile(rb"\x1b\[[0-9;]*m")
 # Threads write parts of lines, so that a message may begin within a line.
@@ -27,8 +28,23 @@ _CONTINUED = re.compile(rb"> |\s*$")  # of OpenCV, and ends of lines
 _ONCE = b" (shown once; `fasttrain data check` names such files)"
 
 
+class Messages:
+    """The decoders' messages that were shown."""
+
+    def __init__(self, pipe: BinaryIO | None = None) -> None:
+        self._pipe, self._rest = pipe, b""
+
+    def new(self) -> list[str]:
+        """The messages that were shown since the last call, one of each kind. Does not wait."""
+        with suppress(OSError):  # nothing to read
+            while self._pipe and (block := self._pipe.read(65536)):
+                self._rest += block
+        *lines, self._rest = self._rest.split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+
 @contextmanager
-def shown_once() -> Iterator[None]:
+def shown_once() -> Iterator[Messages]:
     """Within this context, each kind of message that decoders write to file descriptor 2 is shown once. Python's own
     stderr goes where it went before. Does nothing where stderr is not file descriptor 2."""
     try:
@@ -36,27 +52,34 @@ def shown_once() -> Iterator[None]:
     except (AttributeError, OSError, ValueError):
         own = False
     if not own:
-        yield
+        yield Messages()
         return
     sys.stderr.flush()
     real = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)  # not 1, where stdout is closed
     # -I and -S: it needs nothing but the standard library, and starts in about 10 ms.
-    command = [sys.executable, "-I", "-S", __file__]
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    command = [sys.executable, "-I", "-S", __file__, str(writing)]
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=real, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=real, start_new_session=True, pass_fds=[writing]
+        )
     except (OSError, TypeError):  # no more processes, or no path of Python: nothing is filtered
-        os.close(real)
-        yield
+        for descriptor in (real, reading, writing):
+            os.close(descriptor)
+        yield Messages()
         return
+    os.close(writing)
     assert process.stdin is not None
     before = sys.stderr
     os.dup2(process.stdin.fileno(), 2)
     process.stdin.close()
     own_stderr = os.fdopen(real, "w", buffering=1, encoding=before.encoding, errors="backslashreplace")
     sys.stderr = own_stderr
+    pipe = os.fdopen(reading, "rb", buffering=0)
     try:
-        yield
+        yield Messages(pipe)
     finally:
+        pipe.close()
         with suppress(OSError, ValueError):
             own_stderr.flush()
         os.dup2(real, 2)
@@ -67,18 +90,29 @@ def shown_once() -> Iterator[None]:
             process.wait(1)
 
 
+def kinds(text: bytes) -> dict[bytes, bytes]:
+    """The decoders' messages in a text, by their kind: a message without its numbers."""
+    _, *messages = _MESSAGE.split(_COLOR.sub(b"", text))
+    return {re.sub(rb"[\d.]+|0x[0-9a-f]+", b"", each).strip(): each.strip() for each in messages}
+
+
 def main() -> None:
-    """Copy stdin to stdout, without what decoders repeat."""
+    """Copy stdin to stdout, without what decoders repeat. The file descriptor that is this program's argument gets the
+    first message of each kind."""
+    report = int(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # it ends when its input does
     seen: set[bytes] = set()
     dropping = False
     for line in sys.stdin.buffer:
         if _MESSAGE.search(line):
-            before, *messages = _MESSAGE.split(_COLOR.sub(b"", line))
-            new = {re.sub(rb"[\d.]+|0x[0-9a-f]+", b"", text).strip(): text for text in messages}
-            lines = [text.rstrip() + _ONCE + b"\n" for kind, text in new.items() if kind not in seen]
+            before = _MESSAGE.split(_COLOR.sub(b"", line))[0]
+            new = {kind: text for kind, text in kinds(line).items() if kind not in seen}
+            lines = [text + _ONCE + b"\n" for text in new.values()]
             seen |= new.keys()
+            for text in new.values():
+                with suppress(OSError):  # nobody reads it any more
+                    os.write(report, text + b"\n")
             output = (before.rstrip() + b"\n" if before.strip() else b"") + b"".join(lines)
             dropping = True
         elif dropping and _CONTINUED.match(line):

@@ -1,7 +1,9 @@
 """Messages that decoders repeat are shown once; everything else reaches stderr, even from a process that aborts."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import LONG
@@ -60,4 +62,11 @@ def test_a_run_shows_what_decoders_say_once(demo_set, tmp_path):
     options = ["--device", "cpu", "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run")]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("libpng warning") == 1 and "step 10 of 10" in done.stderr
+    assert done.stderr.count("libpng warning") == 2 and "step 10 of 10" in done.stderr
+    named = [line for line in done.stderr.splitlines() if re.match(r".*\.png: libpng warning: iCCP", line)]
+    assert len(named) == 1 and Path(named[0].split(": ")[0]).parent.parent == tmp_path / "set"
+    evaluated = subprocess.run(
+        [*command[:3], "eval", str(tmp_path / "run"), "--data", str(tmp_path / "set"), "--device", "cpu"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert f"{tmp_path}/set/ape/0.png: libpng warning: iCCP" in evaluated.stderr

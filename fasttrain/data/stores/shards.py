@@ -147,7 +147,7 @@ def _members(files: Sequence[str], cache_key: str, progress: bool) -> list[_Memb
     from tqdm import tqdm
 
     caches = [cached(f"fasttrain-shards-1-{cache_key}-{part}.npy") for part in ("places", "names", "labels")]
-    arrays = [array for cache in caches if (array := load_array(cache)) is not None]
+    arrays = [array for path in caches if (array := load_array(path)) is not None]
     if len(arrays) == len(caches):
         with suppress(ValueError, TypeError):  # the cache is broken
             rows = zip(arrays[0].tolist(), _split(arrays[1]), _split(arrays[2]), strict=True)
@@ -159,8 +159,9 @@ def _members(files: Sequence[str], cache_key: str, progress: bool) -> list[_Memb
     if members:
         places = np.array([(each.shard, each.offset, each.length) for each in members], np.int64)
         names, labels = _joined([each.name for each in members]), _joined([each.label for each in members])
-        for path, content in zip(caches, [places, names, labels], strict=True):
-            store_array(path, content)
+        parts: list[NDArray[Any]] = [places, names, labels]
+        for cache, part in zip(caches, parts, strict=True):
+            store_array(cache, part)
     return members
 
 
