@@ -121,8 +121,14 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def ended_early(self) -> bool:
+        """Whether too many evaluations have brought no better score."""
+        patience = self.recipe.evaluation.patience
+        return 0 < patience <= self.progress.stale
+
+    @property
     def finished(self) -> bool:
-        return self.progress.steps_done >= self.plan.steps
+        return self.progress.steps_done >= self.plan.steps or self.ended_early
 
 
 def prepare(
@@ -138,7 +144,7 @@ def prepare(
     fingerprint = resume.run_fingerprint(recipe, train_index) | {"val": resume.val_fingerprint(val_index)}
     saved, changed, notes = None, [], []
     if resume_from is None:
-        progress = Progress.start(recipe.losses)
+        progress = Progress.start(recipe.losses, recipe.evaluation.best)
         notes = start_weights(recipe, model, train_index.classes)
     else:
         saved = checkpoint.load(resume_from)
@@ -146,8 +152,9 @@ def prepare(
         changed += resume.machine_changes(saved.meta, recipe, ranks)
         if changed:
             notes.append(f"resuming with changes: {'; '.join(changed)}")
-        progress = Progress.from_meta(saved.meta, recipe.losses, plan.steps_per_epoch)
+        progress = Progress.from_meta(saved.meta, recipe.losses, plan.steps_per_epoch, recipe.evaluation.best)
         notes += resume.check_validation(saved.meta, progress, fingerprint["val"])
+        notes += resume.check_criterion(saved.meta, progress)
         plan = replace(plan, shift=saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"])
 
     torch.backends.cudnn.benchmark = True  # tries all algorithms once per shape; the shapes do not change

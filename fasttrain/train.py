@@ -18,7 +18,7 @@ from fasttrain.distributed.ranks import Ranks
 from fasttrain.distributed.stop_signals import StopSignals
 from fasttrain.distributed.watchdog import EVALUATING, SAVING, Watch
 from fasttrain.evaluation.evaluate import EvaluationFailed, evaluate
-from fasttrain.evaluation.predictions import Scores
+from fasttrain.evaluation.metrics import NAMES, Scores
 from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import PREFETCH, batches
@@ -36,7 +36,7 @@ NO_MESSAGES = Messages()
 
 class Result(NamedTuple):
     """steps: steps done in total. scores: of the last evaluation, or None without validation images. best: the best
-    top-1. Both are the averaged weights' where the run averages them."""
+    score by `evaluation.best`. Both are the averaged weights' where the run averages them."""
 
     steps: int
     scores: Scores | None
@@ -107,14 +107,14 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages) -> Result:
                 log_collapsed(run, log, epoch)
                 if val_loader is not None and evaluates_after(recipe, epoch):
                     try:
-                        progress.scores = evaluate_epoch(run, log, watch, val_loader, epoch)
+                        progress.evaluated(evaluate_epoch(run, log, watch, val_loader, epoch))
                     except EvaluationFailed as failure:
                         save(run, saver, epoch, epoch_ends)
                         saver.finish(last=True)
                         raise failure.__cause__ or failure from None
 
             stopping = signals.agreed(ranks)
-            if stopping or saves_after(recipe, plan, step + 1):
+            if stopping or run.ended_early or saves_after(recipe, plan, step + 1):
                 watch.at(step, SAVING)
                 save(run, saver, epoch, epoch_ends)
             if stopping and not run.finished:
@@ -129,9 +129,15 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages) -> Result:
                 gc.collect()
             if epoch_ends or stopping:
                 log.resume_clock()
+            if run.ended_early:
+                log.say(
+                    f"ended after epoch {epoch}: {progress.stale} evaluations without a better "
+                    f"{NAMES[progress.criterion]}"
+                )
+                break
         saver.finish(last=True)
-        log.event("end", step=plan.steps, best=progress.best)
-    return Result(plan.steps, progress.scores, progress.best)
+        log.event("end", step=progress.steps_done, best=progress.best)
+    return Result(progress.steps_done, progress.scores, progress.best)
 
 
 def log_hash(feed: Feed, log: Log, steps_done: int, ranks: Ranks) -> None:

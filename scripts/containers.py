@@ -50,6 +50,7 @@ def main(data: str, images: int, workers: int, json_path: Path | None) -> None:
     many = unique(merge([index] * -(-images // len(index)), [""] * -(-images // len(index))), images)
     files = sum(Path(path).stat().st_size for path in index.paths)
     rows: list[dict[str, Any]] = [{"kind": "files", "mb": files / 1e6, "gb_of_vipriors": gb(files, index)}]
+    rows[-1] |= {f"enlarged_{name}": value for name, value in enlarged(index).items()}
     report(rows[-1])
     with tempfile.TemporaryDirectory() as folder:
         for kind, encoding in KINDS.items():
@@ -63,8 +64,6 @@ def main(data: str, images: int, workers: int, json_path: Path | None) -> None:
             row |= {f"enlarged_{name}": value for name, value in enlarged(packed).items()}
             rows.append(row)
             report(row)
-    files_row = enlarged(index)
-    report({"kind": "files", **{f"enlarged_{name}": value for name, value in files_row.items()}})
     if json_path:
         write_figures(json_path, torch.device("cpu"), rows, {"images": images, "workers": workers})
 

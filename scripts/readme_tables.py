@@ -127,6 +127,21 @@ def loop(rows: Rows) -> str:
     return grid(["batch", *titles.values()], lines)
 
 
+def containers(rows: Rows) -> str:
+    """One line per kind of pack: its size, how fast it is made, and what it changes."""
+    titles = ["", "320 photographs", "VIPriors", "packed", "Pillow alone", "difference, of 255", "crops enlarged"]
+    lines = []
+    for row in rows:
+        keys = ("images_per_s", "pillow_images_per_s")
+        packed, pillow = (f"{row[key]:.0f} img/s" if key in row else "" for key in keys)
+        mean, most = row.get("mean_difference"), row.get("max_difference")
+        difference = "" if mean is None else f"{mean:.2f}, at most {most:.0f}"
+        crops = f"{row['enlarged_share']:.0%}, {row['enlarged_factor']:.2f} times"
+        sizes = [f"{row['mb']:.1f} MB", f"{row['gb_of_vipriors']:.1f} GB"]
+        lines.append([row["kind"], *sizes, packed, pillow, difference, crops])
+    return grid(titles, lines)
+
+
 def traffic(rows: Rows) -> str:
     """One line per network: what its step moves per image, and the share of each kind of operation."""
     kinds = list(rows[0]["shares"])
@@ -191,6 +206,8 @@ def _short(value: Any) -> str:
 TABLES = {
     "kernels": kernels,
     "pipeline": pipeline,
+    "packs": pipeline,
+    "containers": containers,
     "step": contenders,
     "host": contenders,
     "train": contenders,

@@ -70,11 +70,13 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
     "streak": _is_count,  # failed steps in a row
     # Progress.to_meta
     "best": lambda value: value is None or _is_number(value),
+    "peak": lambda value: value is None or _is_number(value),
+    "stale": _is_count,
     "scores": lambda value: value is None or type(value) is dict,
     "rewinds": _is_count,
     "logged": _dict_of(_list_of(_is_number)),
 }
-_OPTIONAL = ("versions", "scores", "val")  # older checkpoints may not have them
+_OPTIONAL = ("versions", "scores", "val", "peak", "stale")  # older checkpoints may not have them
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
+from fasttrain.evaluation.metrics import NAMES, described
 from fasttrain.training.guard import Diverged
 from fasttrain.training.progress import Progress, step_of
 from fasttrain.utils.errors import UserError
@@ -122,11 +123,23 @@ def check_validation(meta: dict[str, Any], progress: Progress, now: str | None) 
     if now is None:
         if progress.best is None:
             return ["this run no longer has validation images"]
-        return [f"this run no longer has validation images; `best` stays the checkpoint with top-1 {progress.best:.2%}"]
-    progress.best = progress.best_on_disk = None
+        score = described(progress.criterion, progress.best)
+        return [f"this run no longer has validation images; `best` stays the checkpoint with {score}"]
+    progress.forget_best()
     if before is None:
-        return ["this run has validation images from now on; `best` is chosen by their top-1"]
+        name = NAMES[progress.criterion]
+        return [f"this run has validation images from now on; `best` is chosen by their {name}"]
     return ["the validation images differ from before: earlier scores do not count, and `best` is chosen again"]
+
+
+def check_criterion(meta: dict[str, Any], progress: Progress) -> list[str]:
+    """Compare the score that chooses the best checkpoint with that of the checkpoint's run. Returns lines to log."""
+    before = meta["recipe"].get("evaluation", {}).get("best", "top1")
+    if before == progress.criterion:
+        return []
+    progress.forget_best()
+    return [f"`best` was chosen by {NAMES.get(before, printable(str(before)))} and is chosen again, by "
+            f"{NAMES[progress.criterion]}"]  # fmt: skip
 
 
 def machine_changes(meta: dict[str, Any], recipe: Recipe, ranks: Ranks) -> list[str]:

@@ -3,11 +3,18 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fasttrain.cli.options import FILE
 from fasttrain.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fasttrain.evaluation.predictions import Predictions
 
 
 @click.command(short_help="Average the probabilities of several models.")
@@ -21,13 +28,26 @@ from fasttrain.utils.errors import UserError
     metavar="VAL.npz",
     help="Fit the weights greedily on the same models' probabilities of labeled images. Once per file, in order.",
 )
+@click.option(
+    "--calibrate",
+    "calibration_files",
+    multiple=True,
+    type=FILE,
+    metavar="VAL.npz",
+    help="Scale the average by a temperature fitted on the same models' probabilities of labeled images. Once per "
+    "file, in order.",
+)
 @click.option("--out", type=FILE, metavar="FILE.npz", help="Write the averaged probabilities.")
+@click.option("--metrics", "metrics_path", type=FILE, metavar="FILE.json",
+              help="Write all scores, and each class's precision, recall and number of images.")  # fmt: skip
 @click.option("--submission", "submission_path", type=FILE, metavar="FILE.csv", help="Write the challenge's CSV.")
 def ensemble(
     files: tuple[Path, ...],
     weights: str | None,
     fit_files: tuple[Path, ...],
+    calibration_files: tuple[Path, ...],
     out: Path | None,
+    metrics_path: Path | None,
     submission_path: Path | None,
 ) -> None:
     """Average the probabilities that `eval` or `predict` wrote for several models.
@@ -36,37 +56,44 @@ def ensemble(
     """
     import numpy as np
 
-    from fasttrain.evaluation import predictions, submission
+    from fasttrain.evaluation import calibration, metrics, predictions, submission
     from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_members
     from fasttrain.utils.text import printable
 
     if weights and fit_files:
         raise UserError("--weights and --fit exclude each other: fitting finds the weights")
     if out:
-        if any(out.resolve() == path.resolve() for path in (*files, *fit_files)):
+        if any(out.resolve() == path.resolve() for path in (*files, *fit_files, *calibration_files)):
             raise UserError(f"--out {printable(out)} is one of the files to average; name another file")
         predictions.check_overwritable(out)
     if submission_path:
         submission.check_overwritable(submission_path)
     shares = _parse_weights(weights, len(files)) if weights else None
-    fitted_classes = None
+    temperature, fitted_classes = None, {}
     if fit_files:
-        if len(fit_files) != len(files):
-            raise UserError(f"--fit is given {len(fit_files)} times for {len(files)} files; name one for each of them")
-        val = load_members(fit_files)
-        if val[0].labels is None:
-            raise UserError(f"--fit {printable(fit_files[0])} has no labels; use files that `eval` wrote")
-        shares = greedy_weights([member.probs for member in val], val[0].labels)
-        fitted_classes = val[0].classes.tolist()
-        del val
+        val, labels = _labeled("--fit", fit_files, len(files))
+        shares = greedy_weights([member.probs for member in val], labels)
+        fitted_classes["--fit"] = val[0].classes.tolist()
+    if calibration_files:
+        val, labels = _labeled("--calibrate", calibration_files, len(files))
+        temperature = calibration.temperature(fuse([member.probs for member in val], shares), labels)
+        fitted_classes["--calibrate"] = val[0].classes.tolist()
     members = load_members(files)
     first = members[0]
-    if fitted_classes is not None and fitted_classes != first.classes.tolist():
-        raise UserError("--fit: its files have other classes than the files to average")
+    for option, classes in fitted_classes.items():
+        if classes != first.classes.tolist():
+            raise UserError(f"{option}: its files have other classes than the files to average")
+    if metrics_path:
+        if first.labels is None:
+            raise UserError("--metrics needs labels, and these files have none")
+        metrics.check_overwritable(metrics_path)
     ids = first.ids.tolist()
     if submission_path:
         submission.image_names(ids)  # raises before anything is written
     fused = fuse([member.probs for member in members], shares)
+    if temperature is not None:
+        fused = calibration.scaled(fused, temperature)
+        click.echo(f"temperature {temperature:.4f}")
     if out:
         predictions.save(replace(first, probs=fused, per_size={}), out)
     if submission_path:
@@ -74,17 +101,34 @@ def ensemble(
         submission.write(submission_path, ids, numbers[fused.argmax(1)].tolist())
     for number, (path, member) in enumerate(zip(files, members, strict=True)):
         weight = f"weight {shares[number]:.3f}  " if shares else ""
-        top1 = f"top-1 {predictions.scores(member.probs, first.labels).top1:.2%}  " if first.labels is not None else ""
+        top1 = f"top-1 {metrics.scores(member.probs, first.labels).top1:.2%}  " if first.labels is not None else ""
         click.echo(f"{number:>3}  {top1}{weight}{printable(path)}")
     if len(members) > 1:
         click.echo("agreement of pairs (share of images given the same class):")
         for number, row in enumerate(agreement([member.probs for member in members])):
             click.echo(f"{number:>3}  " + " ".join(f"{share:6.1%}" for share in row))
     if first.labels is not None:
-        scores = predictions.scores(fused, first.labels)
+        scores = metrics.scores(fused, first.labels)
         click.echo(f"fused: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+        click.echo(metrics.summary(scores))
+        if metrics_path:
+            metrics.write(metrics_path, scores, first.classes.tolist())
+            click.echo(f"wrote {printable(metrics_path)}")
     for path in filter(None, (out, submission_path)):
         click.echo(f"wrote {printable(path)}: {len(fused)} predictions")
+
+
+def _labeled(option: str, files: tuple[Path, ...], count: int) -> "tuple[list[Predictions], NDArray[np.int64]]":
+    """The members' predictions of labeled images, and the labels. count: of the files to average."""
+    from fasttrain.evaluation.ensemble import load_members
+    from fasttrain.utils.text import printable
+
+    if len(files) != count:
+        raise UserError(f"{option} is given {len(files)} times for {count} files; name one for each of them")
+    members = load_members(files)
+    if members[0].labels is None:
+        raise UserError(f"{option} {printable(files[0])} has no labels; use files that `eval` wrote")
+    return members, members[0].labels
 
 
 def _parse_weights(text: str, count: int) -> list[float]:

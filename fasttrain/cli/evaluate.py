@@ -100,16 +100,24 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
              help="Labeled images: DIR, DIR/val where DIR holds train/ and val/, a pack or a table.")  # fmt: skip
 @links_option
 @output_option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
+@output_option("--metrics", "metrics_path", type=FILE, metavar="FILE.json",
+               help="Write all scores, and each class's precision, recall and number of images.")  # fmt: skip
 @output_option("--confusion", "confusion_path", type=FILE, metavar="FILE.png", help="Draw the confusion matrix.")
 def evaluate_(
-    checkpoint_path: Path, data: str, links: str, out: Path | None, confusion_path: Path | None, **options: Any
+    checkpoint_path: Path,
+    data: str,
+    links: str,
+    out: Path | None,
+    metrics_path: Path | None,
+    confusion_path: Path | None,
+    **options: Any,
 ) -> None:
-    """Top-1 and top-5 of a checkpoint on labeled images, the worst classes and the most confused pairs.
+    """The scores of a checkpoint on labeled images, the worst classes and the most confused pairs.
 
     CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
     """
     from fasttrain.data.open_data import open_labeled
-    from fasttrain.evaluation import confusion, predictions
+    from fasttrain.evaluation import confusion, metrics, predictions
     from fasttrain.utils.text import printable
 
     def open_index(recipe: "Recipe", classes: list[str]) -> "Index":
@@ -117,6 +125,8 @@ def evaluate_(
 
     if out and writes_files():
         predictions.check_overwritable(out)
+    if metrics_path and writes_files():
+        metrics.check_overwritable(metrics_path)
     if confusion_path and writes_files():
         require_png(confusion_path, "--confusion")
         confusion.require_matplotlib()
@@ -125,15 +135,19 @@ def evaluate_(
         return
     answers, classes = predicted.probs.argmax(1), [str(name) for name in predicted.classes]
     for size, probs in predicted.per_size.items():
-        scores = predictions.scores(probs, predicted.labels)
+        scores = metrics.scores(probs, predicted.labels)
         click.echo(f"{size:>5} px: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}")
-    scores = predictions.scores(predicted.probs, predicted.labels)
+    scores = metrics.scores(predicted.probs, predicted.labels)
     fused = "   fused: " if predicted.per_size else ""
     click.echo(f"{fused}top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images")
+    click.echo(metrics.summary(scores))
     click.echo(confusion.summary(predicted.labels, answers, classes))
     if out:
         predictions.save(predicted, out)
         click.echo(f"wrote {printable(out)}")
+    if metrics_path:
+        metrics.write(metrics_path, scores, classes)
+        click.echo(f"wrote {printable(metrics_path)}")
     if confusion_path:
         confusion.draw(predicted.labels, answers, classes, confusion_path, PNG_SOFTWARE)
         click.echo(f"wrote {printable(confusion_path)}")

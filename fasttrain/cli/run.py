@@ -137,7 +137,7 @@ def _run(out: str | None, resume: str, dry_run: bool, messages: Messages, **opti
             own = messages if rank.first else Messages()  # rank 0 says what is found
             result = train(recipe, folder, train_index, val_index, rank, start, own)
         if rank.first:
-            print_result(result, folder, parts.val)
+            print_result(result, folder, parts.val, recipe.evaluation.best)
 
 
 def recipe_of(
@@ -194,14 +194,15 @@ def recipe_of(
     return toml.override(recipe, *settings), on_demo
 
 
-def print_result(result: "Result", folder: Path, val: "list[Part]") -> None:
+def print_result(result: "Result", folder: Path, val: "list[Part]", criterion: str) -> None:
     """Print the scores, where the checkpoints are, and the command to evaluate them."""
+    from fasttrain.evaluation.metrics import described
     from fasttrain.utils.text import printable
 
     place = printable(folder)
     if result.best is not None:
         last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
-        click.echo(f"{last}best top-1 {result.best:.2%}")
+        click.echo(f"{last}best {described(criterion, result.best)}")
     click.echo(f"run folder: {place}  ({result.steps} steps; best checkpoint: {place}/best, last: {place}/last)")
     val_folder = val[0].path if len(val) == 1 else "DIR"
     click.echo(f"next: {program()} eval {shell_word(folder)} --data {shell_word(val_folder)}")

@@ -6,4 +6,5 @@ COMPILE_MODES = ("auto", "on", "off", "graphs")
 DECODERS = ("auto", "cpu", "gpu", "gpu-region", "gpu-hardware")  # see pipelines/decoders.py
 ON_BAD = ("stop", "skip")
 LINKS = ("inside", "follow")
+CRITERIA = ("top1", "top5", "balanced_accuracy", "macro_f1", "log_loss", "calibration_error")  # of the best checkpoint
 LOSS_COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # see recipes/deepblueai.py

@@ -6,7 +6,7 @@ The line under each field documents it; `fasttrain recipes NAME` prints these li
 import math
 from dataclasses import dataclass, field
 
-from fasttrain.config.choices import COMPILE_MODES, DECODERS, DEVICES, LINKS, ON_BAD, PRECISIONS
+from fasttrain.config.choices import COMPILE_MODES, CRITERIA, DECODERS, DEVICES, LINKS, ON_BAD, PRECISIONS
 from fasttrain.losses.base import Loss
 
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
@@ -213,9 +213,15 @@ class EvaluationConfig:
 
     every_epochs: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
+    best: str = "top1"
+    """The score that decides: top1, top5, balanced_accuracy, macro_f1, log_loss or calibration_error."""
+    patience: int = 0
+    """Evaluations without a better score after which the run ends early; 0: it never does."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "every_epochs", "1 or more", self.every_epochs)
+        _require(self.best in CRITERIA, "best", _one_of(CRITERIA), self.best)
+        _require(self.patience >= 0, "patience", "0 or more", self.patience)
 
 
 @dataclass(frozen=True)

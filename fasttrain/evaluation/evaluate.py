@@ -11,20 +11,17 @@ from torch import Tensor, nn
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import PeerFailure, Ranks
-from fasttrain.evaluation.predictions import Scores
+from fasttrain.evaluation.metrics import Scores, Sums
 from fasttrain.kernels import mix
 from fasttrain.pipelines.eval_loader import Crops, EvalLoader
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.tensors import to_device
 from fasttrain.utils.text import printable
 
-TOP = 5
-
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ranks, precision: torch.dtype) -> Scores:
-    """Scores of a network over all ranks' batches of one crop; it is in eval mode meanwhile. With fewer than five
-    classes top-5 is 1. An output that is not finite counts as wrong, and is counted in `Scores.not_finite`.
+    """Scores of a network over all ranks' batches of one crop; it is in eval mode meanwhile.
 
     precision: bfloat16 or float16 for autocast, float32 for none. Raises EvaluationFailed on all ranks if one of them
     fails, for example because an image cannot be decoded.
@@ -33,27 +30,19 @@ def evaluate(model: nn.Module, batches: Iterable[Crops], index: Index, ranks: Ra
     training = model.training
     model.eval()
     labels = torch.from_numpy(index.labels)
-    top = min(TOP, len(index.classes))
-    counts = torch.zeros(5, dtype=torch.int64, device=device)
-    error = None
+    sums, error = Sums(len(index.classes), device), None
     try:
         for (pixels,), indices in batches:
             target = to_device(labels[indices], device)
             logits = _logits(model, normalize(pixels, precision), precision)
-            finite = logits.isfinite().all(1)  # topk ranks nan first
-            hits = (logits.topk(top, dim=1).indices == target[:, None]) & finite[:, None]
-            counts[0] += hits[:, 0].sum()
-            counts[1] += hits.sum()
-            counts[2] += len(target)
-            counts[3] += (~finite).sum()
+            sums.add(logits.double().log_softmax(1), target, logits.isfinite().all(1))
     except Exception as caught:  # the other ranks wait for this one below
         error = caught
-        counts[4] = 1
     model.train(training)
-    top1_hits, top5_hits, images, bad, failed = ranks.sum(counts).tolist()
-    if failed:
+    if ranks.any(error is not None):
         raise EvaluationFailed() from error
-    return Scores(top1_hits / images, top5_hits / images, images, bad)
+    ranks.sum(sums.values)
+    return sums.scores()
 
 
 class EvaluationFailed(PeerFailure):

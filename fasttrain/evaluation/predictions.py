@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,6 @@ from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import opened, replacing, require_writable_folder
 from fasttrain.utils.text import printable
 
-_SCORED_AT_ONCE = 2**22  # probabilities
 _REQUIRED = ("ids", "classes", "probs")
 # What numpy and zipfile raise for damaged files.
 _READ_ERRORS = (
@@ -43,34 +41,6 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-class Scores(NamedTuple):
-    """top1, top5: shares in 0 … 1 of `images` images. not_finite: how many of them have outputs that are not finite;
-    they count as wrong."""
-
-    top1: float
-    top5: float
-    images: int
-    not_finite: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The scores as the log and checkpoints store them; not_finite only where it is above 0."""
-        return {name: value for name, value in self._asdict().items() if value or name != "not_finite"}
-
-
-def scores(probs: NDArray[np.floating], labels: NDArray[np.int64]) -> Scores:
-    """Top-1 and top-5 of probabilities [N, K]; with five classes or fewer top-5 is 1."""
-    rank, bad = np.empty(len(labels), np.int64), 0
-    rows = max(1, _SCORED_AT_ONCE // probs.shape[1])
-    for start in range(0, len(labels), rows):
-        some, of_some = probs[start : start + rows], labels[start : start + rows, None]
-        of_label = np.take_along_axis(some, of_some, 1)
-        # On a tie the first class ranks higher, as in argmax. A NaN is never right.
-        lower = (some < of_label) | ((some == of_label) & (np.arange(some.shape[1]) > of_some))
-        rank[start : start + rows] = some.shape[1] - 1 - lower.sum(1)
-        bad += int((~np.isfinite(some)).any(1).sum())
-    return Scores(float((rank == 0).mean()), float((rank < 5).mean()), len(labels), bad)
 
 
 def save(predictions: Predictions, path: Path) -> None:

@@ -14,9 +14,11 @@ import torch
 from tqdm import tqdm
 
 from fasttrain.distributed.ranks import Ranks
-from fasttrain.evaluation.predictions import Scores
+from fasttrain.evaluation.metrics import NAMES, Scores
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.text import printable
+
+_MOST_CLASSES = 1000  # whose precision and recall are logged
 
 
 class Log:
@@ -125,7 +127,9 @@ class Log:
         if not self.open:
             return
         ema = {"ema": averaged.to_dict()} if averaged else {}
-        self.event("eval", epoch=epoch, step=step, **scores.to_dict(), **ema)
+        of_classes = (averaged or scores).per_class
+        classes = {"per_class": of_classes.to_dict()} if of_classes and len(of_classes.count) <= _MOST_CLASSES else {}
+        self.event("eval", epoch=epoch, step=step, **scores.to_dict(), **ema, **classes)
         of_ema = f"; averaged weights: {averaged.top1:.2%}, {averaged.top5:.2%}" if averaged else ""
         self.say(f"epoch {epoch}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {scores.images} images{of_ema}")
         bad, bad_of_ema = scores.not_finite, averaged.not_finite if averaged else 0
@@ -135,9 +139,9 @@ class Log:
                 f"epoch {epoch}: the outputs for {bad} of {scores.images} images{of_ema} are not finite and count as "
                 "wrong; the network has diverged or overflows in its precision"
             )
-        self._scalars(step, {"top1": scores.top1, "top5": scores.top5})
-        if averaged:
-            self._scalars(step, {"ema/top1": averaged.top1, "ema/top5": averaged.top5})
+        for prefix, found in (("", scores), ("ema/", averaged)):
+            values = {name: getattr(found, name, None) for name in NAMES}
+            self._scalars(step, {f"{prefix}{name}": value for name, value in values.items() if value is not None})
 
     def resume_clock(self) -> None:
         """Leave the time since the last log point (evaluation, a checkpoint) out of the next rate."""

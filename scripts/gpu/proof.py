@@ -27,7 +27,7 @@ from checkout import ROOT, environment
 
 from fasttrain.benchmarks.common import write_figures
 from fasttrain.distributed.ranks import ranks
-from fasttrain.evaluation import predictions
+from fasttrain.evaluation import metrics
 from fasttrain.evaluation.ensemble import fuse, load_members
 from fasttrain.evaluation.predictions import Predictions
 
@@ -138,7 +138,7 @@ class Proof:
 
 def top1_of(probs: NDArray[Any], labeled: Predictions) -> float:
     assert labeled.labels is not None
-    return predictions.scores(probs, labeled.labels).top1
+    return metrics.scores(probs, labeled.labels).top1
 
 
 def predictions_file(folder: Path) -> Path:

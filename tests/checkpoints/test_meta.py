@@ -40,7 +40,7 @@ def test_what_a_run_carries_comes_back(trained):
     assert Progress.from_meta(middle, losses, 10).steps_done == 4  # the same share of an epoch of ten steps
 
 
-@pytest.mark.parametrize("key", [key for key in meta.SCHEMA if key not in ("versions", "scores", "val")])
+@pytest.mark.parametrize("key", [key for key in meta.SCHEMA if key not in meta._OPTIONAL])
 def test_a_missing_value_and_one_of_another_type_are_named(trained, tmp_path, key):
     content = json.loads((checkpoint.find(trained[0] / "last") / meta.META).read_text())
     del content["checksum"]

@@ -20,7 +20,7 @@ from fasttrain.cli.main import main
 from fasttrain.config import toml
 from fasttrain.data.demo_set import CLASSES
 from fasttrain.data.scan import cache_dir, scan
-from fasttrain.evaluation import predictions
+from fasttrain.evaluation import metrics, predictions
 
 
 def test_help_imports_neither_torch_nor_dali_nor_timm():
@@ -233,14 +233,14 @@ def test_eval_predict_ensemble_and_score_work_together(trained, demo_set, tmp_pa
     assert without.labels is None and with_labels.ids.tolist() == without.ids.tolist()
     np.testing.assert_array_equal(with_labels.probs, without.probs)
     assert with_labels.labels is not None
-    expected = predictions.scores(with_labels.probs, with_labels.labels)
+    expected = metrics.scores(with_labels.probs, with_labels.labels)
     assert f"fused: top-1 {expected.top1:.2%}, top-5 {expected.top5:.2%}" in lines[2]
 
     files = [tmp_path / "a.npz", tmp_path / "b.npz"]
     fused = call("ensemble", *files, "--out", tmp_path / "f.npz", "--submission", tmp_path / "s.csv", status=2)
     assert "two images are called" in fused.stderr  # 000.jpg of two classes
     top1s = [
-        f"top-1 {predictions.scores(p.probs, p.labels).top1:.2%}"
+        f"top-1 {metrics.scores(p.probs, p.labels).top1:.2%}"
         for p in map(predictions.load, files)
         if p.labels is not None
     ]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
-from fasttrain.evaluation import predictions, submission
+from fasttrain.evaluation import metrics, predictions, submission
 from fasttrain.evaluation.ensemble import agreement, fuse, greedy_weights, load_members
 from fasttrain.evaluation.predictions import Predictions
 from fasttrain.utils.errors import UserError
@@ -44,12 +44,12 @@ def test_save_and_load_round_trip(tmp_path):
 def test_scores_equal_scikit_learn():
     saved = predictions_of(count=300, classes=12)
     assert saved.labels is not None
-    ours = predictions.scores(saved.probs, saved.labels)
+    ours = metrics.scores(saved.probs, saved.labels)
     assert ours.top1 == pytest.approx(accuracy_score(saved.labels, saved.probs.argmax(1)))
     assert ours.top5 == pytest.approx(top_k_accuracy_score(saved.labels, saved.probs, k=5))
-    assert predictions.scores(np.full((3, 6), np.nan, np.float32), np.array([0, 2, 5])) == (0.0, 0.0, 3, 3)
+    assert metrics.scores(np.full((3, 6), np.nan, np.float32), np.array([0, 2, 5]))[:4] == (0.0, 0.0, 3, 3)
     equal = np.full((4, 6), 1 / 6, np.float32)
-    assert predictions.scores(equal, np.array([0, 1, 4, 5])) == (0.25, 0.75, 4, 0)
+    assert metrics.scores(equal, np.array([0, 1, 4, 5]))[:4] == (0.25, 0.75, 4, 0)
 
 
 def archive(**arrays) -> bytes:
@@ -198,7 +198,7 @@ def test_greedy_weights_leave_out_noise():
     assert sum(weights) == pytest.approx(1) and weights[2] < 0.1 and min(weights[:2]) > 0.2
 
     def top1(probs) -> float:
-        return predictions.scores(probs, labels).top1
+        return metrics.scores(probs, labels).top1
 
     assert top1(fuse(members, weights)) >= max(top1(fuse(members)), *map(top1, members))
 
