@@ -145,7 +145,7 @@ def write_recipe(out: Path, recipe_toml: str) -> None:
 def lock(out: Path) -> Iterator[None]:
     """Make a run's folder, and lock it for this process by a file in it. Raises UserError where another process holds
     the lock; a dead one does not. On a file system that cannot lock, this is said and nothing is locked."""
-    path = out / _LOCK
+    path, existed = out / _LOCK, out.exists()
     try:
         while True:
             out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,8 @@ def lock(out: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # a disk that has become read-only; a folder that holds a run
                 path.unlink()
-                out.rmdir()
+                if not existed:
+                    out.rmdir()
 
 
 def newest(out: Path) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ _ENTRIES = 1 << 22  # probabilities that are added at once
 _TOTALS = ("images", "first", "top", "bad", "loss")
 
 
-class PerClass(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PerClass:
     """precision, recall: float64 [K], NaN for a class without answers or without images. count: int64 [K], images."""
 
     precision: NDArray[np.float64]

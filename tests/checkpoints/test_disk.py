@@ -314,6 +314,7 @@ def test_missing_images_end_the_run_with_one_line(demo_set, tmp_path, on_bad):
     assert starts == ["start", "resume"]
 
 
+@pytest.mark.slow
 def test_nothing_is_written_to_the_image_folders(demo_set, tmp_path):
     """A read-only mount is enough. Root may write anyway, so the times of the files must not change either."""
     data = tmp_path / "data"

@@ -209,6 +209,7 @@ def _copy_in_a_process(source: str, folder: str) -> str:
     return local_name(source, folder)
 
 
+@pytest.mark.slow
 def test_processes_that_need_the_same_copy_wait_for_it(packed, tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         names = pool.starmap(_copy_in_a_process, [(str(packed), str(tmp_path / "local"))] * 6)

@@ -39,7 +39,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("slow", "rank 1 is still waiting for images at step 4"),
+        pytest.param("slow", "rank 1 is still waiting for images at step 4", marks=pytest.mark.slow),
         pytest.param("frozen", "rank 1 does not respond", marks=pytest.mark.slow),
     ],
 )
