@@ -157,6 +157,9 @@ def prepare(
         notes += resume.check_criterion(saved.meta, progress)
         plan = replace(plan, shift=saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"])
 
+    if val_index is None and (recipe.evaluation.patience or recipe.evaluation.best != "top1"):
+        notes.append("there are no validation images, so evaluation.best and evaluation.patience have no effect")
+
     torch.backends.cudnn.benchmark = True  # tries all algorithms once per shape; the shapes do not change
     train_step = Step(recipe, plan, model, torch.from_numpy(train_index.labels), ranks, teacher)
     if saved is not None:

@@ -1,6 +1,7 @@
 """Training: `train`, and the loop."""
 
 import gc
+import sys
 from contextlib import closing
 from functools import partial
 from hashlib import sha256
@@ -64,6 +65,13 @@ def train(
         while True:
             run = prepare(recipe, out, train_index, val_index, ranks, resume_from)
             if run.finished:
+                if run.ended_early and ranks.first:
+                    print(
+                        f"this run ended early, after step {run.progress.steps_done} of {run.plan.steps}: "
+                        f"{run.progress.stale} evaluations without a better {NAMES[run.progress.criterion]}; "
+                        "--set evaluation.patience=0 goes on",
+                        file=sys.stderr,
+                    )
                 return Result(run.progress.steps_done, None, run.progress.best)
             try:
                 return train_loop(run, signals, messages)

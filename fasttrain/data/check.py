@@ -160,7 +160,7 @@ def examine_container(
             zip(index.paths, index.ids, index.labels.tolist(), strict=True)
         ):
             size = os.path.getsize(name) if index.store is None else len(index.store.content(number))
-            files.append(_File(name, image_id, f"{split}/", index.classes[label], size))
+            files.append(_File(name, image_id, f"{split}/", index.classes[label] if label >= 0 else "", size))
             stores.append((index.store, number))
 
     def content(number: int) -> bytes | None:
@@ -281,7 +281,7 @@ def _check_ignored(path: str, info: os.stat_result) -> tuple[str, str]:
 def _duplicates(group: Sequence[_File]) -> Iterator[Finding]:
     """Findings about files of equal content, which are sorted by path."""
     for file in group:
-        others = [other for other in group if other.label != file.label]
+        others = [other for other in group if other.label != file.label and other.label and file.label]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             reason = f"same content as {printable(others[0].relative)}{more}, with another label"

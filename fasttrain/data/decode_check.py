@@ -179,7 +179,8 @@ def _check_with_pil(task: Task) -> _File:
         if file.kind:
             file.problem = ("unsupported", f"{file.kind}; training supports {', '.join(KINDS)}")
         return file
-    if os.path.splitext(path)[1] and not path.lower().endswith(KINDS[file.kind][2]):
+    named = path.lower().endswith(headers.EXTENSIONS)  # an image in a container may have no name
+    if named and not path.lower().endswith(KINDS[file.kind][2]):
         file.notes.append(("wrong-extension", f"holds a {file.kind}"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -71,16 +71,11 @@ def of_samples(
     ids: Sequence[str], labels: Sequence[str] | None, origin: object, classes: Sequence[str] | None = None
 ) -> Samples:
     """Sort images by their label and id. labels: class names; None: the images have none, and all labels are −1.
-    classes: sorted; by default those of the labels. Raises UserError where an id is there twice, or there is only one
-    class."""
+    classes: sorted; by default those of the labels. Raises UserError where an id is there twice."""
     twice = [image_id for image_id, count in Counter(ids).items() if count > 1]
     if twice:
         raise UserError(f"{printable(str(origin))} has two images with the name {printable(twice[0])}")
     classes = tuple(sorted(set(labels or ())) if classes is None else classes)
-    if len(classes) == 1:
-        raise UserError(
-            f"{printable(str(origin))} has only one label ({printable(classes[0])}); a classifier needs two or more"
-        )
     position = {name: number for number, name in enumerate(classes)}
     numbers = np.array([-1] * len(ids) if labels is None else [position[name] for name in labels], np.int64)
     order = np.array(sorted(range(len(ids)), key=lambda row: (numbers[row], ids[row])), np.int64)

@@ -56,7 +56,13 @@ class Part(NamedTuple):
         return printable(self.path) + (f" ({printable(self.split)})" if self.split else "")
 
     def same_as(self, other: "Part") -> bool:
-        return self.path.resolve() == other.path.resolve() and self.split == other.split
+        """Whether it has images of another part: the same folder, or a file that both read."""
+        if self.split != other.split:
+            return False
+        if self.path.resolve() == other.path.resolve():
+            return True
+        ours, theirs = (part.index_of_split and part.index_of_split.store for part in (self, other))
+        return bool(ours and theirs and set(ours.files) & set(theirs.files))
 
     def open(self, limits: Limits, *, keep_unreadable: bool = False, partial: bool = False) -> Index:
         """Its index; see `scan`."""
@@ -65,6 +71,10 @@ class Part(NamedTuple):
             return scan(self.path, keep_unreadable=keep_unreadable, partial=partial, limits=limits)
         if not keep_unreadable:
             require_usable(index.paths, index.problems)
+        if len(index.classes) == 1 and not partial:
+            raise UserError(
+                f"{self} has only one label ({printable(index.classes[0])}); a classifier needs two or more"
+            )
         missing = sorted(set(range(len(index.classes))) - set(index.labels.tolist()))
         if missing and not partial and self.split != "val":
             raise UserError(f"{self} has no image of class {printable(index.classes[missing[0]])!r}")
@@ -162,7 +172,15 @@ def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: 
     name = local_name(name)
     parts = _parts_of(name, limits, with_val=True)
     root = (parts.val or parts.train)[0] if is_container(name) or parts.val else Part(Path(name))
+    others = [part.split for part in parts.unused if part.split]
+    if others and not parts.val:
+        raise UserError(
+            f"{printable(name)} has the splits {', '.join(map(printable, ['train', *others]))}, and no val; name a file "
+            "or a folder of one of them"
+        )
     index = root.open(limits, partial=True)
+    if (index.labels < 0).any():
+        raise UserError(f"{root} has images without a label; `predict` needs none")
     used = [index.classes[label] for label in np.unique(index.labels)]
     foreign = sorted(set(used) - set(classes))
     if foreign:

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.data.decode import BATCH_FILES, decode_batch
+from fasttrain.data.decode_check import KINDS, sniff
+from fasttrain.data.headers import EXTENSIONS
 from fasttrain.data.index import Index
 from fasttrain.data.process_pool import map_in_processes, split_by_cost
 from fasttrain.data.stores.pack import DTYPES, FORMAT, TENSORS, Images, is_pack, open_pack
@@ -377,18 +379,32 @@ def _finish(
     return size
 
 
-def _file_names(index: Index, path: Path) -> list[tuple[str, str]]:
+def _file_names(index: Index, store: Images, path: Path) -> list[tuple[str, str]]:
     """The class folder and the name of each image's file. Raises RunError where a class or an id cannot be a name."""
     folders = [index.classes[label] for label in index.labels.tolist()]
-    names = [image_id.rsplit("/", 1)[-1] for image_id in index.ids]
     for folder, image_id in zip(folders, index.ids, strict=True):
         if {"", ".", ".."} & {folder, *image_id.split("/")} or "/" in folder:
             raise RunError(f"{printable(path)}: {printable(image_id)!r} is not the name of an image in a class")
-    count = Counter(zip(folders, names, strict=True))
-    return [
-        (folder, name if count[folder, name] == 1 else image_id.replace("/", "-"))
-        for folder, name, image_id in zip(folders, names, index.ids, strict=True)
-    ]
+    stems, endings = [], []
+    for number, image_id in enumerate(index.ids):
+        stem, ending = os.path.splitext(image_id)
+        if ending.lower() not in EXTENSIONS:  # an image that had no name
+            _, kind = sniff(store.content(number).tobytes()[:256]) if not store.decoded else (True, "")
+            stem, ending = image_id, KINDS[kind][2][0] if kind in KINDS else ""
+        stems.append(stem)
+        endings.append(".png" if store.decoded else ending)
+    short = [f"{stem.rsplit('/', 1)[-1]}{ending}" for stem, ending in zip(stems, endings, strict=True)]
+    count = Counter(zip(folders, short, strict=True))
+    names: list[tuple[str, str]] = []
+    taken: set[tuple[str, str]] = set()
+    for number, (folder, name) in enumerate(zip(folders, short, strict=True)):
+        if count[folder, name] > 1:
+            name = f"{stems[number].replace('/', '-')}{endings[number]}"
+        while (folder, name) in taken:
+            name = f"{number}-{name}"
+        taken.add((folder, name))
+        names.append((folder, name))
+    return names
 
 
 def unpack(path: Path, out: Path, progress: bool = True) -> int:
@@ -407,16 +423,16 @@ def unpack(path: Path, out: Path, progress: bool = True) -> int:
         with atomic_folder(out) as temporary, bar:
             for split, index in indices.items():
                 root = temporary / split if len(indices) > 1 else temporary
-                for number, (folder, name) in enumerate(_file_names(index, path)):
-                    store = index.store
-                    assert isinstance(store, Images)
+                store = index.store
+                assert isinstance(store, Images)
+                for number, (folder, name) in enumerate(_file_names(index, store, path)):
                     if not store.intact(number):
                         raise RunError(f"{printable(index.paths[number])} is damaged: it does not have its hash")
                     target = root / folder / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     content = store.content(number)
                     if store.decoded:
-                        Image.fromarray(content).save(target.with_name(f"{target.stem}.png"))
+                        Image.fromarray(content).save(target)
                     else:
                         target.write_bytes(content.tobytes())
                     bar.update()

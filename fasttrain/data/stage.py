@@ -59,6 +59,8 @@ def local_name(name: str, folder: str = "") -> str:
         return name
     home = Path(folder) if folder else cache_dir() / "staged"
     sources = _sources(name)
+    if len({os.path.basename(source.name) for source in sources}) < len(sources):
+        raise UserError(f"{printable(name)} names two files of the same name in different folders; name one folder")
     parent = home / sha256(sources[0].name.rsplit("/", 1)[0].encode(errors="surrogateescape")).hexdigest()[:16]
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +133,10 @@ def _sources(name: str) -> list[_Source]:
             sources.append(_Source(os.path.abspath(path), info.st_size, {"mtime_ns": str(info.st_mtime_ns)}))
     for source in sources:
         last = source.name.rsplit("/", 1)[-1]
+        if is_address(source.name) and "?" in last:
+            raise UserError(
+                f"{printable(source.name)}: addresses with a ? are not supported; download the file yourself"
+            )
         if not last.lower().endswith(_ENDINGS) or re.search(r"[{},*?\[\]]", last):
             raise UserError(
                 f"{printable(source.name)} cannot be copied: an address or machine.stage takes packs (.safetensors), "
@@ -147,7 +153,7 @@ def _remote_files(address: str) -> list[_Source]:
     protocol = address.split("://", 1)[0]
     try:
         system, path = fsspec.core.url_to_fs(address)
-        paths = sorted(system.glob(path)) if re.search(r"[*?\[]", path) else [path]
+        paths = sorted(system.glob(path)) if re.search(r"[*\[]", path) else [path]
         if not paths:
             raise UserError(f"nothing matches {printable(address)}")
         found: list[_Source] = []

@@ -29,7 +29,7 @@ def scaled(probs: NDArray[np.float32], temperature: float) -> NDArray[np.float32
 
 
 def _logs(probs: NDArray[np.float32]) -> NDArray[np.float64]:
-    return np.log(np.maximum(probs.astype(np.float64), np.finfo(np.float64).tiny))
+    return np.log(np.maximum(probs.astype(np.float64), np.finfo(np.float64).eps))
 
 
 def _softmax(logs: NDArray[np.float64]) -> NDArray[np.float64]:

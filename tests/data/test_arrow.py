@@ -127,6 +127,11 @@ def test_files_of_other_libraries(tmp_path):
         ({"image": [jpeg()] * 2}, r"row 0 has no label"),
         ({"image": [jpeg()] * 2, "label": [1, -1]}, r"row 1 has no label"),
         ({"image": [jpeg()] * 2, "label": [1, None]}, r"row 1 has no label"),
+        ({"image": [jpeg()] * 2, "label": [1.0, 2.0]}, "the labels in label are double; store integers or text"),
+        (
+            {"image": pyarrow.array([], pyarrow.binary()), "label": pyarrow.array([], pyarrow.int64())},
+            "holds no images",
+        ),
         ({"image": [jpeg()] * 2, "label": [3, 3]}, r"only one label \(3\)"),
         ({"image": [{"bytes": jpeg()}, {"bytes": None}], "label": [1, 2]}, "row 1 has no bytes of an image"),
         ({"image": [jpeg(), b"text"], "label": [1, 2]}, r"cannot use the image .*\.parquet:1: it has no header"),
@@ -211,6 +216,33 @@ def test_images_without_labels_can_be_predicted(demo_set, tmp_path):
     assert index.ids == ("a.jpg", "b.jpg") and index.labels.tolist() == [-1, -1]
     labeled = parquet(tmp_path / "t.parquet", image=[jpeg()] * 2, label=["ape", "yak"])
     assert open_labeled(str(labeled), ["ape", "cat", "yak"], "run").labels.tolist() == [0, 2]
+
+
+def test_splits_are_not_mixed(stored, tmp_path):
+    with pytest.raises(UserError, match="has files of the splits train and val; name those of one"):
+        data_of(stored["hub"] / "data" / "*.parquet")
+    for name, split in (("a", "train"), ("b", "train")):
+        (tmp_path / name).mkdir()
+        parquet(tmp_path / name / f"{split}-0.parquet", image=[jpeg()] * 2, label=[1, 2])
+    with pytest.raises(UserError, match="has files of train in .*a and .*b; name the folder to use"):
+        data_of(tmp_path)
+
+
+def test_a_test_split_is_not_scored_by_mistake(tmp_path):
+    for split, labels in (("train", [1, 2]), ("test", [-1, -1])):
+        parquet(tmp_path / f"{split}-0.parquet", image=[jpeg()] * 2, label=labels)
+    with pytest.raises(UserError, match="has the splits train, test, and no val; name a file"):
+        open_labeled(str(tmp_path), ["1", "2"], "run")
+    with pytest.raises(UserError, match="row 0 has no label"):
+        open_labeled(str(tmp_path / "test-0.parquet"), ["1", "2"], "run")
+    assert "4 images read" in call("data", "check", tmp_path).stdout
+
+
+def test_images_without_names_are_unpacked_with_the_ending_of_their_kind(tmp_path):
+    path = parquet(tmp_path / "t.parquet", image=[jpeg()] * 2, label=["ape", "yak"])
+    call("data", "pack", path, "--out", tmp_path / "p.safetensors", "--workers", 1)
+    call("data", "unpack", tmp_path / "p.safetensors", "--out", tmp_path / "back")
+    assert len(scan(tmp_path / "back")) == 2
 
 
 @pytest.mark.slow

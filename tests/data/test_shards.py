@@ -133,7 +133,7 @@ GOOD = {"a.jpg": jpeg(1), "a.cls": b"ape", "b.jpg": jpeg(2), "b.cls": b"yak\n"}
         (GOOD | {"c.jpg": jpeg(), "c.png": jpeg(), "c.cls": b"1"}, "sample c has two images"),
         (GOOD | {"../c.jpg": jpeg(), "../c.cls": b"1"}, r"the name '\.\./c\.jpg' leads out of the archive"),
         (GOOD | {"/c.jpg": jpeg(), "/c.cls": b"1"}, "leads out of the archive"),
-        ({"a.jpg": jpeg(), "a.cls": b"ape"}, r"has only one label \(ape\)"),
+        ({"a.jpg": jpeg(), "a.cls": b"ape"}, r"\(train\) has only one label \(ape\)"),
         (GOOD | {"c.jpg": b"no image", "c.cls": b"ape"}, r"cannot use the image .*:c\.jpg: it has no header"),
         (GOOD | {"c.jpg": b"", "c.cls": b"ape"}, r"cannot use the image .*:c\.jpg: the file is empty"),
     ],
@@ -212,6 +212,38 @@ def test_images_without_labels_can_be_predicted(tmp_path):
     assert index.ids == ("a.jpg", "b.jpg") and index.labels.tolist() == [-1, -1]
     labeled = archive(tmp_path / "t.tar", GOOD)
     assert open_labeled(str(labeled), ["ape", "cat", "yak"], "run").labels.tolist() == [0, 2]
+
+
+def test_sizes_belong_to_their_images_with_and_without_labels(tmp_path):
+    """The order differs, and the sizes come from the cache."""
+    members = {"a.jpg": jpeg(1, (8, 6)), "a.cls": b"yak", "b.jpg": jpeg(2, (20, 10)), "b.cls": b"ape"}
+    path = archive(tmp_path / "s.tar", members)
+    for _ in range(2):
+        labeled, unlabeled = data_of(path), open_unlabeled(str(path))
+        assert labeled.ids == ("b.jpg", "a.jpg") and labeled.sizes.tolist() == [[10, 20], [6, 8]]
+        assert unlabeled.ids == ("a.jpg", "b.jpg") and unlabeled.sizes.tolist() == [[6, 8], [10, 20]]
+
+
+def test_a_test_set_may_have_one_class(tmp_path):
+    path = archive(tmp_path / "s.tar", {"a.jpg": jpeg(), "a.cls": b"ape"})
+    assert open_labeled(str(path), ["ape", "yak"], "run").labels.tolist() == [0]
+
+
+def test_shards_that_are_named_twice_by_patterns_are_refused(pattern):
+    first = expand(pattern)[0]
+    with pytest.raises(UserError, match="is given twice"):
+        open_data(DataConfig(train=(first, pattern)))
+    with pytest.raises(UserError, match="is also a training folder"):
+        open_data(DataConfig(train=(pattern,), val=first))
+
+
+def test_unpacking_loses_no_image(tmp_path):
+    members = {"a/b/c.jpg": jpeg(1), "a/b/c.cls": b"x", "a-b/c.jpg": jpeg(2), "a-b/c.cls": b"x", "z/q.jpg": jpeg(3),
+               "z/q.cls": b"y"}  # fmt: skip
+    path = archive(tmp_path / "s.tar", members)
+    call("data", "pack", path, "--out", tmp_path / "p.safetensors", "--workers", 1)
+    call("data", "unpack", tmp_path / "p.safetensors", "--out", tmp_path / "back")
+    assert sorted(file.read_bytes() for file in (tmp_path / "back").rglob("*.jpg")) == sorted(map(jpeg, (1, 2, 3)))
 
 
 @pytest.mark.slow

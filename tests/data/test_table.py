@@ -77,7 +77,6 @@ GOOD = "path,label\na.jpg,ape\nb.jpg,yak\n"
         (GOOD + "/etc/passwd.jpg,ape\n", "is not in the table's folder"),
         (GOOD + "notes.txt,ape\n", "line 4: notes.txt is not an image; images end in"),
         (GOOD + "missing.jpg,ape\n", "line 4: missing.jpg is not there"),
-        ("path,label\na.jpg,ape\n", r"has only one label \(ape\)"),
         ("path,label,split\na.jpg,ape,train\nb.jpg,yak,holdout\n", "line 3 has the split 'holdout'"),
         ("path,label\na.jpg,\x1b[31mape\na.jpg,b\n", r"\\x1b\[31mape"),
     ],
@@ -102,6 +101,12 @@ def test_an_image_that_cannot_be_used_is_named(images):
         open_data(DataConfig(train=(str(images / "t.csv"),)))
     index, _ = open_data(DataConfig(train=(str(images / "t.csv"),), on_bad="skip"))
     assert index.sizes.tolist() == [[6, 8], [0, 0]] and 1 in index.problems
+
+
+def test_a_table_with_one_label_cannot_be_trained_on(images):
+    (images / "t.csv").write_text("path,label\na.jpg,ape\n")
+    with pytest.raises(UserError, match=r"t\.csv \(train\) has only one label \(ape\)"):
+        open_data(DataConfig(train=(str(images / "t.csv"),)))
 
 
 def test_a_split_that_lacks_a_class_is_refused_for_training(images):

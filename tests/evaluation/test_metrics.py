@@ -165,13 +165,22 @@ def test_the_temperature_has_the_least_log_loss(seed, sharpness):
     ours = calibration.temperature(probs, labels)
 
     def loss(log_temperature: float) -> float:
-        logits = np.log(np.maximum(probs.astype(np.float64), 1e-300)) / np.exp(log_temperature)
+        logits = np.log(np.maximum(probs.astype(np.float64), np.finfo(np.float64).eps)) / np.exp(log_temperature)
         return float((torch.logsumexp(torch.from_numpy(logits), 1).numpy() - logits[range(150), labels]).mean())
 
     best = minimize_scalar(loss, bounds=(np.log(1e-3), np.log(1e3)), method="bounded", options={"xatol": 1e-10})
     assert loss(np.log(ours)) <= best.fun + 1e-9
     scaled = calibration.scaled(probs, ours)
     assert (scaled.argmax(1) == probs.argmax(1)).mean() > 0.99 and np.allclose(scaled.sum(1), 1, atol=1e-5)
+
+
+def test_one_certain_mistake_does_not_flatten_the_others():
+    """Its log probability counts as in the log-loss that is reported."""
+    probs, labels = sample(3, 300, 7)
+    probs = probs.astype(np.float32)
+    probs[0], labels[0] = np.eye(7, dtype=np.float32)[1], 2
+    after = calibration.scaled(probs, calibration.temperature(probs, labels))
+    assert metrics.scores(after, labels).log_loss <= metrics.scores(probs, labels).log_loss
 
 
 def test_ensemble_calibrates(tmp_path):

@@ -134,6 +134,9 @@ def open_arrow(path: str | Path, limits: Limits, *, labeled: bool = True, progre
     except ImportError:
         raise UserError(f"{printable(path)} needs pyarrow: pip install 'fasttrain[parquet]'") from None
     files = _files_by_split(Path(path)) if os.path.isdir(path) else {"train": expand(str(path))}
+    splits = sorted({_split_name(os.path.basename(name)) for name in files.get("train", ())} - {""})
+    if len(splits) > 1:
+        raise UserError(f"{printable(path)} has files of the splits {' and '.join(splits)}; name those of one")
     if not files:
         raise UserError(f"{printable(path)} holds no data files; those of save_to_disk are called data-….arrow")
     try:
@@ -156,8 +159,12 @@ def _index(
 ) -> Index:
     """The index of a split's files."""
     names = [name for part in parts for name in part.names]
-    if not all(names) or len(set(names)) < len(names):
-        names = [f"{part.file.stem}-{row:07}" for part in parts for row in range(len(part.names))]
+    if not names:
+        raise UserError(f"{printable(path)} holds no images ({split})")
+    for prefixes in ([part.file.stem for part in parts], [f"{number:05}" for number in range(len(parts))]):
+        if not all(names) or len(set(names)) < len(names):
+            numbered = zip(parts, prefixes, strict=True)
+            names = [f"{prefix}-{row:07}" for part, prefix in numbered for row in range(len(part.names))]
     labels = [label for part in parts for label in part.labels]
     has_labels = labeled and all(labels)
     if labeled and not has_labels and split in ("train", "val"):
@@ -176,6 +183,7 @@ def _index(
         np.concatenate([offsets[1:] for _, offsets in chunks])[order],
     )
     digest = hashlib.sha256(b"arrow\0" + "".join(part.stamp for part in parts).encode(errors="surrogateescape"))
+    digest.update(samples.order.tobytes())  # which is another one without labels
 
     def open_image(number: int) -> IO[bytes]:
         content = store.content(number)
@@ -202,6 +210,11 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
         split = _split_name(os.path.basename(name)) or _split_name(os.path.basename(os.path.dirname(name)))
         if split:
             found.setdefault(split, []).append(name)
+    for split, names in found.items():
+        folders = sorted({os.path.dirname(name) for name in names})
+        if len(folders) > 1:
+            listed = " and ".join(map(printable, folders[:2]))
+            raise UserError(f"{printable(folder)} has files of {split} in {listed}; name the folder to use")
     return {split: sorted(set(names)) for split, names in found.items()}
 
 
@@ -255,6 +268,11 @@ class _Part:
         names = [""] * len(images) if paths is None else [_image_name(path) for path in paths.to_pylist()]
         labels = [""] * len(images)
         if columns.label is not None:
+            kind = table.schema.field(columns.label).type
+            if pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind):
+                raise UserError(
+                    f"{printable(file)}: the labels in {printable(columns.label)} are {kind}; store integers or text"
+                )
             labels = [_label_text(value, columns.classes) for value in table[columns.label].to_pylist()]
         chunks = [_content(chunk) for chunk in images.chunks if len(chunk)]
         return cls(file, source, mark, chunks, names, labels, columns.classes or ())

@@ -123,8 +123,9 @@ def open_shards(
             f"it, or is the {', '.join(_LABEL_KEYS[:-1])} or {_LABEL_KEYS[-1]} of a .json"
         )
     names = [each.name for each in members]
-    if len(set(names)) < len(names):
-        names = [f"{Path(files[each.shard]).stem}/{each.name}" for each in members]
+    for prefixes in ([Path(name).stem for name in files], [f"{number:05}" for number in range(len(files))]):
+        if len(set(names)) < len(names):
+            names = [f"{prefixes[each.shard]}/{each.name}" for each in members]
     samples = of_samples(names, [each.label for each in members] if labeled else None, pattern)
     some = [members[row] for row in samples.order]
     paths = tuple(f"{files[each.shard]}:{each.name}" for each in some)
@@ -138,6 +139,7 @@ def open_shards(
     def open_image(number: int) -> IO[bytes]:
         return stored_file(int(store.lengths[number]), partial(store.read, number))
 
+    digest.update(samples.order.tobytes())  # which is another one without labels
     sizes, problems = sizes_of(paths, digest.hexdigest(), progress, limits, open_image)
     return {"train": Index(paths, samples.ids, samples.labels, sizes, samples.classes, problems, store)}
 
