@@ -72,6 +72,8 @@ def train(
                         "--set evaluation.patience=0 goes on",
                         file=sys.stderr,
                     )
+                elif ranks.first:
+                    print(f"this run is complete, with {run.plan.steps} of {run.plan.steps} steps", file=sys.stderr)
                 return Result(run.progress.steps_done, None, run.progress.best)
             try:
                 return train_loop(run, signals, messages)

@@ -170,12 +170,8 @@ def rewind(out: Path, diverged: Diverged, index: Index, rewinds: int) -> Path | 
 
     def changes(meta: dict[str, Any]) -> dict[str, Any]:
         step = step_of(meta, diverged.plan.steps_per_epoch)
-        return {
-            "shift": diverged.shift(step),
-            "rewinds": diverged.rewinds + 1,
-            "best": diverged.best,
-            "peak": diverged.best,
-        }
+        changed = {"shift": diverged.shift(step), "rewinds": diverged.rewinds + 1}
+        return changed | {"best": diverged.best, "peak": diverged.best}
 
     branched = checkpoint.branch(out, found, changes)
     print(f"{diverged}; going back to {printable(found)}, and on with the images after these", file=sys.stderr)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group("data")
 def data_() -> None:
-    """Make and check folders of images."""
+    """Make and check folders and files of images."""
 
 
 @data_.command("demo", short_help="Generate the demo set.")
@@ -46,8 +46,8 @@ _workers_option = click.option("--workers", type=click.IntRange(0, 1024), defaul
 def data_check(folder: str, quarantine: str | None, out: Path | None, workers: int, links: str) -> None:
     """Decode every image with PIL and DALI, name the bad ones and what is unusual about others.
 
-    DIR holds class folders, or train/ and val/ with class folders; FILE is a table or tar shards. The images of a pack
-    are compared with their hashes. Exit status 1 if an image is bad.
+    DIR holds class folders, or train/ and val/ with class folders; FILE is a table, tar shards or parquet. The images
+    of a pack are compared with their hashes. Exit status 1 if an image is bad.
     """
     from fasttrain.data import check
     from fasttrain.data import quarantine as quarantines
@@ -134,7 +134,7 @@ def data_cut(
 
 
 @data_.command("pack", short_help="Put a data set into one file that is quick to read.")
-@click.argument("data", metavar="DIR|TABLE", type=DATA)
+@click.argument("data", metavar="DIR|FILE", type=DATA)
 @click.option("--out", required=True, type=FILE, metavar="FILE.safetensors", help="The pack to make.")
 @click.option(
     "--pixels",
@@ -177,7 +177,7 @@ def data_pack(
     workers: int,
     links: str,
 ) -> None:  # fmt: skip
-    """Put the images of DIR or TABLE into one file, which `--data FILE` takes like a folder.
+    """Put the images of DIR, or of a table, shards or parquet, into one file, which `--data FILE` takes like a folder.
 
     The file is an ordinary safetensors file. A command that was interrupted resumes when it is called again.
     """

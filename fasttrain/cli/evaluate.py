@@ -97,7 +97,7 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 @click.command("eval", cls=GroupedCommand, short_help="Evaluate a checkpoint on labeled images.")
 @_network_command
 @data_option("--data", required=True, type=DATA, metavar="DIR|FILE",
-             help="Labeled images: DIR, DIR/val where DIR holds train/ and val/, a pack or a table.")  # fmt: skip
+             help="Labeled images: DIR, DIR/val where DIR holds train/ and val/, or a file as in `run`.")  # fmt: skip
 @links_option
 @output_option("--out", type=FILE, metavar="FILE.npz", help="Write the probabilities.")
 @output_option("--metrics", "metrics_path", type=FILE, metavar="FILE.json",
@@ -155,7 +155,13 @@ def evaluate_(
 
 @click.command(cls=GroupedCommand, short_help="Save probabilities of images without labels.")
 @_network_command
-@data_option("--images", required=True, type=DATA, metavar="DIR|FILE", help="Images, in DIR and its folders.")
+@data_option(
+    "--images",
+    required=True,
+    type=DATA,
+    metavar="DIR|FILE",
+    help="Images in DIR and its folders, or a file as in `run`.",
+)
 @links_option
 @output_option("--out", required=True, type=FILE, metavar="FILE.npz", help="Write the probabilities here.")
 def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options: Any) -> None:

@@ -66,7 +66,11 @@ class _Group(click.Group):
             _print_error(f"CUDA is out of memory; stop other programs on the GPU, or try a smaller {smaller}")
             sys.exit(1)
         except KeyboardInterrupt:
-            resumes = "; the same command resumes from the last checkpoint" if ctx.invoked_subcommand == "run" else ""
+            resumes = (
+                "; the same command goes on from the last checkpoint, if there is one"
+                if ctx.invoked_subcommand == "run"
+                else ""
+            )
             _print_error(f"interrupted{resumes}")
             sys.exit(130)
 

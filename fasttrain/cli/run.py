@@ -49,8 +49,8 @@ if TYPE_CHECKING:
               help="With --arch: the losses. Default: ce; the others fine-tune the weights of --init.")  # fmt: skip
 @model_option("--init", metavar="RUN|FILE", help="Weights to start from: a run's best, or a file of timm's weights.")
 @data_option("--data", multiple=True, type=DATA, metavar="DIR|FILE",
-             help="Training images: DIR/<class>/<image>, DIR/train, a pack or a table (.csv). Repeatable. Default: the "
-             "demo set.")  # fmt: skip
+             help="Training images: DIR/<class>/<image> or DIR/train; a pack, a table (.csv), tar shards, parquet or "
+             "Arrow files, or their address. Repeatable. Default: the demo set.")  # fmt: skip
 @data_option("--val", type=DATA, metavar="DIR|FILE", help="Validation images. Default: DIR/val, or the file's.")
 @data_option("--on-bad", type=click.Choice(ON_BAD),
              help="A training image that cannot be decoded ends the run or is replaced. Default: stop.")  # fmt: skip

@@ -31,9 +31,9 @@ class DataConfig:
     """Where the images are."""
 
     train: tuple[str, ...] = ()
-    """Folders of training images; none: the demo set."""
+    """Folders or files of training images; none: the demo set."""
     val: str = ""
-    """Folder of validation images; empty: DIR/val next to a DIR/train."""
+    """Folder or file of validation images; empty: DIR/val next to a DIR/train, or the file's split val."""
     on_bad: str = "stop"
     """A training image that cannot be decoded: stop ends the run, skip trains on the next image of its class."""
     links: str = "inside"
@@ -214,7 +214,7 @@ class EvaluationConfig:
     every_epochs: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
     best: str = "top1"
-    """The score that decides: top1, top5, balanced_accuracy, macro_f1, log_loss or calibration_error."""
+    """The score that decides: top1, top5, balanced_accuracy, macro_f1, or the lowest log_loss or calibration_error."""
     patience: int = 0
     """Evaluations without a better score after which the run ends early; 0: it never does."""
 
@@ -273,7 +273,7 @@ class MachineConfig:
     preload: bool = False
     """Read all images' files once before the first step, where a disk is cold or slow."""
     stage: str = ""
-    """A local folder that packs, shards and parquet files are copied to and read from; it keeps them for later runs."""
+    """A local folder to copy packs, shards and parquet files to, and read them from; empty: only addresses are."""
 
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", _one_of(DEVICES), self.device)

@@ -175,8 +175,8 @@ def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: 
     others = [part.split for part in parts.unused if part.split]
     if others and not parts.val:
         raise UserError(
-            f"{printable(name)} has the splits {', '.join(map(printable, ['train', *others]))}, and no val; name a file "
-            "or a folder of one of them"
+            f"{printable(name)} has the splits {', '.join(map(printable, ['train', *others]))}, and no val; name a "
+            "file or a folder of one of them"
         )
     index = root.open(limits, partial=True)
     if (index.labels < 0).any():

@@ -9,7 +9,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -58,21 +59,45 @@ def local_name(name: str, folder: str = "") -> str:
     ):
         return name
     home = Path(folder) if folder else cache_dir() / "staged"
-    sources = _sources(name)
+    try:
+        sources = _sources(name)
+    except UserError as error:
+        copies = [_target(address, home) for address in expand_braces(name)] if is_address(name) else []
+        if not copies or not all(map(_is_finished, copies)):
+            raise
+        print(f"{error}; using the copy in {printable(copies[0].parent)}", file=sys.stderr)
+        return _as_pattern(copies)
     if len({os.path.basename(source.name) for source in sources}) < len(sources):
         raise UserError(f"{printable(name)} names two files of the same name in different folders; name one folder")
-    parent = home / sha256(sources[0].name.rsplit("/", 1)[0].encode(errors="surrogateescape")).hexdigest()[:16]
+    copies = [_target(source.name, home) for source in sources]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for source in sources:
-            _stage(source, parent / source.name.rsplit("/", 1)[-1])
+        for source, copy in zip(sources, copies, strict=True):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            _stage(source, copy)
     except OSError as error:
-        raise RunError(f"cannot write to {printable(parent)}: {error.strerror or error}") from None
-    names = [source.name.rsplit("/", 1)[-1] for source in sources]
-    if len(names) == 1:
-        return str(parent / names[0])
-    ending = os.path.splitext(names[0])[1]
-    return str(parent / f"{{{','.join(each.removesuffix(ending) for each in names)}}}{ending}")
+        raise RunError(f"cannot write to {printable(home)}: {error.strerror or error}") from None
+    return _as_pattern(copies)
+
+
+def _target(name: str, home: Path) -> Path:
+    """Where the copy of a file is kept."""
+    folder, _, last = name.rpartition("/")
+    return home / sha256(folder.encode(errors="surrogateescape")).hexdigest()[:16] / last
+
+
+def _is_finished(copy: Path) -> bool:
+    record = read_json_object(copy.with_name(f"{copy.name}.json"))
+    return copy.is_file() and copy.stat().st_mtime_ns == record.get("copied_mtime_ns")
+
+
+def _as_pattern(copies: Sequence[Path]) -> str:
+    """One name for several files."""
+    if len(copies) == 1:
+        return str(copies[0])
+    if len({copy.parent for copy in copies}) > 1:
+        raise UserError(f"{printable(copies[0].name)} and others are in different folders; name one folder")
+    ending = copies[0].suffix
+    return str(copies[0].with_name(f"{{{','.join(copy.name.removesuffix(ending) for copy in copies)}}}{ending}"))
 
 
 @dataclass(frozen=True)
@@ -134,9 +159,7 @@ def _sources(name: str) -> list[_Source]:
     for source in sources:
         last = source.name.rsplit("/", 1)[-1]
         if is_address(source.name) and "?" in last:
-            raise UserError(
-                f"{printable(source.name)}: addresses with a ? are not supported; download the file yourself"
-            )
+            raise UserError(f"{printable(source.name)}: an address may have no ?; download the file yourself")
         if not last.lower().endswith(_ENDINGS) or re.search(r"[{},*?\[\]]", last):
             raise UserError(
                 f"{printable(source.name)} cannot be copied: an address or machine.stage takes packs (.safetensors), "

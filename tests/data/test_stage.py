@@ -163,6 +163,17 @@ def test_an_interrupted_download_goes_on_by_range(server, packed, tmp_path, smal
     assert files_in(tmp_path / "local") == ["images.safetensors", "images.safetensors.json"]
 
 
+def test_a_copy_serves_while_its_address_cannot_be_reached(server, packed, tmp_path, capsys):
+    address = f"{server.address}/images.safetensors"
+    copy = local_name(address, str(tmp_path / "local"))
+    server.http.shutdown()
+    server.http.server_close()
+    assert local_name(address, str(tmp_path / "local")) == copy
+    assert "using the copy in" in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot open"):
+        local_name(f"{server.address}/other.safetensors", str(tmp_path / "local"))
+
+
 def test_a_download_of_a_file_that_changes_starts_again(server, packed, tmp_path, small_blocks):
     address = f"{server.address}/images.safetensors"
     server.fail_after = 20_500
