@@ -5,7 +5,6 @@ optimizer's momentum by parameter name, and the averaged weights where the run h
 `OUT/best` are links to such folders.
 """
 
-import hashlib
 import itertools
 import os
 import shutil
@@ -30,7 +29,7 @@ from fasttrain.models import Classifier
 from fasttrain.models.aligned import cut, pad
 from fasttrain.training.state import State
 from fasttrain.utils.errors import RunError, UserError
-from fasttrain.utils.files import atomic, atomic_folder, fsync, read_text
+from fasttrain.utils.files import atomic, atomic_folder, fsync, read_text, sha256_of
 from fasttrain.utils.text import printable
 from fasttrain.utils.versions import DALI, installed
 
@@ -113,7 +112,7 @@ def save(
                     "timm": timm.__version__,
                     "nvidia-dali": installed(*DALI),
                 },
-                "sha256": {name: _sha256(temporary / name) for name in (MODEL, TRAIN)},
+                "sha256": {name: sha256_of(temporary / name) for name in (MODEL, TRAIN)},
             }
             meta_json.write(temporary, content)
         set_link(out / "last", final)
@@ -172,11 +171,6 @@ def _momentum(state: State) -> dict[str, Tensor]:
     found = {name: state.optimizer.state[each].get("momentum_buffer") for name, each in state.model.named_parameters()}
     kept = cut({name: each for name, each in found.items() if each is not None}, state.model)
     return {f"momentum.{name}": each for name, each in kept.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def set_link(link: Path, target: Path) -> None:
@@ -249,7 +243,7 @@ def verify(path: Path) -> dict[str, Any]:
         try:
             if not (path / name).is_file():
                 raise UserError(f"{printable(path / name)} is missing or not a file")
-            if _sha256(path / name) != meta["sha256"][name]:
+            if sha256_of(path / name) != meta["sha256"][name]:
                 raise UserError(f"{printable(path / name)} is damaged: its SHA-256 is not the one in {META}")
         except OSError as error:
             raise UserError(f"{printable(path / name)} cannot be read: {error.strerror}") from None

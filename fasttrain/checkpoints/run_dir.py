@@ -14,7 +14,7 @@ from pathlib import Path
 from fasttrain.checkpoints import checkpoint, meta
 from fasttrain.checkpoints.meta import META
 from fasttrain.utils.errors import UserError
-from fasttrain.utils.files import replacing
+from fasttrain.utils.files import is_inside, replacing
 from fasttrain.utils.text import printable
 
 RECIPE = "recipe.toml"
@@ -68,7 +68,7 @@ def check_overwritable(out: Path) -> bool:
 
 def require_outside(out: Path, folder: Path) -> None:
     """Raises UserError where a run's folder is, or would be, in a folder of class folders: it would become a class."""
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+    if is_inside(out, folder):
         raise UserError(
             f"the run's folder {printable(out)} is inside the images' folder {printable(folder)}, where it would count "
             "as a class; name an --out outside it"

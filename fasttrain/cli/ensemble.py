@@ -74,10 +74,12 @@ def ensemble(
         val, labels = _labeled("--fit", fit_files, len(files))
         shares = greedy_weights([member.probs for member in val], labels)
         fitted_classes["--fit"] = val[0].classes.tolist()
+        del val  # its memory is needed for the files to average
     if calibration_files:
         val, labels = _labeled("--calibrate", calibration_files, len(files))
         temperature = calibration.temperature(fuse([member.probs for member in val], shares), labels)
         fitted_classes["--calibrate"] = val[0].classes.tolist()
+        del val
     members = load_members(files)
     first = members[0]
     for option, classes in fitted_classes.items():

@@ -159,7 +159,7 @@ def examine_container(
         for number, (name, image_id, label) in enumerate(
             zip(index.paths, index.ids, index.labels.tolist(), strict=True)
         ):
-            size = os.path.getsize(name) if index.store is None else len(index.store.content(number))
+            size = os.path.getsize(name) if index.store is None else index.store.length(number)
             files.append(_File(name, image_id, f"{split}/", index.classes[label] if label >= 0 else "", size))
             stores.append((index.store, number))
 

@@ -135,10 +135,11 @@ def first_to_say(message: str, paths: Sequence[str], seconds: float) -> str:
             some = pending.pop()
             with suppress(OSError):
                 _, stderr = _decode_with_dali([np.fromfile(path, np.uint8).tobytes() for path in some], captured)
-                if wanted in kinds(stderr.encode(errors="replace")) and len(some) == 1:
+                if wanted not in kinds(stderr.encode(errors="replace")):
+                    continue
+                if len(some) == 1:
                     return some[0]
-                if wanted in kinds(stderr.encode(errors="replace")):
-                    pending += [[path] for path in reversed(some)]
+                pending += [[path] for path in reversed(some)]
     return ""
 
 

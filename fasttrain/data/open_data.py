@@ -55,6 +55,11 @@ class Part(NamedTuple):
     def __str__(self) -> str:
         return printable(self.path) + (f" ({printable(self.split)})" if self.split else "")
 
+    @property
+    def in_file(self) -> bool:
+        """Whether its images are in a container, or listed by one."""
+        return self.index_of_split is not None
+
     def same_as(self, other: "Part") -> bool:
         """Whether it has images of another part: the same folder, or a file that both read."""
         if self.split != other.split:
@@ -123,7 +128,7 @@ def find_parts(data: "DataConfig") -> Parts:
             val.append(part)
     if data.val:
         found = _parts_of(data.val, Limits.of(data), with_val=True)
-        val = found.val or (found.train if is_container(local_name(data.val)) else [Part(Path(data.val))])
+        val = found.val or (found.train if found.train[0].in_file else [Part(Path(data.val))])
         if any(part.same_as(other) for part in val for other in train):
             raise UserError(f"--val {val[0]} is also a training folder; name other images, or none")
     used = [*train, *val]
@@ -169,9 +174,8 @@ def open_labeled(name: str, classes: Sequence[str], origin: str | Path, limits: 
     Its labels are the positions in `classes`. Classes without images are named on stderr. Raises UserError where it has
     images of another class. origin: where the classes are from.
     """
-    name = local_name(name)
     parts = _parts_of(name, limits, with_val=True)
-    root = (parts.val or parts.train)[0] if is_container(name) or parts.val else Part(Path(name))
+    root = (parts.val or parts.train)[0] if parts.val or parts.train[0].in_file else Part(Path(name))
     others = [part.split for part in parts.unused if part.split]
     if others and not parts.val:
         raise UserError(

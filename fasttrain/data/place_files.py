@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fasttrain.utils.errors import RunError, UserError
-from fasttrain.utils.files import atomic, opened, read_json_object
+from fasttrain.utils.files import atomic, is_inside, opened, read_json_object
 from fasttrain.utils.text import printable
 
 _BLOCK = 4096  # bytes; file systems commonly round a file's size up to a multiple of this
@@ -55,7 +55,7 @@ def is_finished(out: Path, marker: str, stamp: Mapping[str, object]) -> bool:
 
 def require_outside(out: Path, folder: Path) -> None:
     """Raises UserError where `out` is inside `folder`, which is read from."""
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+    if is_inside(out, folder):
         raise UserError(
             f"--out {printable(out)} is inside {printable(folder)}, which is read from; name a folder outside it"
         )

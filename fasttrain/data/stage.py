@@ -23,7 +23,7 @@ from fasttrain.data.stores.pack import Images, is_pack, open_pack
 from fasttrain.data.stores.patterns import expand, expand_braces
 from fasttrain.data.stores.shards import is_shards
 from fasttrain.utils.errors import CommandError, RunError, UserError
-from fasttrain.utils.files import atomic, fsync, opened, read_json_object
+from fasttrain.utils.files import atomic, fsync, opened, read_json_object, sha256_of
 from fasttrain.utils.text import printable
 
 if TYPE_CHECKING:  # config imports torch
@@ -216,7 +216,7 @@ def _stage(source: _Source, target: Path) -> None:
                 temporary.write_text(json.dumps(wanted), encoding="utf-8")
         digest = _copy(source, partial)
         expected = source.published_hash()
-        if digest != _hash_of(partial) or (expected and digest != expected):
+        if digest != sha256_of(partial) or (expected and digest != expected):
             partial.unlink()
             raise RunError(f"the copy of {printable(source.name)} does not have its SHA-256; start again")
         if target.suffix == ".safetensors":
@@ -247,7 +247,7 @@ def _is_copy(target: Path, record: dict[str, Any], wanted: dict[str, Any]) -> bo
     info = target.stat()
     if info.st_size != wanted["size"]:
         return False
-    return info.st_mtime_ns == record.get("copied_mtime_ns") or _hash_of(target) == record.get("sha256")
+    return info.st_mtime_ns == record.get("copied_mtime_ns") or sha256_of(target) == record.get("sha256")
 
 
 def _copy(source: _Source, partial: Path) -> str:
@@ -291,14 +291,6 @@ def _copy(source: _Source, partial: Path) -> str:
         raise RunError(
             f"{printable(source.name)} ended at {done} of {source.size} bytes; the same command goes on there"
         )
-    return digest.hexdigest()
-
-
-def _hash_of(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
     return digest.hexdigest()
 
 

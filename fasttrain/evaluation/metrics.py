@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fasttrain.config.choices import CRITERIA
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import read_json_object, replacing, require_writable_folder
 from fasttrain.utils.text import printable
@@ -19,14 +20,8 @@ from fasttrain.utils.text import printable
 TOP = 5
 BINS = 15  # of the calibration error, of equal width
 LOWER_IS_BETTER = ("log_loss", "calibration_error")
-NAMES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "log_loss": "log-loss",
-    "calibration_error": "calibration error",
-}
+_TITLES = ("top-1", "top-5", "balanced accuracy", "macro F1", "log-loss", "calibration error")
+NAMES = dict(zip(CRITERIA, _TITLES, strict=True))
 
 _UNIT = 1 << 32  # losses and probabilities are summed in parts of 1
 _SMALLEST = math.log(np.finfo(np.float64).eps)  # of log probabilities, as in scikit-learn's log_loss

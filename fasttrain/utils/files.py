@@ -1,6 +1,7 @@
 """Writing files atomically, and reading untrusted ones."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -79,6 +80,17 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise RunError(f"cannot write {printable(path)}: {error.strerror or error}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is, or would be, a folder or in it, by whatever names the two are called."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def require_writable_folder(path: Path) -> None:

@@ -20,6 +20,9 @@ class Store(Protocol):
     def files(self) -> Sequence[str]:
         """The paths of the files that are read."""
 
+    def length(self, number: int) -> int:
+        """The bytes of an image's content, which is not read."""
+
     def content(self, number: int) -> NDArray[np.uint8]:
         """An image: uint8 [H, W, 3] where `decoded`, else the bytes of a file, uint8 [n]. It may be a view of a memory
         map: only what is used of it is read."""
@@ -37,10 +40,19 @@ class Merged:
         parts = zip(self.stores, self.paths, strict=True)
         return [path for store, paths in parts for path in (paths if store is None else store.files)]
 
+    def length(self, number: int) -> int:
+        store, path, own = self._part(number)
+        return os.path.getsize(path) if store is None else store.length(own)
+
     def content(self, number: int) -> NDArray[np.uint8]:
+        store, path, own = self._part(number)
+        return np.fromfile(path, np.uint8) if store is None else store.content(own)
+
+    def _part(self, number: int) -> tuple[Store | None, str, int]:
+        """The store of an image, its path, and its number in the store."""
         part = int(np.searchsorted(self.starts, number, "right")) - 1
-        store, own = self.stores[part], number - int(self.starts[part])
-        return np.fromfile(self.paths[part][own], np.uint8) if store is None else store.content(own)
+        own = number - int(self.starts[part])
+        return self.stores[part], self.paths[part][own], own
 
 
 def stored_file(length: int, read: Callable[[int, int], bytes]) -> BinaryIO:

@@ -53,6 +53,10 @@ class ArrowImages:
     ends: NDArray[np.int64]
     decoded: bool = False
 
+    def length(self, number: int) -> int:
+        """See `Store`."""
+        return int(self.ends[number] - self.starts[number])
+
     def content(self, number: int) -> NDArray[np.uint8]:
         """A view of the memory map; see `Store`."""
         return self.data[self.chunk[number]][self.starts[number] : self.ends[number]]

@@ -53,6 +53,11 @@ class Images:
     rows: NDArray[np.int64]
     decoded: bool
 
+    def length(self, number: int) -> int:
+        """See `Store`."""
+        row = int(self.rows[number])
+        return int(self.tensors["offsets"][row + 1] - self.tensors["offsets"][row])
+
     def content(self, number: int) -> NDArray[np.uint8]:
         """A view of the memory map; see `Store`."""
         row = int(self.rows[number])

@@ -64,9 +64,13 @@ class Shards:
     _open: OrderedDict[int, BinaryIO] = field(default_factory=OrderedDict)
     _lock: Any = field(default_factory=Lock)
 
+    def length(self, number: int) -> int:
+        """See `Store`."""
+        return int(self.lengths[number])
+
     def content(self, number: int) -> NDArray[np.uint8]:
         """The bytes of an image file; see `Store`. Raises RunError where they cannot be read."""
-        return np.frombuffer(self.read(number, 0, int(self.lengths[number])), np.uint8)
+        return np.frombuffer(self.read(number, 0, self.length(number)), np.uint8)
 
     def read(self, number: int, start: int, length: int) -> bytes:
         """`length` bytes of an image file, from byte `start`."""
@@ -137,7 +141,7 @@ def open_shards(
     )
 
     def open_image(number: int) -> IO[bytes]:
-        return stored_file(int(store.lengths[number]), partial(store.read, number))
+        return stored_file(store.length(number), partial(store.read, number))
 
     digest.update(samples.order.tobytes())  # which is another one without labels
     sizes, problems = sizes_of(paths, digest.hexdigest(), progress, limits, open_image)
