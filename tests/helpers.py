@@ -1,4 +1,8 @@
-"""Shared by several tests: small runs and their results, plans, the command line, files that do not decode."""
+"""Shared by several tests: small runs and their results, plans, the command line, files that do not decode.
+
+Every test imports this module, those of the kernels too. They also run where DALI is not installed, so functions that
+train import it themselves.
+"""
 
 import io
 import json
@@ -14,7 +18,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fasttrain import recipes
-from fasttrain import train as training
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import open_run
 from fasttrain.cli.main import main
@@ -62,8 +65,10 @@ def tiny(**changes):
 
 def run(recipe, out, index, val=None, resume="auto"):
     """Train a recipe in this process, like `fasttrain run`."""
+    from fasttrain.train import train
+
     start = open_run(out, resume, toml.to_toml(recipe))
-    return training.train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
+    return train(resolve_auto(recipe, CPU.device), out, index, val, CPU, start)
 
 
 def events(out: Path) -> list[dict]:
@@ -83,6 +88,8 @@ class Stop(Exception):
 
 def fail_at(monkeypatch, step: int):
     """Make a run fail in step `step`, counted from 0."""
+    from fasttrain import train as training
+
     original = training.batches
 
     def failing(plan, *args, **settings):

@@ -1,6 +1,7 @@
 """All measurements that need a GPU, in slots of at most eight minutes, the most important first.
 
     python3 scripts/gpu/slot.py A --data DIR --out OUT       (a checkout need not be installed)
+    python3 scripts/gpu/slot.py B G --data DIR --out OUT --parts main-job-pack kernels
 
 DIR contains photographs in class folders; for slot C it contains train/ and val/. Each part runs in a separate process
 with a time limit and writes OUT/parts/NAME.json; its expected time is printed before it starts. A part whose file
@@ -131,7 +132,7 @@ SLOTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slot", choices=SLOTS)
+    parser.add_argument("slots", nargs="+", choices=SLOTS)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="run only these, in this order")
@@ -140,10 +141,11 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="Inductor's cache from an earlier run, a .tar.xz file")
     parser.add_argument("--toy", action="store_true", help="test every part on a CPU; the figures mean nothing")
     args = parser.parse_args()
-    parts = {part.name: part for part in SLOTS[args.slot]}
+    parts = {part.name: part for slot in args.slots for part in SLOTS[slot]}
+    named = " ".join(args.slots)
     unknown = [name for name in args.parts or () if name not in parts]
     if unknown:
-        parser.error(f"slot {args.slot} has no part {unknown[0]}; its parts are {', '.join(parts)}")
+        parser.error(f"slot {named} has no part {unknown[0]}; its parts are {', '.join(parts)}")
     if not args.data.is_dir():
         parser.error(f"--data {args.data}: the folder does not exist")
     work = args.work or args.out / "parts"
@@ -176,7 +178,7 @@ def main() -> int:
         report.gather(work, args.out)
     pack(cache, args.out / "inductor.tar.xz")
     if missing:
-        print(f"slot {args.slot}: not done: {' '.join(missing)}; see OUT/logs.tar.gz", flush=True)
+        print(f"slot {named}: not done: {' '.join(missing)}; see OUT/logs.tar.gz", flush=True)
     return bool(missing)
 
 

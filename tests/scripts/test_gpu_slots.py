@@ -162,3 +162,14 @@ def test_every_part_works_at_toy_size(slot, demo_set, tmp_path, name):
     by_part = results(tmp_path)
     assert by_part.keys() == {part.name for part in slot.SLOTS[name]}
     assert all(result["rows"] for part, result in by_part.items() if part != "decoders")
+
+
+def test_parts_that_need_no_dali_run_without_it(slot, demo_set, tmp_path):
+    parts = [part.name for slot_parts in slot.SLOTS.values() for part in slot_parts if not part.needs_dali]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['nvidia.dali'] = None\n")
+    command = [sys.executable, str(SCRIPT), *slot.SLOTS, "--data", str(demo_set / "val"), "--out", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    words = ["--toy", "--total", "2000", "--parts", *parts]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
