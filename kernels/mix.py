@@ -88,7 +88,7 @@ def reference(
     blend = lam[per_image] * own + (1 - lam[per_image]) * other
     mixed = torch.where(mode[per_image] == CUTMIX, cut, torch.where(mode[per_image] == MIXUP, blend, own))
 
-    pixels = height * width
+    pixels = torch.full((), height * width, device=images.device)  # torch multiplies by 1/x to divide by a number x
     outside = (pixels - inside.sum((1, 2))).float() / pixels
     lam = torch.where(mode == CUTMIX, outside, torch.where(mode == MIXUP, lam, torch.ones_like(lam)))
     return MixOutput(mixed.to(dtype).permute(0, 3, 1, 2), partner, lam)

@@ -29,12 +29,21 @@ def grid(head: list[str], lines: list[list[str]]) -> str:
 
 
 def kernels(rows: Rows) -> str:
-    """One line per case: fasttrain's milliseconds, and how many times as long each other contender takes."""
+    """One line per case: fasttrain's milliseconds, and how many times as long each other contender takes; also for the
+    time of the kernels on the GPU alone, where it was measured."""
     lines = []
     for case, (own, *others) in by_case(rows).items():
-        ratios = [f"{row['contender']} {row['seconds'] / own['seconds']:.1f}x" for row in others]
-        lines.append([case, f"{own['seconds'] * 1e3:.1f} ms", ", ".join(ratios)])
+        ratios = [f"{row['contender']} {row['seconds'] / own['seconds']:.1f}x{_on_gpu(row, own)}" for row in others]
+        on_gpu = f" (GPU {own['gpu_seconds'] * 1e3:.3f})" if "gpu_seconds" in own else ""
+        lines.append(
+            [case, f"{own['seconds'] * 1e3:.{1 if own['seconds'] > 1e-3 else 3}f} ms{on_gpu}", ", ".join(ratios)]
+        )
     return grid(["work", OWN, "others"], lines)
+
+
+def _on_gpu(row: dict[str, Any], own: dict[str, Any]) -> str:
+    both = row.get("gpu_seconds"), own.get("gpu_seconds")
+    return f" (GPU {both[0] / both[1]:.1f}x)" if all(both) else ""
 
 
 def pipeline(rows: Rows) -> str:
@@ -231,6 +240,7 @@ def caption(results: dict[str, Any]) -> str:
     facts = [
         results["device"],
         " and ".join(f"{name} {mhz:.0f} MHz" for name, mhz in clocks.items() if name in ("cpu", "sm")),
+        results["processor"] if results.get("processor") not in (None, results["device"]) else "",
         f"workers: {settings['workers']}" if "workers" in settings else "",
         f"torch threads: {results['threads']}" if "threads" in results else "",
         f"torch {results['versions']['torch']}" if "torch" in results.get("versions", {}) else "",

@@ -190,12 +190,14 @@ def _cell(value: Any) -> str:
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:
-    """What a reader of the figures must know: date, commit (of a checkout), device, its clocks, threads, versions."""
+    """What a reader of the figures must know: date, commit (of a checkout), device, its clocks, the host's processor,
+    threads, versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "clocks_mhz": clocks(device),
+        "processor": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | versions.all_installed(),

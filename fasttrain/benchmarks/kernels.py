@@ -180,14 +180,13 @@ def _averaging_contenders(arch: str, device: torch.device) -> dict[str, Callable
 def _race(
     work: str, case: str, contenders: dict[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> list[Row]:
-    """Rows with `launches` (GPU kernels; on a CPU, operations) and `bytes` (read and written), which a trace counts.
-    Compiled code does not appear in a trace, so its rows have neither."""
+    """Rows with what `_trace` finds in one call."""
     for function in contenders.values():
         for _ in range(3):
             function()
     makers = {name: partial(partial, _seconds, function, device) for name, function in contenders.items()}
     *_, timings = race(f"{work} {case}", makers, rounds)
-    traces = {name: {} if "compiled" in name else _trace(function, device) for name, function in contenders.items()}
+    traces = {name: _trace(function, device, compiled="compiled" in name) for name, function in contenders.items()}
     return [row(work, case, name, times, **traces[name]) for name, times in timings.times.items()]
 
 
@@ -218,15 +217,21 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-def _trace(function: Callable[[], Any], device: torch.device) -> dict[str, int]:
-    """`launches` (on a CPU: operations) of one call, and `bytes` moved by the operations that torch dispatches."""
-    with _Operations() as operations:
-        function()
+def _trace(function: Callable[[], Any], device: torch.device, *, compiled: bool) -> dict[str, Any]:
+    """`launches` of one call, of GPU kernels or, on a CPU, operations; `gpu_seconds`, the time of these kernels alone;
+    and `bytes` moved by the operations that torch dispatches. Operations of compiled code are not dispatched, so only
+    its kernels are counted."""
+    values: dict[str, Any] = {}
+    if not compiled:
+        with _Operations() as operations:
+            function()
+        values = {"launches": operations.count, "bytes": operations.bytes}
     if device.type == "cpu":
-        return {"launches": operations.count, "bytes": operations.bytes}
+        return values
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()
-    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-    return {"launches": launches, "bytes": operations.bytes}
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    microseconds = sum(event.time_range.elapsed_us() for event in on_gpu)
+    return values | {"launches": len(on_gpu), "gpu_seconds": microseconds / 1e6}

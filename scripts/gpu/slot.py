@@ -63,8 +63,8 @@ _KERNELS = (
     " --only 'mix 256*' --only 'triplet 256 x 2656*' --only 'triplet 1024*'"
 )
 _PACKS = (
-    "scripts/gpu/packs.py --data {data} --out {out} --json {json} --autoaugment imagenet --batch-size 256"
-    " --images-per-class 0 --rounds 3 --steps 20 --only 'fasttrain*' --only timm"
+    "scripts/gpu/packs.py --data {data} --out {out} --json {json} --batch-size 256 --images-per-class 0 --rounds 3"
+    " --steps 20 --only 'fasttrain*'"
 )
 _MAIN_JOB = "scripts/gpu/main_job.py --data {data} --out {out} --json {json}"
 _PROOF = "scripts/gpu/proof.py --data {data} --out {out} --json {json}"
@@ -89,12 +89,12 @@ SLOTS = {
         ),
     ],
     "B": [
-        Part("tests-kernels", 45, 120, f"{_TESTS} kernels/test_triton.py", "--toy", needs_dali=False),
+        Part("tests-kernels", 60, 120, f"{_TESTS} kernels/test_triton.py", "--toy", needs_dali=False),
         Part("pipeline-256", 40, 90, f"{_LOADERS} --only fasttrain --only timm", _TOY_LOADERS),
         Part("pipeline-256-cpu-decoder", 20, 60, f"{_LOADERS} --only fasttrain --decoder cpu", _TOY_LOADERS),
         Part("pipeline-256-stock", 30, 60, f"{_LOADERS} --only 'DALI*'", _TOY_LOADERS),
-        Part("train-tresnet_xl", 220, 300, f"{_RUN} --only fasttrain --only '[CD]:*'", _TOY_RUN),
-        Part("tests-training", 80, 150, f"{_TESTS} test_gpu.py models/test_aligned.py", "--toy"),
+        Part("train-tresnet_xl", 250, 320, f"{_RUN} --only fasttrain --only '[CD]:*'", _TOY_RUN),
+        Part("tests-training", 150, 300, f"{_TESTS} test_gpu.py models/test_aligned.py", "--toy"),
         Part("kernels", 40, 90, _KERNELS, "--device cpu --rounds 1", needs_dali=False),
     ],
     "C": [Part("proof", 460, 560, _PROOF, "--toy")],
@@ -124,8 +124,9 @@ SLOTS = {
         ),
     ],
     "G": [
-        Part("pipeline-256-packs", 80, 150, _PACKS, _TOY_LOADERS),
+        Part("pipeline-256-packs", 130, 200, f"{_PACKS} --only timm --autoaugment imagenet", _TOY_LOADERS),
         Part("main-job-pack", 200, 280, f"{_MAIN_JOB} --pack", "--toy"),
+        Part("pipeline-256-packs-none", 100, 150, f"{_PACKS} --autoaugment none", _TOY_LOADERS),
     ],
 }
 
