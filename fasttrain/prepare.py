@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fasttrain import __version__
@@ -161,7 +162,7 @@ def prepare(
         notes.append("there are no validation images, so evaluation.best and evaluation.patience have no effect")
 
     torch.backends.cudnn.benchmark = True  # tries all algorithms once per shape; the shapes do not change
-    train_step = Step(recipe, plan, model, torch.from_numpy(train_index.labels), ranks, teacher)
+    train_step = Step(recipe, plan, model, train_index, ranks, teacher)
     if saved is not None:
         checkpoint.restore(saved, train_step.state)
         train_step.guard.reset()
@@ -243,7 +244,8 @@ def open_log(run: Run) -> Log:
     log.say(device_line(recipe, run.ranks))
     if run.resumed_from:
         log.say(f"resuming after step {start} of {plan.steps}, from {printable(run.resumed_from)}")
-    for line in filter(None, (*run.notes, groups_line(plan), views_line(plan, recipe))):
+    lines = (*run.notes, classes_line(plan, recipe, run.train_index), groups_line(plan), views_line(plan, recipe))
+    for line in filter(None, lines):
         log.event("note", text=line)
         log.say(line)
     return log
@@ -258,6 +260,29 @@ def device_line(recipe: Recipe, ranks: Ranks) -> str:
     if ranks.device.type == "cpu" and recipe.machine.device == "auto" and shutil.which("nvidia-smi"):
         line += "; this machine may have a GPU that torch cannot use: see `fasttrain doctor`"
     return line
+
+
+UNEQUAL = 3  # how many times as many images the largest class must have for the run to say so
+
+
+def classes_line(plan: Plan, recipe: Recipe, index: Index) -> str:
+    """The line that says how unequal the classes are, and what to set or what is set; empty for classes alike."""
+    sizes = np.bincount(index.labels, minlength=len(index.classes))
+    least, most = int(sizes.min()), int(sizes.max())
+    ways = []
+    if recipe.data.balance:
+        shares = plan.class_shares(index)
+        ways.append(f"drawn with data.balance={recipe.data.balance:g}, {shares.max() / shares.min():.3g} to 1")
+    ways += [way for loss in recipe.losses for way in loss.against_imbalance()]
+    if not ways and most < UNEQUAL * least:
+        return ""
+    line = f"the classes have {least} to {most} images, {most / least:.3g} to 1" if most > least else ""
+    if ways:
+        return "; ".join(filter(None, (line, ", ".join(ways))))
+    return (
+        f"{line}; for equal accuracy on all classes set losses.cross_entropy.logit_adjustment=1 or data.balance=0.5, "
+        "and evaluation.best=balanced_accuracy"
+    )
 
 
 def groups_line(plan: Plan) -> str:
@@ -307,6 +332,8 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
         "checkpoint": f"{saved_bytes / 2**20:.0f} MiB each, up to {kept} kept",
         "writes": f"{printable(out)}/: recipe.toml, log.jsonl, checkpoints/, last, best",
     }
+    if classes := classes_line(plan, recipe, train_index):
+        lines["classes"] = classes
     if views := views_line(plan, recipe):
         lines["views"] = views
     return "\n".join(f"{name:<11}{line}" for name, line in lines.items())

@@ -139,21 +139,22 @@ class Substitutes:
         self.reasons: dict[int, str] = {}
         self.reported: set[int] = set()
 
-    def apply(self, step: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The images to use at a step instead of these, int64 [n]. Raises RunError where a class has no image that can
+    def apply(self, step: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples to use at a step instead of these, int64 [n]. Raises RunError where a class has no image that can
         be decoded, or a folder no longer exists."""
-        if self.suspects.isdisjoint(numbers := indices.tolist()):
-            return indices
-        return np.array([self._substitute(step, number) for number in numbers], np.int64)
+        if self.suspects.isdisjoint(self.plan.image_of(samples).tolist()):
+            return samples
+        return np.array([self._substitute(step, sample) for sample in samples.tolist()], np.int64)
 
-    def _substitute(self, step: int, number: int) -> int:
-        reason = self._known_problem(step, number)
+    def _substitute(self, step: int, sample: int) -> int:
+        number = sample % self.plan.count
+        reason = self._known_problem(step, sample)
         if not reason:
-            return number
+            return sample
         self.reasons[number] = reason
         of_class = np.flatnonzero(self.index.labels == self.index.labels[number])
         following = int(np.searchsorted(of_class, number)) + 1
-        for other in np.roll(of_class, -following)[:-1].tolist():
+        for other in (np.roll(of_class, -following)[:-1] + (sample - number)).tolist():
             if not self._known_problem(step, other):
                 return other
         name = printable(self.index.classes[self.index.labels[number]])
@@ -166,20 +167,25 @@ class Substitutes:
                 self.reported.add(number)
                 yield Skip(self.index.paths[number], self.reasons[number], self.index.paths[other])
 
-    def add_suspects(self, step: int, indices: NDArray[np.int64]) -> bool:
-        """Test the images of a batch that failed; whether one of them had not been a suspect."""
-        found = {number for number in set(indices.tolist()) - self.suspects if self._problem(step, number)}
+    def add_suspects(self, step: int, samples: NDArray[np.int64]) -> bool:
+        """Test the samples of a batch that failed; whether the image of one of them had not been a suspect."""
+        found = {
+            number
+            for sample, number in zip(samples.tolist(), self.plan.image_of(samples).tolist(), strict=True)
+            if number not in self.suspects and self._problem(step, sample)
+        }
         self.suspects |= found
         return bool(found)
 
-    def _known_problem(self, step: int, number: int) -> str:
-        return self._problem(step, number) if number in self.suspects else ""
+    def _known_problem(self, step: int, sample: int) -> str:
+        return self._problem(step, sample) if sample % self.plan.count in self.suspects else ""
 
-    def _problem(self, step: int, number: int) -> str:
+    def _problem(self, step: int, sample: int) -> str:
+        number = sample % self.plan.count
         size = self.index.sizes[number]
         if not size[0]:
             return self.index.problems.get(number, "its header cannot be read")
-        start, shape = self.plan.region(self.plan.all_draws(step, np.array([number]), size[None]))
+        start, shape = self.plan.region(self.plan.all_draws(step, np.array([sample]), size[None]))
         return image_problem(self.index, number, (start[0], shape[0]), self.decoder, self.device)
 
 

@@ -1,7 +1,7 @@
 """The plan: which images are in each batch, and every random draw.
 
-All are pure functions of (seed, epoch, image) or (seed, epoch, step). There is no state, so any rank can compute any
-batch of any epoch directly.
+All are pure functions of (seed, epoch, sample) or (seed, epoch, step). There is no state, so any rank can compute any
+batch of any epoch directly. A sample is an image and how often the epoch has drawn it before (see `sampling`).
 """
 
 import math
@@ -19,6 +19,7 @@ from fasttrain.kernels import mix as mix_kernel
 from fasttrain.pipelines import autoaugment, erasing, randaugment
 from fasttrain.pipelines.groups import Groups
 from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, reused_generator, uniforms
+from fasttrain.pipelines.sampling import Sampling
 from fasttrain.utils.errors import UserError
 
 _TRIES = 10
@@ -45,21 +46,21 @@ class Draws(NamedTuple):
 def image_draws(
     seed: int,
     epoch: int,
-    images: NDArray[np.int64],
+    samples: NDArray[np.int64],
     sizes: NDArray[np.int32],
     augment: AugmentConfig,
     size: int,
     view: int = 0,
 ) -> Draws:
-    """Draws for one view of n images. images: int64 [n], indices into the Index. sizes: int32 [n, 2], their heights
-    and widths. size: the side of the resized crop, in pixels."""
+    """Draws for one view of n samples, int64 [n]. sizes: int32 [n, 2], the heights and widths of their images. size:
+    the side of the resized crop, in pixels."""
     choose, count = _policy(augment)
     policy_end = CROP_DRAWS + 1 + count
-    u = uniforms(seed, IMAGE + (view << _VIEW_SHIFT), epoch, images, policy_end + erasing.DRAWS * bool(augment.erase))
+    u = uniforms(seed, IMAGE + (view << _VIEW_SHIFT), epoch, samples, policy_end + erasing.DRAWS * bool(augment.erase))
     crop = random_resized_crop(u[:CROP_DRAWS], sizes, augment.crop_area, augment.crop_ratio)
     flip = u[CROP_DRAWS] < augment.flip
     op, strength = choose(u[CROP_DRAWS + 1 : policy_end])
-    erased = np.zeros((len(images), 4), np.int32)
+    erased = np.zeros((len(samples), 4), np.int32)
     if augment.erase:
         erased = erasing.boxes(u[policy_end:], size, augment.erase, augment.erase_area, augment.erase_ratio)
     return Draws(crop, flip, op, strength, erased)
@@ -151,8 +152,9 @@ class Plan:
     """The images and draws of rank `rank` of `world` for every step of a run over `count` images.
 
     Each epoch splits its own order of the images into global batches and drops the last partial batch; with `groups`
-    the batches are P x K. Each rank has an equal, contiguous share of a batch, in micro-batches of `micro_batch`
-    images. Each step uses the images and draws of the step `shift` steps later.
+    the batches are P x K, and with `sampling` some images are drawn more often than others. Each rank has an equal,
+    contiguous share of a batch, in micro-batches of `micro_batch` images. Each step uses the images and draws of the
+    step `shift` steps later.
 
     A micro-batch has one row per image and view: first view 0 of each image, then view 1 of each, and so on. There are
     `views` views, then `ema_views` more that are never mixed.
@@ -167,6 +169,7 @@ class Plan:
     augment: AugmentConfig
     mix: MixConfig
     groups: Groups | None = None
+    sampling: Sampling | None = None
     views: int = 1
     ema_views: int = 0
     world: int = 1
@@ -192,7 +195,8 @@ class Plan:
             raise UserError(
                 "a contrastive loss needs two or more images at once; set --batch-size or micro_batch to 2 or more"
             )
-        groups = Groups.of(index, k, batch) if k else None
+        balance = recipe.data.balance
+        groups = Groups.of(index, k, batch, balance) if k else None
         if k and (micro or share) % k:
             raise UserError(
                 f"a rank's {micro or share} images at once are not a multiple of images_per_class {k}, which would "
@@ -208,6 +212,7 @@ class Plan:
             augment=recipe.augment,
             mix=recipe.mix,
             groups=groups,
+            sampling=None if k else Sampling.of(index, balance),
             views=recipe.views,
             ema_views=recipe.ema_views,
             world=world,
@@ -238,18 +243,41 @@ class Plan:
 
     def images(self, step: int, micro: int) -> NDArray[np.int64]:
         """The indices of the images in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
+        return self.image_of(self.samples(step, micro))
+
+    def image_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices of the samples' images."""
+        return samples % self.count
+
+    def samples(self, step: int, micro: int) -> NDArray[np.int64]:
+        """The samples in this rank's micro-batch `micro` of global step `step`, int64 [micro_batch]."""
         epoch, position = self.epoch_and_step(step)
         start = position * self.batch_size + self.rank * (self.batch_size // self.world) + micro * self.micro_batch
-        order = self.groups.order(self.seed, epoch) if self.groups else epoch_order(self.seed, epoch, self.count)
-        return order[start : start + self.micro_batch]
+        return self._order(epoch)[start : start + self.micro_batch]
 
-    def draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32], view: int = 0) -> Draws:
+    def class_shares(self, index: Index) -> NDArray[np.float64]:
+        """The share of each class in the images that the run draws, float64 [K]."""
+        if self.groups:
+            return self.groups.groups / self.groups.groups.sum()
+        times = None if self.sampling is None else self.sampling.times
+        return np.bincount(index.labels, times, len(index.classes)) / len(index)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The samples of an epoch in the order of its batches."""
+        if self.groups:
+            return self.groups.order(self.seed, epoch)
+        if self.sampling:
+            return self.sampling.order(self.seed, epoch)
+        return epoch_order(self.seed, epoch, self.count)
+
+    def draws(self, step: int, samples: NDArray[np.int64], sizes: NDArray[np.int32], view: int = 0) -> Draws:
+        """The draws of one view of samples, of whose images `sizes` are the heights and widths, int32 [n, 2]."""
         epoch, _ = self.epoch_and_step(step)
-        return image_draws(self.seed, epoch, images, sizes, self.augment, self.image_size, view)
+        return image_draws(self.seed, epoch, samples, sizes, self.augment, self.image_size, view)
 
-    def all_draws(self, step: int, images: NDArray[np.int64], sizes: NDArray[np.int32]) -> list[Draws]:
+    def all_draws(self, step: int, samples: NDArray[np.int64], sizes: NDArray[np.int32]) -> list[Draws]:
         """The draws of every view, mixed or not."""
-        return [self.draws(step, images, sizes, view) for view in range(self.views_total)]
+        return [self.draws(step, samples, sizes, view) for view in range(self.views_total)]
 
     @staticmethod
     def region(views: Sequence[Draws]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

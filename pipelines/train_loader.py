@@ -79,13 +79,14 @@ class Source:
         step, _ = self.position(info.iteration)
         if step >= self.stop_step:
             raise StopIteration
-        values = self.values(step, self.indices(info.iteration))
+        values = self.values(step, self.samples(info.iteration))
         return tuple(values[name] for name in batch_inputs(self.plan, self.index))
 
-    def values(self, step: int, indices: NDArray[np.int64]) -> dict[str, Any]:
-        """The inputs of a batch of images, by name; the first dimension is the image. step: the global step."""
-        plan, sizes = self.plan, self.index.sizes[indices]
-        views = plan.all_draws(step, indices, sizes)
+    def values(self, step: int, samples: NDArray[np.int64]) -> dict[str, Any]:
+        """The inputs of a batch of samples, by name; the first dimension is the sample. step: the global step."""
+        plan = self.plan
+        indices = plan.image_of(samples)
+        views = plan.all_draws(step, samples, self.index.sizes[indices])
         start, shape = plan.region(views)
         values: dict[str, Any] = image_values(self.index, indices, (start, shape)) | {
             "number": indices,
@@ -113,9 +114,13 @@ class Source:
 
     def indices(self, batch: int) -> NDArray[np.int64]:
         """The indices of a batch's images, int64 [micro_batch]."""
+        return self.plan.image_of(self.samples(batch))
+
+    def samples(self, batch: int) -> NDArray[np.int64]:
+        """A batch's samples, int64 [micro_batch], without those that cannot be decoded."""
         step, micro = self.position(batch)
-        indices = self.plan.images(step, micro)
-        return indices if self.substitutes is None else self.substitutes.apply(step, indices)
+        samples = self.plan.samples(step, micro)
+        return samples if self.substitutes is None else self.substitutes.apply(step, samples)
 
     def position(self, batch: int) -> tuple[int, int]:
         """Global step and micro-batch of a batch, counted from 0 after the skipped ones."""
@@ -253,10 +258,10 @@ def batches(
                     check_sizes(np.array(headers.as_array()), index.sizes[indices])
                 except RuntimeError as error:
                     step, _ = source.position(batch)
-                    used = source.indices(batch)
+                    used = source.samples(batch)
                     if substitutes is not None and substitutes.add_suspects(step, used):
                         break
-                    raise decode_error(error, index, used) from None
+                    raise decode_error(error, index, plan.image_of(used)) from None
                 done += 1
                 report(plan.images(*source.position(batch)), indices)
                 pixels = [torch.from_dlpack(view.as_tensor()) for view in views]

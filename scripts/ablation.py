@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
+import paired
+
 from fasttrain import recipes
 from fasttrain.checkpoints import checkpoint
 from fasttrain.checkpoints.run_dir import open_run
@@ -132,9 +133,12 @@ def main() -> None:
                 score = fasttrain_top1(args, data, folder, seed, row)
             top1.setdefault(row.title, {})[str(seed)] = score
             print(f"seed {seed}: {row.title}: {score:.2%}", flush=True)
-    table = [statistics_of(row, top1) for row in rows]
-    for entry in table:
-        print(f"{entry['title']:<28} {entry['mean']:6.2%} ± {entry['interval']:.2%}   {gain_text(entry)}")
+    by_title = {title: list(of_seeds.values()) for title, of_seeds in top1.items()}
+    table = [
+        paired.entry(row.title, by_title[row.title], row.baseline, by_title[row.baseline] if row.baseline else ())
+        for row in rows
+    ]
+    print("\n".join(map(paired.line, table)))
     result = {
         "command": "python scripts/ablation.py " + " ".join(sys.argv[1:]),
         "date": str(date.today()),
@@ -147,7 +151,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        draw(args.plot, table)
+        paired.draw(args.plot, table, "top-1")
 
 
 def device_name() -> str:
@@ -259,40 +263,6 @@ def timm_top1(args: argparse.Namespace, data: Path, out: Path, seed: int) -> flo
         top1 = float(re.findall(r"top-1 ([\d.]+)%", done.stdout)[-1]) / 100
         result.write_text(json.dumps({"top1": top1, "seconds": time.monotonic() - started}), encoding="utf-8")
     return json.loads(result.read_text())["top1"]
-
-
-def interval(values: np.ndarray) -> float:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def statistics_of(row: Row, top1: dict[str, dict[str, float]]) -> dict:
-    values = np.array(list(top1[row.title].values()))
-    entry = {"title": row.title, "top1": values.tolist(), "mean": values.mean(), "interval": interval(values)}
-    if row.baseline:
-        gain = values - np.array(list(top1[row.baseline].values()))
-        entry |= {"beside": row.baseline, "gain": gain.mean(), "gain_interval": interval(gain)}
-    return entry
-
-
-def gain_text(entry: dict) -> str:
-    return f"{entry['gain']:+.2%} ± {entry['gain_interval']:.2%} to {entry['beside']}" if "gain" in entry else ""
-
-
-def draw(path: Path, table: list[dict]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.5 * len(table) + 1), layout="constrained")
-    axes = figure.subplots()
-    for y, entry in enumerate(reversed(table)):
-        axes.errorbar(100 * entry["mean"], y, xerr=100 * entry["interval"], fmt="o", color="tab:blue", capsize=4)
-        axes.plot([100 * value for value in entry["top1"]], [y] * len(entry["top1"]), ".", color="black", alpha=0.5)
-    axes.set_yticks(range(len(table)), [entry["title"] for entry in reversed(table)])
-    axes.set_xlabel("top-1, % (dots: seeds; bars: 95 % interval of the mean)")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

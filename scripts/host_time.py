@@ -26,6 +26,7 @@ from fasttrain.benchmarks import step as step_benchmark
 from fasttrain.benchmarks.common import FASTTRAIN, write_figures
 from fasttrain.benchmarks.pipeline import repeated
 from fasttrain.config.schema import DataConfig
+from fasttrain.data.index import Index
 from fasttrain.data.open_data import open_data
 from fasttrain.pipelines.ahead import PrefetchedSource
 from fasttrain.pipelines.images import Images
@@ -59,7 +60,7 @@ def main(data: str, batches: tuple[int, ...], steps: int, json_path: Path | None
             "allowed_ms": batch / TARGET * 1e3,
             "source_ms": median_ms(partial(run_source, source), steps),
             "dali_run_ms": dali_ms(source, steps),
-            "stage_ms": median_ms(staging(plan, index.labels), steps),
+            "stage_ms": median_ms(staging(plan, index), steps),
             "step_ms": step_ms,
         }
         row["main_thread_ms"] = row["dali_run_ms"] + row["stage_ms"] + row["step_ms"]
@@ -99,8 +100,8 @@ def dali_ms(source: Source, steps: int) -> float:
         return median_ms(run_batch, min(steps, 20))
 
 
-def staging(plan: Plan, labels: Any) -> Callable[[int], Any]:
-    inputs = InputBuilder(plan, torch.from_numpy(labels), CPU, torch.bfloat16)
+def staging(plan: Plan, index: Index) -> Callable[[int], Any]:
+    inputs = InputBuilder(plan, index, CPU, torch.bfloat16)
     pixels = torch.zeros(plan.micro_batch, 8, 8, 3, dtype=torch.uint8)
     return lambda step: inputs.on_host(step, 0, Images(pixels, torch.from_numpy(plan.images(step, 0).copy())))
 

@@ -154,7 +154,7 @@ def test_replayed_steps_do_not_wait(index, changes):
     recipe = replace(recipe, epochs=4, machine=replace(recipe.machine, compile="graphs"))
     plan = Plan.of(recipe, index)
     model = Classifier.of(recipe, len(index.classes))
-    step = Step(recipe, plan, model, torch.from_numpy(index.labels), Ranks(0, 1, 0, 1, GPU))
+    step = Step(recipe, plan, model, index, Ranks(0, 1, 0, 1, GPU))
     assert step.graphs is not None
     replayed = 0
     for number, images in enumerate(batches(plan, index, GPU, 4)):

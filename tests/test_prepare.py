@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import CPU as ALONE
-from helpers import tiny
+from helpers import index_of, tiny
 
 from fasttrain import recipes
 from fasttrain.config import toml
 from fasttrain.config.schema import MachineConfig, MixConfig
 from fasttrain.losses.contrastive import Contrastive
 from fasttrain.pipelines import decoders
-from fasttrain.prepare import check, decoder_of, resolve_auto
+from fasttrain.pipelines.plan import Plan
+from fasttrain.prepare import check, classes_line, decoder_of, resolve_auto
 from fasttrain.utils.errors import UserError
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -80,3 +81,20 @@ def test_the_input_is_checked_with_all_views_of_its_images(index):
         check(one, index, ALONE)
     two_views = replace(one, losses=(*one.losses, Contrastive()), micro_batch=1, batch_size=2, mix=MixConfig(cutmix=0))
     assert check(two_views, index, replace(ALONE, world=2)).output.logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "parts"),
+    [
+        ((9, 9, 5), [], []),
+        ((60, 9, 5), [], ["the classes have 5 to 60 images, 12 to 1; ", "logit_adjustment=1", "balanced_accuracy"]),
+        ((80, 20, 5), ["data.balance=0.5"], ["5 to 80 images, 16 to 1; drawn with data.balance=0.5, 4 to 1"]),
+        ((80, 80), ["losses.cross_entropy.class_weights=auto"], ["weighted by losses.cross_entropy.class_weights"]),
+        ((80, 5), ["losses.cross_entropy.logit_adjustment=2"], ["16 to 1; adjusted by ", "logit_adjustment=2"]),
+    ],
+)
+def test_a_run_says_how_unequal_the_classes_are(sizes, settings, parts):
+    recipe = toml.override(replace(recipes.for_arch("resnet18"), batch_size=8), *settings)
+    index = index_of(*sizes)
+    line = classes_line(Plan.of(recipe, index), recipe, index)
+    assert all(part in line for part in parts) and bool(line) == bool(parts)

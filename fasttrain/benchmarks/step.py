@@ -204,7 +204,7 @@ class FasttrainStep:
         self, recipe: Recipe, model: nn.Module, plan: Plan, index: Index, device: torch.device, feed: Iterator[Images]
     ) -> None:
         ranks = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=device)
-        self.train = Step(recipe, plan, model, torch.from_numpy(index.labels), ranks)
+        self.train = Step(recipe, plan, model, index, ranks)
         self.feed, self.steps_done = feed, 0
         self.allocates = recipe.machine.compile != "graphs"
 

@@ -22,6 +22,11 @@ from fasttrain.utils.text import printable
 # A run may resume with other values of these: none changes which images a step takes or how each is augmented.
 # micro_batch changes which images are mixed with each other, so `machine_changes` reports it.
 _FREE = ("name", "micro_batch", "init", "guard", "evaluation", "checkpoint", "resume", "data", "machine")
+_NOT_FREE = ("data.balance",)  # but not these of them
+
+
+def _is_free(key: str) -> bool:
+    return key.split(".")[0] in _FREE and key not in _NOT_FREE
 
 
 def run_fingerprint(recipe: Recipe, index: Index) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[st
     recipe = toml.from_dict(saved.meta["recipe"], where=printable(saved.path))
     theirs = saved.meta | {"recipe": toml.to_dict(recipe)}
     both = {**_flat(theirs["recipe"]), **_flat(ours["recipe"])}
-    parts = [key.split(".") for key in both if key.split(".")[0] not in _FREE]
+    parts = [key.split(".") for key in both if not _is_free(key)]
     names = {"data", "classes", *(".".join(each[:depth]) for each in parts for depth in range(1, len(each) + 1))}
     for name in allow:
         if name not in names:
@@ -83,7 +88,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]
     found = {
         key: f"{printable(key)} was {_brief(was.get(key))} and is {_brief(now.get(key))}"
         for key in {**was, **now}
-        if key.split(".")[0] not in _FREE and was.get(key) != now.get(key)
+        if not _is_free(key) and was.get(key) != now.get(key)
     }
     if theirs["classes"] != ours["classes"]:
         other = sorted(set(theirs["classes"]) ^ set(ours["classes"]))

@@ -118,19 +118,34 @@ def data_vipriors(imagenet: str, out: str, link: bool) -> None:
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--per-class", required=True, type=click.IntRange(1), help="Training images per class.")
 @click.option("--val-per-class", type=click.IntRange(0), help="Validation images per class. Default: as many.")
+@click.option(
+    "--long-tail",
+    type=click.FloatRange(1),
+    default=1.0,
+    metavar="RATIO",
+    help="Classes of unequal size: the largest has --per-class training images, the smallest a RATIOth of them.",
+)
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="The set to make.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
 @_place_option
 @links_option
 def data_cut(
-    folder: str, per_class: int, val_per_class: int | None, out: str, seed: int, link: bool, links: str
+    folder: str,
+    per_class: int,
+    val_per_class: int | None,
+    long_tail: float,
+    out: str,
+    seed: int,
+    link: bool,
+    links: str,
 ) -> None:
     """Draw a small OUT/train and OUT/val from a folder of class folders."""
     from fasttrain.data.scan import Limits
     from fasttrain.data.subset import make
 
     val = per_class if val_per_class is None else val_per_class
-    _print_placed(out, make(Path(folder), per_class, val, Path(out), seed, link, limits=Limits(links)))
+    placed = make(Path(folder), per_class, val, Path(out), seed, link, limits=Limits(links), long_tail=long_tail)
+    _print_placed(out, placed)
 
 
 @data_.command("pack", short_help="Put a data set into one file that is quick to read.")

@@ -40,11 +40,14 @@ class DataConfig:
     """inside: take links to places inside the folder, and ignore others; follow: take all links."""
     max_megapixels: float = 179.0
     """The most pixels of an image, in millions. Larger ones are refused, because they may fill the memory."""
+    balance: float = 0.0
+    """How training images are drawn: 0 by image, 1 by class, between: a class of n images n^(1 − balance) times."""
 
     def __post_init__(self) -> None:
         _require(self.on_bad in ON_BAD, "on_bad", "stop or skip", self.on_bad)
         _require(self.links in LINKS, "links", "inside or follow", self.links)
         _require(self.max_megapixels > 0, "max_megapixels", "above 0", self.max_megapixels)
+        _require(0 <= self.balance <= 1, "balance", "in [0, 1]", self.balance)
 
 
 @dataclass(frozen=True)

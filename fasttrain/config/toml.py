@@ -24,6 +24,7 @@ from fasttrain.utils.text import printable
 
 T = TypeVar("T")
 TEXT_LENGTH, _DOTS = 1 << 16, 1000  # maximum characters of a recipe, and dots in a line
+_WORD_OR_TABLE = ("losses.cross_entropy.class_weights",)
 _FORMERLY_BOOLEAN = ("machine.align",)  # settings that were booleans in older recipes
 
 
@@ -168,7 +169,7 @@ def _set(table: dict[str, Any], key: str, value: object, option: str) -> None:
         inner = inner[part]
     if last not in inner:
         raise UserError(f"{option}: no key {key!r}{nearest(last, inner, prefix=key[: -len(last)])}")
-    if isinstance(inner[last], dict):
+    if isinstance(inner[last], dict) and key not in _WORD_OR_TABLE:
         keys = ", ".join(f"{key}.{name}" for name in inner[last])
         raise UserError(f"{option}: {key!r} is a part; set one of its keys: {keys}")
     inner[last] = value
@@ -217,6 +218,12 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{where}: {key} must be a table of settings, not {_short_repr(value)}")
         return _build(hint, value, where, key + ".")
+    if hint == str | dict[str, float]:  # a word, or numbers by name
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {key} must be a word or a table of numbers, not {_short_repr(value)}")
+        return {name: _convert(float, number, where, f"{key}.{name}") for name, number in value.items()}
     if typing.get_origin(hint) is tuple:
         item_types = typing.get_args(hint)
         if isinstance(value, list) and (item_types[-1] is types.EllipsisType or item_types[-1] is ...):

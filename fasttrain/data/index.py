@@ -14,6 +14,8 @@ from fasttrain.data.stores import Merged, Store
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
+MAX_WEIGHT = 1e9  # of an image
+
 
 @dataclass(frozen=True, eq=False)
 class Index:
@@ -23,7 +25,8 @@ class Index:
     ids: N strings, each path relative to its folder, with `/`. labels: int64 [N].
     sizes: int32 [N, 2], (height, width) as stored, before any EXIF rotation; 0 where a header cannot be read.
     classes: K names, sorted as text. problems: why an image has no size, by its number.
-    store: the container that holds the images; None where each is a file.
+    store: the container that holds the images; None where each is a file. weights: float64 [N], how often each image is
+    drawn, relative to others of its class, and its class relative to others; None: all alike.
     """
 
     paths: tuple[str, ...]
@@ -33,6 +36,7 @@ class Index:
     classes: tuple[str, ...]
     problems: Mapping[int, str] = field(default_factory=dict)
     store: Store | None = None
+    weights: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,9 +52,11 @@ class Index:
         return self.paths if self.store is None else self.store.files
 
     def fingerprint(self) -> str:
-        """SHA-256 over classes, ids and labels: equal for the same images in another folder."""
+        """SHA-256 over classes, ids, labels and any weights: equal for the same images in another folder."""
         digest = hashlib.sha256("\0".join(self.classes + self.ids).encode(errors="surrogateescape"))
         digest.update(self.labels.astype("<i8").tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.astype("<f8").tobytes())
         return digest.hexdigest()
 
     def fingerprint_of_sizes(self) -> str:
@@ -130,12 +136,20 @@ def merge(indices: Sequence[Index], origins: Sequence[object]) -> Index:
         sizes=np.concatenate([index.sizes for index in indices]),
         classes=first.classes,
         store=_merged_store(indices, origins),
+        weights=merge_weights(indices),
         problems={
             start + number: problem
             for start, index in zip(starts, indices, strict=False)
             for number, problem in index.problems.items()
         },
     )
+
+
+def merge_weights(indices: Sequence[Index]) -> NDArray[np.float64] | None:
+    """The weights of several indices one after another; None where none has any."""
+    if all(index.weights is None for index in indices):
+        return None
+    return np.concatenate([np.ones(len(index)) if index.weights is None else index.weights for index in indices])
 
 
 def _merged_store(indices: Sequence[Index], origins: Sequence[object]) -> Store | None:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from fasttrain.data.decode import BATCH_FILES, decode_batch
 from fasttrain.data.decode_check import KINDS, sniff
 from fasttrain.data.headers import EXTENSIONS
-from fasttrain.data.index import Index
+from fasttrain.data.index import Index, merge_weights
 from fasttrain.data.process_pool import map_in_processes, split_by_cost
-from fasttrain.data.stores.pack import DTYPES, FORMAT, TENSORS, Images, is_pack, open_pack
+from fasttrain.data.stores.pack import DTYPES, FORMAT, TENSORS, WEIGHTS, Images, is_pack, open_pack
 from fasttrain.utils.errors import RunError, UserError
 from fasttrain.utils.files import atomic_folder, fsync
 from fasttrain.utils.text import printable
@@ -332,7 +332,9 @@ def _header(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) ->
     """The header of a safetensors file, without its length."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
-    for name, dtype in TENSORS.items():
+    for name, dtype in (TENSORS | WEIGHTS).items():
+        if name not in shapes:
+            continue
         end = start + int(np.prod(shapes[name], dtype=np.int64)) * DTYPES[dtype].itemsize
         entries[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [start, end]}
         start = end
@@ -341,7 +343,7 @@ def _header(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) ->
 
 def _header_bytes(indices: Mapping[str, Index], encoding: Encoding, command: str) -> int:
     """The bytes that are kept free for the header, which is written last: enough for any size of the images."""
-    most = {name: (2**60, 2) for name in TENSORS}
+    most = {name: (2**60, 2) for name in TENSORS | WEIGHTS}
     return (8 + len(_header(_metadata(indices, encoding, command), most)) + 63) // 64 * 64
 
 
@@ -369,6 +371,9 @@ def _finish(
         "sha256": np.frombuffer(bytes.fromhex("".join(done[position].sha256 for position in kept)), np.uint8),
     }
     tensors["sha256"] = tensors["sha256"].reshape(-1, 32)
+    if (weights := merge_weights(index_of)) is not None:
+        first = np.cumsum([0, *map(len, index_of)])
+        tensors["weights"] = weights[[first[split] + number for split, _, number in images]].astype("<f8")
     for tensor in tensors.values():  # `data` is at the end of the images
         data.write(tensor.tobytes())
     header = _header(metadata, {"images": (sum(lengths),)} | {name: each.shape for name, each in tensors.items()})

@@ -1,6 +1,7 @@
 """Draws a small train and val set from a folder of class folders, as ImageNet-50 is drawn from ImageNet."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from fasttrain.data.layout import has_folders
@@ -21,11 +22,14 @@ def make(
     link: bool = False,
     progress: bool = True,
     limits: Limits = DEFAULT_LIMITS,
+    long_tail: float = 1.0,
 ) -> Placed:
     """Make `out`/train and `out`/val with `per_class` (1 or more) and `val_per_class` (0 or more) images per class.
 
     No image is in both. The draw depends only on the seed and the images' names; with the same seed, a smaller subset
-    is part of a larger one. link: make hard links instead of copies. If the subset already exists, nothing is done; an
+    is part of a larger one. long_tail: how many times as many training images the largest class has as the smallest; in
+    between the numbers fall exponentially, in an order of the classes that depends on the seed and their names (Cui et
+    al. 2019). link: make hard links instead of copies. If the subset already exists, nothing is done; an
     interrupted call resumes from `out`.partial.
 
     Raises UserError where a class has too few images, an image's header cannot be read, the disk has too little space,
@@ -43,14 +47,15 @@ def make(
         sort_key = hashlib.sha256(f"{seed}\0{image_id}".encode(errors="surrogateescape")).digest()
         members[index.classes[label]].append((sort_key, image_id, path))
     _require_enough(members, per_class, val_per_class)
+    train_sizes = _long_tail(list(members), per_class, long_tail, seed)
 
     sources: dict[str, str] = {}
-    for images in members.values():
+    for name, images in members.items():
         images.sort()
         # Train is drawn from the start and val from the end, so the size of one does not change the other.
-        for split, drawn in (("train", images[:per_class]), ("val", images[len(images) - val_per_class :])):
+        for split, drawn in (("train", images[: train_sizes[name]]), ("val", images[len(images) - val_per_class :])):
             sources |= {f"{split}/{image_id}": path for _, image_id, path in sorted(drawn, key=lambda image: image[1])}
-    counts = {"train": per_class * len(members), "val": val_per_class * len(members)}
+    counts = {"train": sum(train_sizes.values()), "val": val_per_class * len(members)}
     names = hashlib.sha256("\0".join(sorted(sources)).encode(errors="surrogateescape")).hexdigest()
     stamp = {
         "fasttrain_cut": 1,
@@ -58,11 +63,19 @@ def make(
         "val_per_class": val_per_class,
         "seed": seed,
         "names_sha256": names,
+        **({"long_tail": long_tail} if long_tail > 1 else {}),
     }
     if is_finished(out, _MARKER, stamp):
         return Placed(counts, new=0, made=False)
     new = place(out, sources, {}, _MARKER, stamp, link=link, progress=progress)
     return Placed(counts, new, made=True)
+
+
+def _long_tail(names: Sequence[str], most: int, ratio: float, seed: int) -> dict[str, int]:
+    """The number of training images of each class: `most` · ratio^(−r / (K − 1)) for the class of rank r, 1 or more."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).digest())
+    last = max(1, len(names) - 1)
+    return {name: max(1, round(most * ratio ** (-rank / last))) for rank, name in enumerate(ranked)}
 
 
 def _require_enough(members: dict[str, list[tuple[bytes, str, str]]], per_class: int, val_per_class: int) -> None:

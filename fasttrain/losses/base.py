@@ -1,6 +1,6 @@
 """What flows into and out of the losses: Batch, Output and Term; and the Loss protocol itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -21,6 +21,8 @@ class Batch(NamedTuple):
     teacher_logits: [B, K], a teacher's logits for the same rows, where a loss names a teacher (`Loss.teacher_run`).
     ema_logits: [B / views, K], the averaged network's logits for another view of each image, which is never mixed,
     where a loss reads them (`Loss.reads_ema`).
+    class_weights: float32 [K], the factors of a loss that weighs classes (`Loss.class_weights_for`).
+    log_shares: float32 [K], the logarithm of each class's share of the images that are drawn.
     epoch: epochs done before this step, as a fraction. progress: the share of the run done before this step, in [0, 1).
     Both are Python numbers, or float32 scalars on the device.
     """
@@ -33,6 +35,8 @@ class Batch(NamedTuple):
     views: int = 1
     teacher_logits: Tensor | None = None
     ema_logits: Tensor | None = None
+    class_weights: Tensor | None = None
+    log_shares: Tensor | None = None
     epoch: float | Tensor = 0.0
     progress: float | Tensor = 0.0
 
@@ -57,6 +61,15 @@ class Term(NamedTuple):
 
     loss: Tensor
     stats: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Classes(NamedTuple):
+    """The K classes of a run. names: K, in the order of the outputs. images: float64 [K], how many images each has.
+    shares: float64 [K], the share of each in the images that are drawn. Both are on the CPU."""
+
+    names: Sequence[str]
+    images: Tensor
+    shares: Tensor
 
 
 class Loss(Protocol):
@@ -99,6 +112,15 @@ class Loss(Protocol):
         """The run or checkpoint whose frozen network gives `Batch.teacher_logits`; None for a loss without a teacher.
         Raises UserError if it must be set and is not."""
         return None
+
+    def class_weights_for(self, classes: Classes) -> Tensor | None:
+        """`Batch.class_weights`, for a loss that weighs classes. Raises UserError where it names a class that is not
+        there."""
+        return None
+
+    def against_imbalance(self) -> list[str]:
+        """What the loss does about classes of unequal size, for the log."""
+        return []
 
     def collapsed(self, losses: list[float]) -> bool:
         """Whether an epoch's logged means of this loss show that all images have become alike to the network."""

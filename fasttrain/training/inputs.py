@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.data.index import Index
 from fasttrain.kernels.mix import mix
-from fasttrain.losses.base import Batch, Output
+from fasttrain.losses.base import Batch, Classes, Loss, Output
 from fasttrain.pipelines.images import Images
 from fasttrain.pipelines.plan import Plan
 from fasttrain.utils.tensors import to_device
@@ -50,20 +52,34 @@ class StepScalars(NamedTuple):
     lr: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class InputBuilder:
     """Builds the network's input and the Batch.
 
-    labels: int64 [N] on the CPU, of all training images. dtype: of the images, and of autocast. teacher: answers for
+    index: the training images. dtype: of the images, and of autocast. teacher: answers for
     the rows that the network sees (knowledge distillation). ema: answers for the plan's ema_views (mean teacher).
+    losses: those that the batch is for. Raises UserError where one names a class that the images do not have.
     """
 
     plan: Plan
-    labels: Tensor
+    index: Index
     device: torch.device
     dtype: torch.dtype
     teacher: Network | None = None
     ema: Network | None = None
+    losses: tuple[Loss, ...] = ()
+    labels: Tensor = field(init=False)
+    class_weights: Tensor | None = field(init=False)
+    log_shares: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        images = np.bincount(self.index.labels, minlength=len(self.index.classes)).astype(np.float64)
+        shares = torch.from_numpy(self.plan.class_shares(self.index))
+        classes = Classes(self.index.classes, torch.from_numpy(images), shares)
+        weights = [found for loss in self.losses if (found := loss.class_weights_for(classes)) is not None]
+        self.labels = torch.from_numpy(self.index.labels)
+        self.class_weights = weights[0].to(self.device) if weights else None
+        self.log_shares = shares.log().float().to(self.device)
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
@@ -98,6 +114,8 @@ class InputBuilder:
             views=plan.views,
             teacher_logits=teacher_logits,
             ema_logits=ema_logits,
+            class_weights=self.class_weights,
+            log_shares=self.log_shares,
             epoch=scalars.epoch,
             progress=scalars.progress,
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.config.schema import Recipe
+from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.losses.base import Loss, Term
 from fasttrain.pipelines.images import Images
@@ -37,9 +38,9 @@ class StepOutput(NamedTuple):
 class Step:
     """Trains a network step by step; built for a resolved recipe.
 
-    model: the network; it is moved to the ranks' device. labels: int64 [N] on the CPU, of all training images. teacher:
-    the network that a recipe distils from. Raises UserError where the optimizer does not fit the device or the
-    precision, or where CUDA graphs cannot replay this recipe.
+    model: the network; it is moved to the ranks' device. index: the training images. teacher: the network that a recipe
+    distils from. Raises UserError where the optimizer does not fit the device or the precision, where a loss weighs a
+    class that is not there, or where CUDA graphs cannot replay this recipe.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Step:
         recipe: Recipe,
         plan: Plan,
         model: nn.Module,
-        labels: Tensor,
+        index: Index,
         ranks: Ranks,
         teacher: Network | None = None,
     ) -> None:
@@ -85,7 +86,7 @@ class Step:
         ema: Network | None = self.ema.model if self.ema and plan.ema_views else None
         if compiled:
             self.network, ema = torch.compile(self.network), ema and torch.compile(ema)
-        self.inputs = InputBuilder(plan, labels, device, dtype, teacher, ema)
+        self.inputs = InputBuilder(plan, index, device, dtype, teacher, ema, recipe.losses)
 
     @property
     def state(self) -> State:

@@ -53,6 +53,27 @@ def test_the_draw_depends_on_seed_and_names_only(photos_of_animals, tmp_path):
     assert apes["val"] == {f"ape/{number}.png" for number in (1, 0, 5)}
 
 
+def test_a_long_tail_falls_exponentially_to_its_ratio(tmp_path):
+    root = tmp_path / "photos"
+    for label in range(5):
+        (root / f"c{label}").mkdir(parents=True)
+        for number in range(40):
+            Image.new("RGB", (4, 4), (label, number, 0)).save(root / f"c{label}" / f"{number}.png")
+    placed = subset.make(root, 32, 2, tmp_path / "out", progress=False, long_tail=16)
+    sizes = {name: len(list((tmp_path / "out/train" / name).iterdir())) for name in map("c{}".format, range(5))}
+    assert sorted(sizes.values()) == [2, 4, 8, 16, 32] and placed.counts == {"train": 62, "val": 10}
+    other = subset.make(root, 32, 2, tmp_path / "other", seed=3, progress=False, long_tail=16)
+    assert other.counts == placed.counts and sizes != {
+        name: len(list((tmp_path / "other/train" / name).iterdir())) for name in sizes
+    }
+    # A subset of the equal one, with the same val.
+    _, equal = make(root, tmp_path / "equal", per_class=32, val_per_class=2)
+    ids = {split: set(scan(tmp_path / "out" / split).ids) for split in ("train", "val")}
+    assert ids["train"] < equal["train"] and ids["val"] == equal["val"]
+    with pytest.raises(UserError, match="already exists and is not the requested set"):
+        subset.make(root, 32, 2, tmp_path / "out", progress=False, long_tail=8)
+
+
 def test_a_subset_may_have_no_val(photos_of_animals, tmp_path):
     assert subset.make(photos_of_animals, 7, 0, tmp_path / "out", progress=False).counts == {"train": 21, "val": 0}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cut.json", "train"]

@@ -64,7 +64,7 @@ GOOD = "path,label\na.jpg,ape\nb.jpg,yak\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1 must name the columns path and label, and may name split; it has none"),
+        ("", "line 1 must name the columns path and label, and may name split and weight; it has none"),
         ("file,class\na.jpg,ape\n", "line 1 must name the columns .* it has file, class"),
         ("path,label,path\n", "line 1 must name"),
         ("path,label\n", "lists no images"),
@@ -78,6 +78,9 @@ GOOD = "path,label\na.jpg,ape\nb.jpg,yak\n"
         (GOOD + "notes.txt,ape\n", "line 4: notes.txt is not an image; images end in"),
         (GOOD + "missing.jpg,ape\n", "line 4: missing.jpg is not there"),
         ("path,label,split\na.jpg,ape,train\nb.jpg,yak,holdout\n", "line 3 has the split 'holdout'"),
+        ("path,label,weight\na.jpg,ape,-1\n", r"line 2 has the weight '-1'; a weight is a number of 0 or more"),
+        ("path,label,weight\na.jpg,ape,nan\n", "line 2 has the weight 'nan'"),
+        ("path,label,weight\na.jpg,ape,\n", "line 2 has the weight ''"),
         ("path,label\na.jpg,\x1b[31mape\na.jpg,b\n", r"\\x1b\[31mape"),
     ],
 )
@@ -86,6 +89,18 @@ def test_wrong_tables_are_refused_with_their_line(images, text, message):
     with pytest.raises(UserError, match=message) as error:
         open_table(images / "t.csv", Limits(), progress=False)
     assert str(error.value).isprintable()
+
+
+def test_weights_of_a_table_reach_a_pack_of_it_and_the_fingerprint(images, tmp_path):
+    (images / "t.csv").write_text("path,label,weight\na.jpg,ape,2\nb.jpg,yak,0.5\ndeep/c.png,ape,1\n")
+    index, _ = open_data(DataConfig(train=(str(images / "t.csv"),)))
+    assert dict(zip(index.ids, index.weights.tolist(), strict=True)) == {"a.jpg": 2, "b.jpg": 0.5, "deep/c.png": 1}
+    call("data", "pack", images / "t.csv", "--out", tmp_path / "t.safetensors")
+    packed, _ = open_data(DataConfig(train=(str(tmp_path / "t.safetensors"),)))
+    assert packed.ids == index.ids and packed.weights.tolist() == index.weights.tolist()
+    assert packed.fingerprint() == index.fingerprint()
+    (images / "u.csv").write_text((images / "t.csv").read_text().replace("0.5", "0.25"))
+    assert open_data(DataConfig(train=(str(images / "u.csv"),)))[0].fingerprint() != index.fingerprint()
 
 
 def test_links_and_other_folders_are_taken_on_request(images):

@@ -1,6 +1,7 @@
 """Cross entropy against torch's, a naive loop in float64, and gradcheck."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fasttrain.losses.base import Batch, Output
+from fasttrain import recipes
+from fasttrain.config import toml
+from fasttrain.losses.base import Batch, Classes, Output
 from fasttrain.losses.cross_entropy import CrossEntropy
+from fasttrain.utils.errors import UserError
 
 
 def batch_of(labels, other=None, lam=None) -> Batch:
@@ -52,6 +56,85 @@ def test_equals_a_naive_loop_for_mixed_labels(batch, classes, smoothing, seed):
                 expected -= share * q * (float(logits[row, k]) - total) / batch
     ours = CrossEntropy(smoothing)(output_of(logits), batch_of(labels, other, lam)).loss
     assert ours.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@given(st.integers(1, 6), st.integers(2, 12), st.floats(0, 0.5), st.floats(0, 3), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_class_weights_and_logit_adjustment_equal_a_naive_loop(batch, classes, smoothing, tau, mixed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, classes, generator=generator, dtype=torch.float64) * 4
+    labels, other = (torch.randint(classes, (batch,), generator=generator) for _ in range(2))
+    lam = torch.rand(batch, generator=generator, dtype=torch.float64) if mixed else torch.ones(batch)
+    weights, shares = (torch.rand(classes, generator=generator, dtype=torch.float64) + 0.1 for _ in range(2))
+    shares /= shares.sum()
+    expected = 0.0
+    for row in range(batch):
+        adjusted = [float(logits[row, k]) + tau * math.log(shares[k]) for k in range(classes)]
+        total = math.log(sum(map(math.exp, adjusted)))
+        for label, share in ((int(labels[row]), float(lam[row])), (int(other[row]), 1 - float(lam[row]))):
+            for k in range(classes):
+                q = 1 - smoothing if k == label else smoothing / (classes - 1)
+                expected -= share * float(weights[label]) * q * (adjusted[k] - total) / batch
+    given_batch = batch_of(labels, other, lam) if mixed else batch_of(labels)
+    given_batch = given_batch._replace(class_weights=weights, log_shares=shares.log())
+    loss = CrossEntropy(smoothing, class_weights="auto", logit_adjustment=tau)
+    assert loss(output_of(logits), given_batch).loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    plain = CrossEntropy(smoothing)(output_of(logits), given_batch).loss
+    assert torch.equal(plain, CrossEntropy(smoothing)(output_of(logits), given_batch._replace(class_weights=None)).loss)
+
+
+def test_class_weights_equal_torch_without_smoothing():
+    logits, labels, weights = (
+        torch.randn(9, 4, dtype=torch.float64),
+        torch.arange(9) % 4,
+        torch.tensor([1.0, 2, 0.5, 4]),
+    )
+    loss = CrossEntropy(0.0, class_weights={"a": 2.0})(
+        output_of(logits), batch_of(labels)._replace(class_weights=weights)
+    )
+    theirs = F.cross_entropy(logits, labels, weight=weights.double(), reduction="sum") / 9
+    assert loss.loss.item() == pytest.approx(theirs.item())
+
+
+def test_class_weights_by_effective_number_and_by_name():
+    images = torch.tensor([500.0, 50.0, 5.0], dtype=torch.float64)
+    classes = Classes(("cat", "dog", "emu"), images, images / images.sum())
+    effective = [sum(0.99**power for power in range(int(count))) for count in images.tolist()]  # the paper's series
+    found = CrossEntropy(class_weights="auto", effective_beta=0.99).class_weights_for(classes)
+    ratios = [effective[0] / each for each in effective]
+    assert (found / found[0]).tolist() == pytest.approx(ratios)
+    assert float((found.double() * classes.shares).sum()) == pytest.approx(1)  # the mean over the images
+    named = CrossEntropy(class_weights={"emu": 8.0}).class_weights_for(classes)
+    assert (named / named[0]).tolist() == pytest.approx([1, 1, 8])
+    assert CrossEntropy().class_weights_for(classes) is None
+    with pytest.raises(
+        UserError, match=r"class_weights names 'gnu', which is not a class of the images; they have cat"
+    ):
+        CrossEntropy(class_weights={"gnu": 2.0}).class_weights_for(classes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("class_weights=balanced", "class_weights must be none, auto or a table of classes, not 'balanced'"),
+        ("class_weights={cat=0}", "class_weights.cat must be above 0"),
+        ("class_weights={cat='x'}", "losses.cross_entropy.class_weights.cat must be a number"),
+        ("class_weights=2", "class_weights must be a word or a table of numbers, not 2"),
+        ("effective_beta=1", "effective_beta must be in"),
+        ("logit_adjustment=-1", "logit_adjustment must be in"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        toml.override(recipes.for_arch("resnet18"), f"losses.cross_entropy.{setting}")
+
+
+def test_a_table_of_class_weights_survives_toml():
+    recipe = toml.override(recipes.for_arch("resnet18"), "losses.cross_entropy.class_weights={'n01 .x' = 2, dog = 0.5}")
+    assert recipe.losses[0].class_weights == {"n01 .x": 2.0, "dog": 0.5}
+    for comments in (False, True):
+        assert toml.from_toml(toml.to_toml(recipe, comments)) == recipe
+    assert toml.override(recipe, "losses.cross_entropy.class_weights=auto").losses[0].class_weights == "auto"
 
 
 def test_gradcheck():

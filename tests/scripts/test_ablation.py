@@ -54,7 +54,7 @@ def test_a_small_ablation_writes_a_table_and_is_not_trained_twice(demo_set, tmp_
     for _ in range(2):
         subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=900)
         result = json.loads((tmp_path / "ablation.json").read_text())
-        assert result["label_noise"] == 0.4 and all(len(row["top1"]) == 2 for row in result["rows"])
+        assert result["label_noise"] == 0.4 and all(len(row["scores"]) == 2 for row in result["rows"])
     logs = list((tmp_path / "out").glob("seed*/*/log.jsonl"))
     starts = [line for log in logs for line in log.read_text().splitlines() if '"event": "start"' in line]
     assert len(starts) == len(logs) > 0

@@ -108,7 +108,7 @@ def train_steps(recipe, index, recorder, callback):
     """A Step after STEPS steps, eager or with a recorder. callback: called before each step and after the last."""
     torch.manual_seed(5)
     plan = Plan.of(recipe, index)
-    step = Step(recipe, plan, Classifier.of(recipe, len(index.classes)), torch.from_numpy(index.labels), ALONE)
+    step = Step(recipe, plan, Classifier.of(recipe, len(index.classes)), index, ALONE)
     if recorder is not None:
         step.graphs = Graphs(CPU, recipe.mix.kinds, recorder)
     loader = batches(plan, index, CPU, 1, stop_step=STEPS)

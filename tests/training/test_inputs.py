@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import plan_of
+from helpers import index_of, plan_of
 
 from fasttrain.config.schema import IMAGENET_MEAN, IMAGENET_STD, MixConfig
 from fasttrain.kernels import mix as mix_kernel
@@ -38,10 +38,11 @@ def pixels():
 @pytest.mark.parametrize("mix", [MixConfig(cutmix=0), MixConfig(cutmix=1), MixConfig(cutmix=0, mixup=1)])
 def test_rows_labels_and_targets(pixels, mix):
     plan = replace(plan_of(mix=mix, image_size=SIZE), views=2, ema_views=1)
-    labels = torch.arange(50) % CLASSES
+    index = replace(index_of(50), labels=np.arange(50) % CLASSES, classes=("a", "b", "c"))
+    labels = torch.from_numpy(index.labels)
     indices = torch.from_numpy(plan.images(3, 0).copy())
     teacher, ema_model = MeanColors(), MeanColors()
-    inputs = InputBuilder(plan, labels, CPU, torch.float32, teacher, ema_model)
+    inputs = InputBuilder(plan, index, CPU, torch.float32, teacher, ema_model)
     images, batch = inputs(inputs.on_host(3, 0, Images(pixels, indices)), inputs.scalars(3))
 
     table, mixed = plan.mix_params(3, 0)
@@ -73,9 +74,9 @@ def test_rows_labels_and_targets(pixels, mix):
 
 def test_one_view_without_teachers(pixels):
     plan = plan_of(mix=MixConfig(cutmix=0), image_size=SIZE)
-    labels = torch.arange(50)
+    index = replace(index_of(50), labels=np.arange(50), classes=tuple(f"{n:02}" for n in range(50)))
     indices = torch.from_numpy(plan.images(0, 0).copy())
-    inputs = InputBuilder(plan, labels, CPU, torch.float32)
+    inputs = InputBuilder(plan, index, CPU, torch.float32)
     images, batch = inputs(inputs.on_host(0, 0, Images(pixels[:B], indices)), inputs.scalars(0))
     np.testing.assert_allclose(images.permute(0, 2, 3, 1), normalized(pixels[:B].numpy()), atol=1e-5)
     assert torch.equal(batch.labels, indices) and torch.equal(batch.labels_mixed, indices)

@@ -65,7 +65,7 @@ def test_a_step_equals_a_plain_loop(demo_set, micro_batch):
     torch.manual_seed(3)
     model = Classifier.of(recipe, classes)
     reference = copy.deepcopy(model).train()
-    step = Step(recipe, plan, model, torch.from_numpy(index.labels), ALONE)
+    step = Step(recipe, plan, model, index, ALONE)
     loader, reference_loader = (batches(plan, index, ALONE.device, 1, stop_step=STEPS) for _ in range(2))
     sgd = torch.optim.SGD(reference.parameters(), momentum=0.9, weight_decay=1e-2)
     modes = set()

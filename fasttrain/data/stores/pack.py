@@ -9,6 +9,7 @@ Its tensors, for N images of all splits:
     splits   uint8 [N]      positions in `splits` of the metadata
     ids      uint8 [bytes]  the ids in UTF-8, with a 0 between two of them
     sha256   uint8 [N, 32]  a hash of each image's bytes
+    weights  float64 [N]    how often each is drawn, see `Index`; only where a table of images gives weights
 
 Its metadata: `format`, `kind` (same, jpeg or raw), `classes` and `splits` as JSON lists, `source` (the fingerprint of
 what was packed), `shorter_side`, `quality`, and `command`.
@@ -24,14 +25,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.data.index import Index
+from fasttrain.data.index import MAX_WEIGHT, Index
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import opened
 from fasttrain.utils.text import printable
 
 FORMAT = "fasttrain-pack-1"
 KINDS = ("same", "jpeg", "raw")
-DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+}
 TENSORS = {
     "images": "U8",
     "offsets": "I64",
@@ -41,6 +47,7 @@ TENSORS = {
     "ids": "U8",
     "sha256": "U8",
 }
+WEIGHTS = {"weights": "F64"}
 HEADER_BYTES = 100 << 20  # at most, as safetensors itself reads it
 
 
@@ -103,7 +110,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     metadata = header.get("__metadata__")
     if not (isinstance(metadata, dict) and metadata.get("format") == FORMAT):
         raise ValueError(f"its metadata does not name the format {FORMAT}")
-    tensors = {name: _tensor(header.get(name), name, dtype, data[8 + length :]) for name, dtype in TENSORS.items()}
+    names = TENSORS | (WEIGHTS if "weights" in header else {})
+    tensors = {name: _tensor(header.get(name), name, dtype, data[8 + length :]) for name, dtype in names.items()}
     return metadata, tensors
 
 
@@ -135,7 +143,8 @@ def _indices(path: str, metadata: dict[str, str], tensors: dict[str, NDArray[Any
         raise ValueError(f"its kind is {kind!r}, not one of {', '.join(KINDS)}")
     count = len(tensors["labels"])
     shapes = {"offsets": (count + 1,), "sizes": (count, 2), "labels": (count,), "splits": (count,)}
-    for name, shape in (shapes | {"sha256": (count, 32)}).items():
+    shapes |= {"sha256": (count, 32)} | ({"weights": (count,)} if "weights" in tensors else {})
+    for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ValueError(f"{name} has the shape {list(tensors[name].shape)}, not {list(shape)}")
     # Copies: checks of a memory map would not hold if the file changed afterwards.
@@ -150,6 +159,9 @@ def _indices(path: str, metadata: dict[str, str], tensors: dict[str, NDArray[Any
         raise ValueError("it has images that do not have the size of their pixels")
     if (labels < 0).any() or (labels >= len(classes)).any() or (splits >= len(split_names)).any():
         raise ValueError("it has labels or splits without a name")
+    weights = tensors.get("weights")
+    if weights is not None and not ((weights >= 0) & (weights <= MAX_WEIGHT)).all():
+        raise ValueError("it has weights that are no numbers of 0 or more")
     ids = tensors["ids"].tobytes().decode(errors="surrogateescape").split("\0")
     if len(ids) != count:
         raise ValueError(f"it has {count} images and {len(ids)} ids")
@@ -161,7 +173,8 @@ def _indices(path: str, metadata: dict[str, str], tensors: dict[str, NDArray[Any
             raise ValueError("it has two images of the same id")
         store = Images((path,), tensors, rows, decoded=kind == "raw")
         paths = tuple(f"{path}:{name}" for name in names)
-        indices[split] = Index(paths, names, labels[rows], sizes[rows], classes, store=store)
+        own_weights = None if weights is None else weights[rows]
+        indices[split] = Index(paths, names, labels[rows], sizes[rows], classes, store=store, weights=own_weights)
     return indices
 
 

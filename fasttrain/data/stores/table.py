@@ -1,19 +1,24 @@
-"""A table of images: a CSV file (or a .tsv file with tabs) with the columns path and label, and perhaps split.
+"""A table of images: a CSV file (or a .tsv file with tabs) with the columns path, label and perhaps split and weight.
 
 A path is relative to the table's folder. Splits are called train, val (or valid, or validation) and test; without that
-column, all images are of one split. Other columns are not used.
+column, all images are of one split. An image of weight 2 is drawn twice as often in training as one of weight 1, and
+one of weight 0 never. Other columns are not used.
 """
 
 import csv
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from fasttrain.data.headers import EXTENSIONS
-from fasttrain.data.index import Index, of_samples
+from fasttrain.data.index import MAX_WEIGHT, Index, of_samples
 from fasttrain.data.layout import VAL_NAMES
 from fasttrain.data.scan import Limits, sizes_of, stamp
 from fasttrain.utils.errors import UserError
@@ -21,7 +26,7 @@ from fasttrain.utils.files import opened
 from fasttrain.utils.text import printable
 
 ENDINGS = (".csv", ".tsv")
-_COLUMNS = ("path", "label", "split")
+_COLUMNS = ("path", "label", "split", "weight")
 
 
 class _Row(NamedTuple):
@@ -29,6 +34,7 @@ class _Row(NamedTuple):
     path: str
     label: str
     split: str
+    weight: float | None
 
 
 def is_table(path: str | Path) -> bool:
@@ -58,7 +64,9 @@ def open_table(path: str | Path, limits: Limits, *, progress: bool = True) -> di
     if not rows:
         raise UserError(f"{printable(table)} lists no images")
     samples = of_samples([row.path for row in rows], [row.label for row in rows], table)
-    splits = [rows[row].split for row in samples.order]
+    ordered = [rows[row] for row in samples.order]
+    splits = [row.split for row in ordered]
+    weights = None if rows[0].weight is None else np.array([row.weight for row in ordered], np.float64)
     indices = {}
     for split in dict.fromkeys(row.split for row in rows):
         chosen = [number for number, name in enumerate(splits) if name == split]
@@ -68,7 +76,10 @@ def open_table(path: str | Path, limits: Limits, *, progress: bool = True) -> di
         for image_id, full in zip(ids, paths, strict=True):
             digest.update(stamp(image_id, os.stat(full)).encode(errors="surrogateescape"))
         sizes, problems = sizes_of(paths, digest.hexdigest(), progress, limits)
-        indices[split] = Index(paths, ids, samples.labels[chosen], sizes, samples.classes, problems)
+        index = Index(paths, ids, samples.labels[chosen], sizes, samples.classes, problems)
+        if weights is not None:
+            index = replace(index, weights=weights[chosen])
+        indices[split] = index
     return indices
 
 
@@ -90,8 +101,8 @@ def _rows(table: Path) -> Iterator[_Row]:
             missing = [name for name in _COLUMNS[:2] if name not in header]
             if missing or len(set(header)) < len(header):
                 raise UserError(
-                    f"{printable(table)} line 1 must name the columns path and label, and may name split; it has "
-                    f"{printable(', '.join(header)[:100]) or 'none'}"
+                    f"{printable(table)} line 1 must name the columns path and label, and may name split and weight; "
+                    f"it has {printable(', '.join(header)[:100]) or 'none'}"
                 )
             columns = {name: header.index(name) for name in _COLUMNS if name in header}
             for values in reader:
@@ -103,10 +114,21 @@ def _rows(table: Path) -> Iterator[_Row]:
                 path, label = (values[columns[name]].strip() for name in _COLUMNS[:2])
                 split = values[columns["split"]].strip().lower() if "split" in columns else "train"
                 split = "val" if split in VAL_NAMES else split
+                weight = _weight(values[columns["weight"]], where) if "weight" in columns else None
                 if not path or not label or "\0" in path:
                     raise UserError(f"{where} has no path or no label")
                 if split not in ("train", "val", "test"):
                     raise UserError(f"{where} has the split {printable(split)!r}; splits are train, val and test")
-                yield _Row(reader.line_num, os.path.normpath(path), label, split)
+                yield _Row(reader.line_num, os.path.normpath(path), label, split, weight)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {printable(table)}: {printable(str(error))}") from None
+
+
+def _weight(text: str, where: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise UserError(f"{where} has the weight {printable(text)!r}; a weight is a number of 0 or more")
+    return weight
