@@ -320,7 +320,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
     kept = min(recipe.checkpoint.keep + 1, -(-recipe.epochs // recipe.checkpoint.every_epochs))
     rows = plan.micro_batch * plan.views
     lines = {
-        "data": data_line(parts, train_index, val_index),
+        "data": data_line(parts, train_index, val_index, recipe.data),
         "network": f"{recipe.arch}, {parameters / 1e6:.2f} M parameters, {recipe.precision}",
         "losses": " + ".join(loss.name for loss in recipe.losses),
         "input": f"{[rows, 3, recipe.image_size, recipe.image_size]} per rank and micro-batch",

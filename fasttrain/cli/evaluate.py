@@ -64,8 +64,10 @@ def _predict(
 ) -> "Predictions | None":
     from fasttrain.data.message_names import MessageNames
     from fasttrain.distributed.ranks import ranks
+    from fasttrain.evaluation.cross_validation import fold_runs
     from fasttrain.predict import predict
 
+    runs = fold_runs(checkpoint_path) or [checkpoint_path]
     pixels = () if sizes is None else _parse_sizes(sizes)
     opened: list[Index] = []
 
@@ -74,10 +76,26 @@ def _predict(
         return opened[-1]
 
     with shown_once() as messages, ranks(device) as rank:
-        predicted = predict(checkpoint_path, open_once, rank, sizes=pixels, **options)
+        members = [predict(run, open_once, rank, sizes=pixels, **options) for run in runs]
+        predicted = _mean(members) if len(runs) > 1 else members[0]
         with MessageNames(messages, lambda line: click.echo(line, err=True)) as names:
             names.look(lambda: opened[0].paths if opened[0].store is None else ())
         return predicted
+
+
+def _mean(members: "list[Predictions | None]") -> "Predictions | None":
+    """The mean of several networks' probabilities of the same images; None on ranks that have none."""
+    from dataclasses import replace
+
+    from fasttrain.evaluation.ensemble import fuse
+
+    found = [member for member in members if member is not None]
+    if not found:
+        return None
+    if any(member.classes.tolist() != found[0].classes.tolist() for member in found):
+        raise UserError("the folder's runs do not have the same classes; name one of them")
+    per_size = {size: fuse([member.per_size[size] for member in found]) for size in found[0].per_size}
+    return replace(found[0], probs=fuse([member.probs for member in found]), per_size=per_size)
 
 
 def _limits(recipe: "Recipe", links: str) -> "Limits":
@@ -114,7 +132,8 @@ def evaluate_(
 ) -> None:
     """The scores of a checkpoint on labeled images, the worst classes and the most confused pairs.
 
-    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
+    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder; or the folder of
+    `run --folds`, for the mean of its runs.
     """
     from fasttrain.data.open_data import open_labeled
     from fasttrain.evaluation import confusion, metrics, predictions
@@ -167,7 +186,8 @@ def evaluate_(
 def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options: Any) -> None:
     """Probabilities of images without labels.
 
-    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder.
+    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder; or the folder of
+    `run --folds`, for the mean of its runs.
     """
     from fasttrain.data.open_data import open_unlabeled
     from fasttrain.evaluation import predictions

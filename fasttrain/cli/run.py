@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fasttrain.config.schema import Recipe
     from fasttrain.data.index import Index
     from fasttrain.data.open_data import Part, Parts
+    from fasttrain.distributed.ranks import Ranks
     from fasttrain.train import Result
 
 
@@ -56,6 +57,9 @@ if TYPE_CHECKING:
              help="A training image that cannot be decoded ends the run or is replaced. Default: stop.")  # fmt: skip
 @data_option("--links", type=click.Choice(LINKS),
              help="Take links to places inside the folder, or follow all links. Default: inside.")  # fmt: skip
+@training_option("--folds", type=click.IntRange(2, 1000), metavar="N",
+                 help="Cross-validation: N runs, each validated on another Nth of the images.")  # fmt: skip
+@training_option("--fold", type=click.IntRange(0), metavar="K", help="With --folds: only this run, counted from 0.")
 @training_option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
 @training_option("--batch-size", type=click.IntRange(1), help="Images per step, over all ranks. Default: the recipe's.")
 @training_option("--image-size", type=click.IntRange(8), help="Side of the images, in pixels. Default: the recipe's.")
@@ -74,7 +78,7 @@ if TYPE_CHECKING:
                help="Resume from the run's last checkpoint, start over (the old run's folder is renamed), or resume "
                "from PATH: a checkpoint, or a run's folder, for its last one.")  # fmt: skip
 @output_option("--dry-run", is_flag=True, help="Check everything, print what would be done, and stop.")
-def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
+def run(out: str | None, resume: str, dry_run: bool, fold: int | None, **options: Any) -> None:
     """Train a network.
 
     Without --data it trains on a small generated set for a few epochs. A run that was stopped resumes with the same
@@ -83,22 +87,18 @@ def run(out: str | None, resume: str, dry_run: bool, **options: Any) -> None:
         torchrun --nproc-per-node N -m fasttrain run …
     """
     if dry_run:
-        _run(out, resume, dry_run, Messages(), **options)
+        _run(out, resume, dry_run, fold, Messages(), **options)
         return
     signals.install()
     with shown_once() as messages, tolerant_output():
-        _run(out, resume, dry_run, messages, **options)
+        _run(out, resume, dry_run, fold, messages, **options)
 
 
-def _run(out: str | None, resume: str, dry_run: bool, messages: Messages, **options: Any) -> None:
-    from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
+def _run(out: str | None, resume: str, dry_run: bool, fold: int | None, messages: Messages, **options: Any) -> None:
     from fasttrain.config import toml
-    from fasttrain.data.open_data import data_line, find_parts, open_parts
-    from fasttrain.data.preload import preload
-    from fasttrain.data.stage import staged
     from fasttrain.distributed.ranks import ranks
-    from fasttrain.prepare import resolve_auto, summary
-    from fasttrain.train import train
+    from fasttrain.evaluation.cross_validation import fold_folder
+    from fasttrain.prepare import resolve_auto
 
     if signals.received():
         line = f"stopped by {signals.received()} before a step was done; the same command starts again"
@@ -106,6 +106,11 @@ def _run(out: str | None, resume: str, dry_run: bool, messages: Messages, **opti
     recipe, on_demo = recipe_of(**options)
     toml.to_toml(recipe)  # raises now for what recipe.toml could not hold
     folder = Path(out or Path("runs", recipe.name))
+    folds = options["folds"]
+    if fold is not None and (not folds or fold >= folds):
+        raise UserError(f"--fold {fold}: name --folds N too, with an N above {fold}")
+    if folds and resume not in ("auto", "never"):
+        raise UserError("--resume PATH is for one run; with --folds it is auto or never")
 
     with ranks(recipe.machine.device, recipe.machine.hang_timeout) as rank:
         if on_demo and rank.first:
@@ -115,29 +120,77 @@ def _run(out: str | None, resume: str, dry_run: bool, messages: Messages, **opti
                 err=True,
             )
         recipe = resolve_auto(recipe, rank.device)
-
-        def opened() -> "tuple[Parts, tuple[Index, Index | None]]":
-            parts = find_parts(data)
-            return parts, open_parts(parts, data)
-
-        data = staged(recipe.data, recipe.machine.stage)
-        parts, (train_index, val_index) = rank.in_turn(opened)
-        for part in (*parts.train, *parts.val):
-            require_outside(folder, part.path)
-        if dry_run:
-            if rank.first:
-                click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder, parts)}")
+        if not folds:
+            run_one(recipe, folder, resume, dry_run, rank, messages)
             return
-        if recipe.machine.preload and rank.local_rank == 0:
-            preload([index for index in (train_index, val_index) if index is not None])
+        for number in range(folds) if fold is None else (fold,):
+            of_fold = replace(recipe, data=replace(recipe.data, fold=number))
+            run_one(of_fold, fold_folder(folder, number), resume, dry_run, rank, messages)
+        if rank.first and not dry_run:
+            print_folds(folder, folds)
+
+
+def run_one(recipe: "Recipe", folder: Path, resume: str, dry_run: bool, rank: "Ranks", messages: Messages) -> None:
+    """Train a resolved recipe into a folder, or say what that would be. With folds, also write the probabilities of the
+    images that the run has not trained on."""
+    from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
+    from fasttrain.config import toml
+    from fasttrain.data.open_data import data_line, find_parts, open_parts
+    from fasttrain.data.preload import preload
+    from fasttrain.data.stage import staged
+    from fasttrain.prepare import summary
+    from fasttrain.train import train
+
+    def opened() -> "tuple[Parts, tuple[Index, Index | None]]":
+        parts = find_parts(data)
+        return parts, open_parts(parts, data)
+
+    data = staged(recipe.data, recipe.machine.stage)
+    parts, (train_index, val_index) = rank.in_turn(opened)
+    for part in (*parts.train, *parts.val):
+        require_outside(folder, part.path)
+    if dry_run:
         if rank.first:
-            click.echo(data_line(parts, train_index, val_index), err=True)
-        with lock(folder) if rank.first else nullcontext():
-            start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
-            own = messages if rank.first else Messages()  # rank 0 says what is found
-            result = train(recipe, folder, train_index, val_index, rank, start, own)
-        if rank.first:
-            print_result(result, folder, parts.val, recipe.evaluation.best)
+            click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder, parts)}")
+        return
+    if recipe.machine.preload and rank.local_rank == 0:
+        preload([index for index in (train_index, val_index) if index is not None])
+    if rank.first:
+        click.echo(data_line(parts, train_index, val_index, data), err=True)
+    with lock(folder) if rank.first else nullcontext():
+        start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
+        own = messages if rank.first else Messages()  # rank 0 says what is found
+        result = train(recipe, folder, train_index, val_index, rank, start, own)
+        if data.folds and val_index is not None:
+            write_held_out(recipe, folder, val_index, rank)
+    if rank.first:
+        print_result(result, folder, parts.val, recipe)
+
+
+def write_held_out(recipe: "Recipe", folder: Path, val_index: "Index", rank: "Ranks") -> None:
+    """Write the probabilities of a run's best checkpoint for its own fold."""
+    from fasttrain.evaluation import predictions
+    from fasttrain.evaluation.cross_validation import HELD_OUT
+    from fasttrain.predict import predict
+
+    decoder = recipe.machine.decoder
+    predicted = predict(folder, lambda *_: val_index, rank, workers=recipe.machine.workers, decoder=decoder)
+    if predicted is not None:
+        predictions.save(predicted, folder / HELD_OUT)
+
+
+def print_folds(folder: Path, folds: int) -> None:
+    """Print what the folds give together, or which are missing."""
+    from fasttrain.evaluation import cross_validation
+    from fasttrain.utils.text import printable
+
+    lines = cross_validation.combine(folder, folds)
+    if lines is None:
+        done = [path.name for path in cross_validation.fold_runs(folder) if (path / cross_validation.HELD_OUT).exists()]
+        click.echo(f"{len(done)} of {folds} folds are done; once all are, {printable(folder)} gets their scores")
+        return
+    click.echo(f"{lines}\nwrote {printable(folder / cross_validation.OUT_OF_FOLD)}")
+    click.echo(f"next: {program()} eval {shell_word(folder)} --data DIR, the folds' ensemble on other images")
 
 
 def recipe_of(
@@ -150,6 +203,7 @@ def recipe_of(
     val: str | None,
     on_bad: str | None,
     links: str | None,
+    folds: int | None,
     epochs: int | None,
     batch_size: int | None,
     image_size: int | None,
@@ -169,12 +223,15 @@ def recipe_of(
         if val:
             raise UserError("--val without --data: name the training images too")
         recipe = on_demo_set(recipe)
+        if folds:
+            recipe = replace(recipe, data=replace(recipe.data, val=""))
     elif data:
         folders = tuple(absolute(folder) for folder in data)
         recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
     if val:
         recipe = replace(recipe, data=replace(recipe.data, val=absolute(val)))
     changes: list[tuple[str, str, object]] = [
+        ("--folds", "data.folds", folds),
         ("--epochs", "epochs", epochs),
         ("--batch-size", "batch_size", batch_size),
         ("--image-size", "image_size", image_size),
@@ -194,7 +251,7 @@ def recipe_of(
     return toml.override(recipe, *settings), on_demo
 
 
-def print_result(result: "Result", folder: Path, val: "list[Part]", criterion: str) -> None:
+def print_result(result: "Result", folder: Path, val: "list[Part]", recipe: "Recipe") -> None:
     """Print the scores, where the checkpoints are, and the command to evaluate them."""
     from fasttrain.evaluation.metrics import described
     from fasttrain.utils.text import printable
@@ -202,7 +259,9 @@ def print_result(result: "Result", folder: Path, val: "list[Part]", criterion: s
     place = printable(folder)
     if result.best is not None:
         last = f"top-1 {result.scores.top1:.2%}, top-5 {result.scores.top5:.2%}, " if result.scores else ""
-        click.echo(f"{last}best {described(criterion, result.best)}")
+        click.echo(f"{last}best {described(recipe.evaluation.best, result.best)}")
     click.echo(f"run folder: {place}  ({result.steps} steps; best checkpoint: {place}/best, last: {place}/last)")
+    if recipe.data.folds:
+        return
     val_folder = val[0].path if len(val) == 1 else "DIR"
     click.echo(f"next: {program()} eval {shell_word(folder)} --data {shell_word(val_folder)}")

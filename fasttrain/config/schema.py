@@ -40,6 +40,10 @@ class DataConfig:
     """inside: take links to places inside the folder, and ignore others; follow: take all links."""
     max_megapixels: float = 179.0
     """The most pixels of an image, in millions. Larger ones are refused, because they may fill the memory."""
+    folds: int = 0
+    """Cross-validation: train on all but one of so many equal parts of the training images; 0: on all images."""
+    fold: int = 0
+    """The part to validate on, counted from 0, with folds."""
     balance: float = 0.0
     """How training images are drawn: 0 by image, 1 by class, between: a class of n images n^(1 − balance) times."""
 
@@ -47,6 +51,8 @@ class DataConfig:
         _require(self.on_bad in ON_BAD, "on_bad", "stop or skip", self.on_bad)
         _require(self.links in LINKS, "links", "inside or follow", self.links)
         _require(self.max_megapixels > 0, "max_megapixels", "above 0", self.max_megapixels)
+        _require(self.folds == 0 or 2 <= self.folds <= 1000, "folds", "0, or 2 to 1000", self.folds)
+        _require(0 <= self.fold < max(1, self.folds), "fold", f"0 to {max(0, self.folds - 1)}", self.fold)
         _require(0 <= self.balance <= 1, "balance", "in [0, 1]", self.balance)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.data.stores import Merged, Store
+from fasttrain.data.stores import Merged, Selected, Store
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
 
@@ -40,6 +40,20 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def take(self, numbers: NDArray[np.int64]) -> "Index":
+        """An index of some of the images, in this order, with all classes. numbers: int64 [n]."""
+        position = {number: position for position, number in enumerate(numbers.tolist())}
+        return Index(
+            paths=tuple(self.paths[number] for number in position),
+            ids=tuple(self.ids[number] for number in position),
+            labels=self.labels[numbers],
+            sizes=self.sizes[numbers],
+            classes=self.classes,
+            problems={position[number]: each for number, each in self.problems.items() if number in position},
+            store=None if self.store is None else Selected(self.store, numbers),
+            weights=None if self.weights is None else self.weights[numbers],
+        )
 
     @property
     def encoded(self) -> bool:

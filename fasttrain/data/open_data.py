@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fasttrain.data.folds import without_fold
 from fasttrain.data.index import Index, merge, require_classes
 from fasttrain.data.layout import find_splits
 from fasttrain.data.scan import DEFAULT_LIMITS, Limits, require_usable, scan, scan_unlabeled
@@ -98,8 +99,9 @@ def open_data(data: "DataConfig") -> tuple[Index, Index | None]:
     """The training index (several parts merged) and the validation index, or None where there is none.
 
     `DIR` with `train/<class>/…` inside stands for DIR/train; the images of DIR/val (or valid, or validation) are then
-    the validation images, unless others are named. Packs and tables have such splits, too. Raises UserError where the
-    two do not have the same classes, or a folder can be read in two ways.
+    the validation images, unless others are named. Packs and tables have such splits, too. With data.folds, one fold of
+    the training images is validated on instead. Raises UserError where the two do not have the same classes, or a
+    folder can be read in two ways.
     """
     return open_parts(find_parts(data), data)
 
@@ -108,6 +110,8 @@ def open_parts(parts: Parts, data: "DataConfig") -> tuple[Index, Index | None]:
     """`open_data`, where the parts are found already."""
     limits = Limits.of(data)
     train_index = merge([part.open(limits, keep_unreadable=data.on_bad == "skip") for part in parts.train], parts.train)
+    if data.folds:
+        return without_fold(train_index, data.folds, data.fold)
     if not parts.val:
         return train_index, None
     val_index = merge([part.open(limits) for part in parts.val], parts.val)
@@ -117,6 +121,8 @@ def open_parts(parts: Parts, data: "DataConfig") -> tuple[Index, Index | None]:
 
 def find_parts(data: "DataConfig") -> Parts:
     """The parts that a run uses."""
+    if data.folds and data.val:
+        raise UserError("--val with --folds: each fold is validated on its own images; leave one of the two out")
     named = [_parts_of(name, Limits.of(data), with_val=not data.val) for name in data.train]
     train = [part for parts in named for part in parts.train]
     for number, part in enumerate(train):
@@ -131,6 +137,8 @@ def find_parts(data: "DataConfig") -> Parts:
         val = found.val or (found.train if found.train[0].in_file else [Part(Path(data.val))])
         if any(part.same_as(other) for part in val for other in train):
             raise UserError(f"--val {val[0]} is also a training folder; name other images, or none")
+    if data.folds:
+        val, named = [], [*named, Parts([], [], val)]
     used = [*train, *val]
     unused = [part for parts in named for part in parts.unused if not any(part.same_as(other) for other in used)]
     return Parts(train, val, unused)
@@ -159,10 +167,12 @@ def _parts_of(name: str, limits: Limits, *, with_val: bool) -> Parts:
     return Parts([Part(found.train)], [Part(found.val)] if found.val else [], [Part(other) for other in found.unused])
 
 
-def data_line(parts: Parts, train_index: Index, val_index: Index | None) -> str:
+def data_line(parts: Parts, train_index: Index, val_index: Index | None, data: "DataConfig") -> str:
     """The line that says which images a run trains on, which it validates on, and which folders it does not use."""
     train, val, unused = (", ".join(map(str, some)) for some in parts)
     line = f"{len(train_index)} training images of {len(train_index.classes)} classes in {train}; "
+    if data.folds:
+        val = f"fold {data.fold} of {data.folds}"
     line += f"{len(val_index)} validation images in {val}" if val_index else "no validation images"
     return f"{line}; not used: {unused}" if unused else line
 

@@ -28,6 +28,23 @@ class Store(Protocol):
         map: only what is used of it is read."""
 
 
+class Selected:
+    """Some images of a store. numbers: int64 [n], theirs in it."""
+
+    def __init__(self, store: Store, numbers: NDArray[np.int64]) -> None:
+        self.store, self.numbers, self.decoded = store, numbers, store.decoded
+
+    @property
+    def files(self) -> Sequence[str]:
+        return self.store.files
+
+    def length(self, number: int) -> int:
+        return self.store.length(int(self.numbers[number]))
+
+    def content(self, number: int) -> NDArray[np.uint8]:
+        return self.store.content(int(self.numbers[number]))
+
+
 class Merged:
     """Several stores one after another. None: files, at `paths`."""
 
