@@ -51,6 +51,7 @@ setup(
         "fasttrain.pipelines",
         "fasttrain.recipes",
         "fasttrain.training",
+        "fasttrain.tune",
         "fasttrain.utils",
     ],
     package_data={"fasttrain.data.vipriors": ["*.txt.gz", "CREDITS.txt"]},
@@ -73,6 +74,7 @@ setup(
         "plot": ["matplotlib"],
         "parquet": ["pyarrow>=15"],
         "remote": ["fsspec[http]", "s3fs"],
+        "tune": ["optuna>=4", "matplotlib"],
         "test": [
             "pytest>=8",
             "pytest-timeout",
@@ -86,6 +88,7 @@ setup(
             "ruff",
             # What other programs write, for the tests of what is read from them.
             "datasets",
+            "optuna>=4",
             "webdataset",
             "s3fs",
             "moto[s3,server]",

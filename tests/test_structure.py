@@ -12,6 +12,7 @@ PARTS = [
     "cli",
     "benchmarks",
     "doctor",
+    "tune",
     "show_batch",
     "predict",
     "train",

@@ -16,6 +16,7 @@ from fasttrain.cli.ensemble import ensemble, score
 from fasttrain.cli.evaluate import evaluate_, predict
 from fasttrain.cli.recipes import recipes_, show
 from fasttrain.cli.run import run
+from fasttrain.cli.tune import tune
 from fasttrain.utils.environment import explain, out_of_memory, require_current_folder, require_working_python
 from fasttrain.utils.errors import CommandError
 from fasttrain.utils.output import discard_output, tolerant_output
@@ -85,5 +86,5 @@ def main() -> None:
     """Train image classifiers from scratch, with NVIDIA DALI pipelines and a channels-last mixed-precision loop."""
 
 
-for _command in (run, evaluate_, predict, ensemble, score, data_, recipes_, show, bench, doctor):
+for _command in (run, tune, evaluate_, predict, ensemble, score, data_, recipes_, show, bench, doctor):
     main.add_command(_command)

@@ -42,10 +42,17 @@ class GroupedCommand(click.Command):
                     formatter.write_dl(records)
 
 
-GROUPS = ("Model", "Data", "Training", "Evaluation", "Benchmark", "Machine", "Output", "Other")
-model_option, data_option, training_option, evaluation_option, benchmark_option, machine_option, output_option = (
-    partial(click.option, cls=GroupedOption, group=group) for group in GROUPS[:-1]
-)
+GROUPS = ("Model", "Data", "Training", "Search", "Evaluation", "Benchmark", "Machine", "Output", "Other")
+(
+    model_option,
+    data_option,
+    training_option,
+    tuning_option,
+    evaluation_option,
+    benchmark_option,
+    machine_option,
+    output_option,
+) = (partial(click.option, cls=GroupedOption, group=group) for group in GROUPS[:-1])
 
 
 links_option = data_option("--links", type=click.Choice(LINKS), default="inside", show_default=True,

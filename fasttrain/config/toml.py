@@ -151,9 +151,14 @@ def _parse_setting(setting: str, option: str) -> tuple[str, object]:
     if not equals or not key:
         raise UserError(f"{option} {printable(setting)}: expected key=value or part.key=value")
     try:
-        return key, _parse(f"value = {text}")["value"]
+        return key, value_of(text)
     except ValueError:
         return key, text
+
+
+def value_of(text: str) -> Any:
+    """The value that TOML such as `0.5`, `"word"` or `[1, 2]` stands for. Raises ValueError where it is not TOML."""
+    return _parse(f"value = {text}")["value"]
 
 
 def _set(table: dict[str, Any], key: str, value: object, option: str) -> None:

@@ -1,0 +1,1 @@
+"""Finds settings by training with many of them: what is searched, the trials, and what they found."""
