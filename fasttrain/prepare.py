@@ -25,9 +25,9 @@ from fasttrain.losses.base import Output
 from fasttrain.models import Classifier, build_on_meta, check_input_shape
 from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
-from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.plan import UNBOUNDED, Plan
 from fasttrain.pipelines.views import views_by_name
-from fasttrain.training.log import Log
+from fasttrain.training.log import Log, describe
 from fasttrain.training.progress import Progress
 from fasttrain.training.step import Step
 from fasttrain.utils.errors import UserError
@@ -106,7 +106,8 @@ def load_teacher(recipe: Recipe, classes: Sequence[str], device: torch.device) -
 @dataclass
 class Run:
     """A run that is ready for its next step. resumed_from: the checkpoint it goes on from, or None. changed: what
-    differs from that checkpoint's run. notes: lines to log at the start."""
+    differs from that checkpoint's run. seconds: what it has used of its time before. notes: lines to log at the
+    start."""
 
     recipe: Recipe
     out: Path
@@ -118,6 +119,7 @@ class Run:
     progress: Progress
     fingerprint: dict[str, Any]
     resumed_from: Path | None
+    seconds: float = 0.0
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -130,6 +132,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.progress.steps_done >= self.plan.steps or self.ended_early
+
+    def fit(self, steps: int) -> None:
+        """Change the number of steps of a run that ends by time."""
+        self.plan = replace(self.plan, length=steps)
+        self.train_step.follow(self.plan)
 
 
 def prepare(
@@ -157,6 +164,8 @@ def prepare(
         notes += resume.check_validation(saved.meta, progress, fingerprint["val"])
         notes += resume.check_criterion(saved.meta, progress)
         plan = replace(plan, shift=saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"])
+        if recipe.budget:
+            plan = replace(plan, length=saved.meta.get("length") or UNBOUNDED)
 
     if val_index is None and (recipe.evaluation.patience or recipe.evaluation.best != "top1"):
         notes.append("there are no validation images, so evaluation.best and evaluation.patience have no effect")
@@ -178,6 +187,7 @@ def prepare(
         progress=progress,
         fingerprint=fingerprint,
         resumed_from=saved.path if saved else None,
+        seconds=saved.meta.get("seconds", 0.0) if saved else 0.0,
         changed=changed,
         notes=notes,
     )
@@ -225,7 +235,7 @@ def open_log(run: Run) -> Log:
         run.out,
         run.ranks,
         start_step=start,
-        steps=plan.steps,
+        steps=plan.steps if plan.bounded else None,
         batch_size=plan.batch_size,
         tolerant=recipe.checkpoint.on_error == "go_on",
         tensorboard=recipe.machine.tensorboard,
@@ -233,7 +243,7 @@ def open_log(run: Run) -> Log:
     log.event(
         "resume" if start else "start",
         step=start,
-        steps=plan.steps,
+        steps=plan.steps if plan.bounded else None,
         images=plan.count,
         world=run.ranks.world,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -243,7 +253,7 @@ def open_log(run: Run) -> Log:
     )
     log.say(device_line(recipe, run.ranks))
     if run.resumed_from:
-        log.say(f"resuming after step {start} of {plan.steps}, from {printable(run.resumed_from)}")
+        log.say(f"resuming after step {start}{log.of_steps}, from {printable(run.resumed_from)}")
     lines = (*run.notes, classes_line(plan, recipe, run.train_index), groups_line(plan), views_line(plan, recipe))
     for line in filter(None, lines):
         log.event("note", text=line)
@@ -283,6 +293,15 @@ def classes_line(plan: Plan, recipe: Recipe, index: Index) -> str:
         f"{line}; for equal accuracy on all classes set losses.cross_entropy.logit_adjustment=1 or data.balance=0.5, "
         "and evaluation.best=balanced_accuracy"
     )
+
+
+def steps_text(recipe: Recipe, plan: Plan) -> str:
+    """How long a run is, for the summary."""
+    if recipe.budget.until:
+        return f"as many as fit until {recipe.budget.until}; {plan.steps_per_epoch} per epoch"
+    if recipe.budget.seconds:
+        return f"as many as fit into {describe(recipe.budget.seconds)}; {plan.steps_per_epoch} per epoch"
+    return f"{plan.steps} = {plan.epochs} epochs x {plan.steps_per_epoch}"
 
 
 def groups_line(plan: Plan) -> str:
@@ -326,7 +345,7 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
         "input": f"{[rows, 3, recipe.image_size, recipe.image_size]} per rank and micro-batch",
         "output": f"logits {list(output.logits.shape)}, features {list(output.features.shape)}",
         "batch": f"{plan.batch_size} = {ranks.world} ranks x {plan.micro_batches} micro-batches x {plan.micro_batch}",
-        "steps": f"{plan.steps} = {plan.epochs} epochs x {plan.steps_per_epoch}",
+        "steps": steps_text(recipe, plan),
         "peak lr": f"{recipe.peak_lr:g}",
         "device": f"{ranks.device}, compile {recipe.machine.compile}, {ranks.threads(recipe.machine.workers)} threads",
         "checkpoint": f"{saved_bytes / 2**20:.0f} MiB each, up to {kept} kept",

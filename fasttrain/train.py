@@ -2,7 +2,9 @@
 
 import gc
 import sys
+import time
 from contextlib import closing
+from datetime import datetime
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +26,7 @@ from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.plan import Plan
 from fasttrain.pipelines.train_loader import PREFETCH, batches
 from fasttrain.prepare import Run, build_val_loader, decoder_of, open_log, prepare
+from fasttrain.training.budget import FIRST_POINTS, Budget
 from fasttrain.training.feed import Feed
 from fasttrain.training.guard import REPORT, Diverged
 from fasttrain.training.log import Log
@@ -52,15 +55,18 @@ def train(
     ranks: Ranks,
     resume_from: Path | None = None,
     messages: Messages = NO_MESSAGES,
+    started: float | None = None,
 ) -> Result:
     """Train a resolved recipe into the run's folder `out`.
 
     resume_from: the checkpoint to resume from; None: start. messages: of image decoders, for which the log names a
-    file. Every rank calls this with the same arguments, except for
-    `ranks`. Raises UserError where the settings, the data and the checkpoint do not fit together; RunError where an
-    image cannot be decoded, memory runs out or losses stay not finite; and Stopped after SIGTERM, SIGUSR1 or SIGHUP,
-    once the step is done and saved.
+    file. started: from when the time of a budget counts, by `time.monotonic`; by default now. Every rank calls this
+    with the same arguments, except for `ranks`. Raises UserError where the settings, the data and the checkpoint do not
+    fit together; RunError where an image cannot be decoded, memory runs out or losses stay not finite; and Stopped
+    after SIGTERM, SIGUSR1 or SIGHUP, once the step is done and saved.
     """
+    started = time.monotonic() if started is None else started
+    budget = None
     with StopSignals() as signals:
         while True:
             run = prepare(recipe, out, train_index, val_index, ranks, resume_from)
@@ -75,8 +81,9 @@ def train(
                 elif ranks.first:
                     print(f"this run is complete, with {run.plan.steps} of {run.plan.steps} steps", file=sys.stderr)
                 return Result(run.progress.steps_done, None, run.progress.best)
+            budget = budget or budget_of(run, started)
             try:
-                return train_loop(run, signals, messages)
+                return train_loop(run, signals, messages, budget)
             except Diverged as diverged:
                 del run  # the next one needs its memory
                 resume_from = ranks.from_first(partial(rewind, out, diverged, train_index, recipe.guard.rewinds))
@@ -84,9 +91,19 @@ def train(
                     raise RunError(f"{diverged}; {printable(out / REPORT)} has the steps and their images") from None
 
 
-def train_loop(run: Run, signals: StopSignals, messages: Messages) -> Result:
+def budget_of(run: Run, started: float) -> Budget | None:
+    """The budget of a run that ends by time."""
+    settings = run.recipe.budget
+    if settings.until:
+        left = (datetime.fromisoformat(settings.until) - datetime.now().astimezone()).total_seconds()
+        return Budget(left + time.monotonic() - started, started=started)
+    return Budget(settings.seconds, used=run.seconds, started=started) if settings.seconds else None
+
+
+def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budget | None = None) -> Result:
     """Train from the run's next step to its end. Raises Diverged where too many steps in a row were not finite."""
     recipe, plan, ranks, progress, train_step = run.recipe, run.plan, run.ranks, run.progress, run.train_step
+    first_step = progress.steps_done
     val_loader, log = build_val_loader(run), open_log(run)
     stream = batches(
         plan,
@@ -101,6 +118,8 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages) -> Result:
     saver = Saver(run.out, recipe.checkpoint, log, alive=lambda: watch.at(progress.steps_done - 1, SAVING))
     feed = Feed(stream, plan, run.train_index, watch, progress.steps_done, recipe.machine.hash_batches)
     names = MessageNames(messages, log.say)
+    if budget:
+        budget.start(first_step)
     with closing(log), saver, watch, gc_paused(), explain_out_of_memory(plan), names:
         for step, micro_batches in feed:
             train_step(step, micro_batches)
@@ -110,30 +129,38 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages) -> Result:
             log.advance()
             if recipe.machine.hash_batches:
                 log_hash(feed, log, progress.steps_done, ranks)
-            if epoch_ends or is_multiple(step + 1, recipe.machine.log_steps):
+            measures = budget is not None and step + 1 - first_step in FIRST_POINTS
+            last = step + 1 == run.plan.steps
+            if epoch_ends or last or measures or is_multiple(step + 1, recipe.machine.log_steps):
                 log_point(run, log, saver, epoch)
                 names.look(lambda: recent_paths(run))
+                if budget and not last:
+                    fit_length(run, log, budget)
+            epoch_ends |= run.plan.steps <= step + 1  # a run that ends by time may end inside an epoch
             if epoch_ends:
                 log_collapsed(run, log, epoch)
-                if val_loader is not None and evaluates_after(recipe, epoch):
+                if val_loader is not None and evaluates_after(recipe, run.plan, step + 1):
                     try:
                         progress.evaluated(evaluate_epoch(run, log, watch, val_loader, epoch))
                     except EvaluationFailed as failure:
-                        save(run, saver, epoch, epoch_ends)
+                        save(run, saver, epoch, epoch_ends, budget)
                         saver.finish(last=True)
                         raise failure.__cause__ or failure from None
+                    if budget:
+                        budget.paused(step + 1)
+                        fit_length(run, log, budget)
 
             stopping = signals.agreed(ranks)
-            if stopping or run.ended_early or saves_after(recipe, plan, step + 1):
+            if stopping or run.ended_early or saves_after(recipe, run.plan, step + 1):
                 watch.at(step, SAVING)
-                save(run, saver, epoch, epoch_ends)
+                save(run, saver, epoch, epoch_ends, budget)
             if stopping and not run.finished:
                 saver.finish(last=True)
                 log.event("stopped", step=step + 1, signal=signals.name)
                 ranks.any(False)  # wait until rank 0 has saved: a launcher ends all ranks once one has ended
                 by = signals.name or "a signal to another rank"
                 raise Stopped(
-                    f"stopped by {by} after step {step + 1} of {plan.steps}, and saved; the same command resumes"
+                    f"stopped by {by} after step {step + 1}{log.of_steps}, and saved; the same command resumes"
                 )
             if epoch_ends:
                 gc.collect()
@@ -144,6 +171,7 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages) -> Result:
                     f"ended after epoch {epoch}: {progress.stale} evaluations without a better "
                     f"{NAMES[progress.criterion]}"
                 )
+            if run.finished:
                 break
         saver.finish(last=True)
         log.event("end", step=progress.steps_done, best=progress.best)
@@ -170,6 +198,18 @@ def log_point(run: Run, log: Log, saver: Saver, epoch: int) -> None:
     if reading.streak >= run.recipe.guard.patience:
         norms = train_step.guard.worst()
         raise Diverged(done, run.plan, progress.rewinds, progress.best, reading.streak_values, norms)
+
+
+def fit_length(run: Run, log: Log, budget: Budget) -> None:
+    """Fit the number of steps of a run that ends by time, as rank 0 measures it."""
+    recipe, plan, done = run.recipe, run.plan, run.progress.steps_done
+    budget.measure(done)
+    per_pause = plan.steps_per_epoch * min(recipe.evaluation.every_epochs, recipe.checkpoint.every_epochs)
+    pause_steps = len(run.val_index or ()) / plan.batch_size
+    steps = run.ranks.from_first(lambda: budget.fit(done, plan.steps, per_pause, pause_steps))
+    if steps != plan.steps:
+        run.fit(steps)
+        log.fitted(done, steps, budget.left)
 
 
 def recent_paths(run: Run) -> list[str]:
@@ -215,7 +255,7 @@ def evaluate_epoch(run: Run, log: Log, watch: Watch, val_loader: EvalLoader, epo
     return averaged or raw
 
 
-def save(run: Run, saver: Saver, epoch: int, epoch_ends: bool) -> None:
+def save(run: Run, saver: Saver, epoch: int, epoch_ends: bool, budget: Budget | None) -> None:
     """Save a checkpoint of the steps done so far; a thread writes it."""
     recipe, plan, ranks, progress, train_step = run.recipe, run.plan, run.ranks, run.progress, run.train_step
     saver.finish()
@@ -230,6 +270,7 @@ def save(run: Run, saver: Saver, epoch: int, epoch_ends: bool) -> None:
             "epoch_steps": plan.steps_per_epoch,
             "world": ranks.world,
             "shift": plan.shift,
+            **({"length": plan.length if plan.bounded else 0, "seconds": round(budget.spent, 1)} if budget else {}),
             "streak": train_step.meter.streak,
             "meters": meters,
         }
@@ -247,9 +288,10 @@ def saves_after(recipe: Recipe, plan: Plan, steps_done: int) -> bool:
     )
 
 
-def evaluates_after(recipe: Recipe, epoch: int) -> bool:
-    """Whether a run with validation images evaluates at the end of an epoch, counted from 0."""
-    return epoch + 1 == recipe.epochs or is_multiple(epoch + 1, recipe.evaluation.every_epochs)
+def evaluates_after(recipe: Recipe, plan: Plan, steps_done: int) -> bool:
+    """Whether a run with validation images evaluates after so many steps, at the end of an epoch or of the run."""
+    every = recipe.evaluation.every_epochs * plan.steps_per_epoch
+    return steps_done == plan.steps or is_multiple(steps_done, every)
 
 
 def is_multiple(number: int, of: int) -> bool:

@@ -22,6 +22,7 @@ from fasttrain.pipelines.philox import IMAGE, ORDER, STEP, generator, reused_gen
 from fasttrain.pipelines.sampling import Sampling
 from fasttrain.utils.errors import UserError
 
+UNBOUNDED = 2**31  # steps of a run that ends by time, before its length is fitted
 _TRIES = 10
 CROP_DRAWS = 2 * _TRIES + 2
 _VIEW_SHIFT = 8  # a view's stream is IMAGE + (view << 8), above all other streams
@@ -158,6 +159,8 @@ class Plan:
 
     A micro-batch has one row per image and view: first view 0 of each image, then view 1 of each, and so on. There are
     `views` views, then `ema_views` more that are never mixed.
+
+    length: the steps of a run that does not end after `epochs`; 0: it does.
     """
 
     seed: int
@@ -175,6 +178,7 @@ class Plan:
     world: int = 1
     rank: int = 0
     shift: int = 0
+    length: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe, index: Index, world: int = 1, rank: int = 0) -> "Plan":
@@ -217,6 +221,7 @@ class Plan:
             ema_views=recipe.ema_views,
             world=world,
             rank=rank,
+            length=UNBOUNDED if recipe.budget else 0,
         )
 
     @property
@@ -230,7 +235,12 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        return self.length or self.epochs * self.steps_per_epoch
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the number of steps is known."""
+        return self.steps < UNBOUNDED
 
     @property
     def micro_batches(self) -> int:

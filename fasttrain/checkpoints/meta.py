@@ -65,6 +65,8 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
     "epoch_steps": _is_positive,  # steps per epoch
     "world": _is_positive,  # ranks
     "shift": _is_count,  # see Plan.shift
+    "length": _is_count,  # see Plan.length
+    "seconds": _is_number,  # used up to here, of a run that ends by time
     # The meter
     "meters": _list_of(_dict_of(_is_sum_and_share)),  # of each rank: sum and share of each value, by name
     "streak": _is_count,  # failed steps in a row
@@ -76,7 +78,7 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
     "rewinds": _is_count,
     "logged": _dict_of(_list_of(_is_number)),
 }
-_OPTIONAL = ("versions", "scores", "val", "peak", "stale")  # older checkpoints may not have them
+_OPTIONAL = ("versions", "scores", "val", "peak", "stale", "length", "seconds")  # older checkpoints may not have them
 
 
 def read(folder: Path) -> dict[str, Any]:

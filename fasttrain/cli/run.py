@@ -1,8 +1,10 @@
 """`fasttrain run`: train a network."""
 
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
                  help="Cross-validation: N runs, each validated on another Nth of the images.")  # fmt: skip
 @training_option("--fold", type=click.IntRange(0), metavar="K", help="With --folds: only this run, counted from 0.")
 @training_option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the recipe's.")
+@training_option("--budget", metavar="TIME", help="Train for 2h, 90m or 45s instead of --epochs; ends annealed.")
+@training_option("--until", metavar="TIME", help="The same, until 18:30 or 2027-01-31T18:30.")
 @training_option("--batch-size", type=click.IntRange(1), help="Images per step, over all ranks. Default: the recipe's.")
 @training_option("--image-size", type=click.IntRange(8), help="Side of the images, in pixels. Default: the recipe's.")
 @training_option(
@@ -86,15 +90,18 @@ def run(out: str | None, resume: str, dry_run: bool, fold: int | None, **options
 
         torchrun --nproc-per-node N -m fasttrain run …
     """
+    started = time.monotonic()
     if dry_run:
-        _run(out, resume, dry_run, fold, Messages(), **options)
+        _run(out, resume, dry_run, fold, Messages(), started, **options)
         return
     signals.install()
     with shown_once() as messages, tolerant_output():
-        _run(out, resume, dry_run, fold, messages, **options)
+        _run(out, resume, dry_run, fold, messages, started, **options)
 
 
-def _run(out: str | None, resume: str, dry_run: bool, fold: int | None, messages: Messages, **options: Any) -> None:
+def _run(
+    out: str | None, resume: str, dry_run: bool, fold: int | None, messages: Messages, started: float, **options: Any
+) -> None:
     from fasttrain.config import toml
     from fasttrain.distributed.ranks import ranks
     from fasttrain.evaluation.cross_validation import fold_folder
@@ -109,6 +116,8 @@ def _run(out: str | None, resume: str, dry_run: bool, fold: int | None, messages
     folds = options["folds"]
     if fold is not None and (not folds or fold >= folds):
         raise UserError(f"--fold {fold}: name --folds N too, with an N above {fold}")
+    if folds and fold is None and recipe.budget.until:
+        raise UserError("--until is for one run; with --folds name one --fold, or give each run a --budget")
     if folds and resume not in ("auto", "never"):
         raise UserError("--resume PATH is for one run; with --folds it is auto or never")
 
@@ -121,18 +130,21 @@ def _run(out: str | None, resume: str, dry_run: bool, fold: int | None, messages
             )
         recipe = resolve_auto(recipe, rank.device)
         if not folds:
-            run_one(recipe, folder, resume, dry_run, rank, messages)
+            run_one(recipe, folder, resume, dry_run, rank, messages, started)
             return
         for number in range(folds) if fold is None else (fold,):
             of_fold = replace(recipe, data=replace(recipe.data, fold=number))
-            run_one(of_fold, fold_folder(folder, number), resume, dry_run, rank, messages)
+            run_one(of_fold, fold_folder(folder, number), resume, dry_run, rank, messages, started)
+            started = time.monotonic()
         if rank.first and not dry_run:
             print_folds(folder, folds)
 
 
-def run_one(recipe: "Recipe", folder: Path, resume: str, dry_run: bool, rank: "Ranks", messages: Messages) -> None:
+def run_one(
+    recipe: "Recipe", folder: Path, resume: str, dry_run: bool, rank: "Ranks", messages: Messages, started: float
+) -> None:
     """Train a resolved recipe into a folder, or say what that would be. With folds, also write the probabilities of the
-    images that the run has not trained on."""
+    images that the run has not trained on. started: see `train`."""
     from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
     from fasttrain.config import toml
     from fasttrain.data.open_data import data_line, find_parts, open_parts
@@ -160,7 +172,7 @@ def run_one(recipe: "Recipe", folder: Path, resume: str, dry_run: bool, rank: "R
     with lock(folder) if rank.first else nullcontext():
         start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
         own = messages if rank.first else Messages()  # rank 0 says what is found
-        result = train(recipe, folder, train_index, val_index, rank, start, own)
+        result = train(recipe, folder, train_index, val_index, rank, start, own, started)
         if data.folds and val_index is not None:
             write_held_out(recipe, folder, val_index, rank)
     if rank.first:
@@ -205,6 +217,8 @@ def recipe_of(
     links: str | None,
     folds: int | None,
     epochs: int | None,
+    budget: str | None,
+    until: str | None,
     batch_size: int | None,
     image_size: int | None,
     lr: float | None,
@@ -216,6 +230,7 @@ def recipe_of(
 ) -> "tuple[Recipe, bool]":
     """The recipe that the options describe, and whether it trains on the demo set."""
     from fasttrain.config import toml
+    from fasttrain.utils.durations import seconds_of, seconds_until
 
     recipe = chosen_recipe(arch, recipe_name, loss)
     on_demo = not data and not recipe.data.train
@@ -230,7 +245,14 @@ def recipe_of(
         recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
     if val:
         recipe = replace(recipe, data=replace(recipe.data, val=absolute(val)))
+    if sum(each is not None for each in (epochs, budget, until)) > 1:
+        raise UserError("--epochs, --budget and --until exclude each other")
+    if until:
+        now = datetime.now().astimezone()
+        until = (now + timedelta(seconds=seconds_until(until, "--until", now))).isoformat(timespec="seconds")
     changes: list[tuple[str, str, object]] = [
+        ("--budget", "budget.seconds", seconds_of(budget, "--budget") if budget else None),
+        ("--until", "budget.until", until),
         ("--folds", "data.folds", folds),
         ("--epochs", "epochs", epochs),
         ("--batch-size", "batch_size", batch_size),

@@ -108,7 +108,8 @@ def tune(
     seconds = seconds_of(budget, "--budget") if budget else 0.0
     recipe, _ = recipe_of(
         arch=arch, recipe_name=recipe_name, loss=loss, init=init, data=data, val=None, on_bad=on_bad, links=links,
-        folds=None, epochs=epochs, batch_size=None, image_size=image_size, lr=None, seed=seed, settings=settings,
+        folds=None, epochs=epochs, budget=None, until=None, batch_size=None,
+        image_size=image_size, lr=None, seed=seed, settings=settings,
         device=device, workers=workers, compiled=None,
     )  # fmt: skip
     if score:

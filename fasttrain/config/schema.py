@@ -5,6 +5,7 @@ The line under each field documents it; `fasttrain recipes NAME` prints these li
 
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from fasttrain.config.choices import COMPILE_MODES, CRITERIA, DECODERS, DEVICES, LINKS, ON_BAD, PRECISIONS
 from fasttrain.losses.base import Loss
@@ -234,6 +235,29 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    """A time after which a run ends, with its learning rate at 0, instead of after `epochs`."""
+
+    seconds: float = 0.0
+    """How long the run may take, from the start of its command, without the time between two commands; 0: any time."""
+    until: str = ""
+    """When the run ends, such as 2027-01-31T18:30+01:00; empty: at no given time."""
+
+    def __post_init__(self) -> None:
+        _require(self.seconds >= 0, "seconds", "0 or more", self.seconds)
+        if self.until:
+            try:
+                aware = datetime.fromisoformat(self.until).tzinfo is not None
+            except ValueError:
+                aware = False
+            _require(aware, "until", "a time with its zone, such as 2027-01-31T18:30+01:00", self.until)
+            _require(not self.seconds, "seconds", "0 where until is set", self.seconds)
+
+    def __bool__(self) -> bool:
+        return bool(self.seconds or self.until)
+
+
+@dataclass(frozen=True)
 class GuardConfig:
     """A step whose loss or gradient is not finite changes nothing. After too many of them the run goes back."""
 
@@ -325,6 +349,7 @@ class Recipe:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -345,6 +370,8 @@ class Recipe:
         _require(self.epochs >= 1, "epochs", "1 or more", self.epochs)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
         _require(self.precision in PRECISIONS, "precision", _one_of(PRECISIONS), self.precision)
+        fits = not self.budget or self.optim.schedule == "cosine"
+        _require(fits, "optim.schedule", "cosine with a budget of time", self.optim.schedule)
         names = [loss.name for loss in self.losses]
         classifies = any(loss.classifies for loss in self.losses)
         _require(

@@ -19,13 +19,15 @@ from fasttrain.utils.errors import RunError
 from fasttrain.utils.text import printable
 
 _MOST_CLASSES = 1000  # whose precision and recall are logged
+_LOGGED_CHANGE = 0.1  # of the number of steps of a run that ends by time; smaller changes are not logged
 
 
 class Log:
     """log.jsonl (one JSON object per line), the progress bar on stderr and, where it is installed, TensorBoard.
 
     Only rank 0 has an open log; on other ranks every call except `skip` does nothing. A line that cannot be written
-    raises RunError; with `tolerant` it is lost, which is reported once.
+    raises RunError; with `tolerant` it is lost, which is reported once. steps: of the run; None where they are not
+    known yet.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class Log:
         ranks: Ranks,
         *,
         start_step: int,
-        steps: int,
+        steps: int | None,
         batch_size: int,
         tolerant: bool = False,
         tensorboard: bool = True,
@@ -45,6 +47,7 @@ class Log:
         self.steps, self.batch_size = steps, batch_size
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.device = ranks.device
+        self.logged_steps = 0  # see `fitted`
         if not self.open:
             return
         self.board = _tensorboard(out) if tensorboard else None
@@ -108,11 +111,26 @@ class Log:
         self.bar.set_description(f"epoch {epoch}", refresh=False)
         self.bar.set_postfix_str(line)
         if not self.on_terminal:
-            print(f"step {step} of {self.steps}: epoch {epoch} {line}", file=sys.stderr)
+            print(f"step {step}{self.of_steps}: epoch {epoch} {line}", file=sys.stderr)
         self._scalars(
             step, {"lr": lr, "images_per_s": rate, **{n: mean for n, mean in totals.items() if mean is not None}}
         )
         self._scalars(step, {f"loss/{name}": mean for name, mean in (terms | stats).items()})
+
+    @property
+    def of_steps(self) -> str:
+        return f" of {self.steps}" if self.steps else ""
+
+    def fitted(self, step: int, steps: int, seconds_left: float) -> None:
+        """The number of steps of a run that ends by time, as fitted after `step` steps."""
+        if not self.open:
+            return
+        first, self.steps, self.bar.total = self.steps is None, steps, steps
+        if abs(steps - self.logged_steps) > _LOGGED_CHANGE * steps:
+            self.logged_steps = steps
+            self.event("fitted", step=step, steps=steps, seconds_left=round(seconds_left, 1))
+        if first:
+            self.say(f"{steps} steps fit into the time: {describe(seconds_left)} are left after step {step}")
 
     def failed(self, step: int, failures: dict[int, dict[str, Any]]) -> None:
         """Steps up to `step` whose loss or gradient was not finite, with their values, by step from 0."""
@@ -163,6 +181,15 @@ class Log:
             if self.board:
                 with suppress(OSError):
                     self.board.close()
+
+
+def describe(seconds: float) -> str:
+    """A duration as text, such as 1 h 5 min or 40 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _peak_gib(device: torch.device) -> float:

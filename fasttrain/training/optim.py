@@ -88,15 +88,18 @@ def drop_grads(optimizer: torch.optim.Optimizer) -> None:
             p.grad = None
 
 
-def lr_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """The recipe's learning rate as a function of the step."""
+def lr_schedule(recipe: Recipe, steps_per_epoch: int, steps: int | None = None) -> Callable[[int], float]:
+    """The recipe's learning rate as a function of the step. steps: of the run; by default its epochs'. In a run that
+    ends by time the warm-up takes a tenth of them at most, so that there is time for the rest."""
     settings = recipe.optim
+    steps = recipe.epochs * steps_per_epoch if steps is None else steps
+    warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
     return partial(
         lr_at,
         schedule=settings.schedule,
         peak=recipe.peak_lr,
-        steps=recipe.epochs * steps_per_epoch,
-        warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
+        steps=steps,
+        warmup_steps=min(warmup_steps, steps // 10) if recipe.budget else warmup_steps,
         drop_steps=[epoch * steps_per_epoch for epoch in settings.step_epochs],
         drop_factor=settings.step_factor,
     )

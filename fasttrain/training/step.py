@@ -65,7 +65,7 @@ class Step:
         if recipe.machine.compile == "graphs":
             require_replayable(recipe, ranks)
             self.graphs = Graphs[StepOutput](device, recipe.mix.kinds)
-        self.lr_at = optim.lr_schedule(recipe, plan.steps_per_epoch)
+        self.lr_at = optim.lr_schedule(recipe, plan.steps_per_epoch, plan.steps)
         names = ["loss", *(name for loss in recipe.losses for name in metric_names(loss))]
         self.meter = Meter(names, device, rows=min(recipe.machine.log_steps, plan.steps_per_epoch))
         self.guard = Guard(model, self.scaler, device)
@@ -87,6 +87,11 @@ class Step:
         if compiled:
             self.network, ema = torch.compile(self.network), ema and torch.compile(ema)
         self.inputs = InputBuilder(plan, index, device, dtype, teacher, ema, recipe.losses)
+
+    def follow(self, plan: Plan) -> None:
+        """Take a plan that differs from the present one in its number of steps only."""
+        self.plan = self.inputs.plan = plan
+        self.lr_at = optim.lr_schedule(self.recipe, plan.steps_per_epoch, plan.steps)
 
     @property
     def state(self) -> State:
