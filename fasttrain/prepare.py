@@ -27,6 +27,7 @@ from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import UNBOUNDED, Plan
 from fasttrain.pipelines.views import views_by_name
+from fasttrain.recipes.small_data import AUTOAUGMENT_FROM, CUTMIX_FROM, PREFIX
 from fasttrain.training.log import Log, describe
 from fasttrain.training.progress import Progress
 from fasttrain.training.step import Step
@@ -254,7 +255,8 @@ def open_log(run: Run) -> Log:
     log.say(device_line(recipe, run.ranks))
     if run.resumed_from:
         log.say(f"resuming after step {start}{log.of_steps}, from {printable(run.resumed_from)}")
-    lines = (*run.notes, classes_line(plan, recipe, run.train_index), groups_line(plan), views_line(plan, recipe))
+    about_data = (schedule_line(plan, recipe), classes_line(plan, recipe, run.train_index))
+    lines = (*run.notes, *about_data, groups_line(plan), views_line(plan, recipe))
     for line in filter(None, lines):
         log.event("note", text=line)
         log.say(line)
@@ -270,6 +272,23 @@ def device_line(recipe: Recipe, ranks: Ranks) -> str:
     if ranks.device.type == "cpu" and recipe.machine.device == "auto" and shutil.which("nvidia-smi"):
         line += "; this machine may have a GPU that torch cannot use: see `fasttrain doctor`"
     return line
+
+
+def schedule_line(plan: Plan, recipe: Recipe) -> str:
+    """The line that recommends the recipe for little data; empty where the schedule is long enough for the recipe's
+    augmentation, where a network is fine-tuned, or without such augmentation."""
+    seen = plan.steps * plan.batch_size / plan.count
+    fine_tunes = bool(recipe.init.weights) or any(loss.fine_tunes for loss in recipe.losses)
+    cutmix, policy = recipe.mix.cutmix > 0, recipe.augment.autoaugment != "none"
+    costs = [name for name, used, least in (("CutMix", cutmix, CUTMIX_FROM), ("AutoAugment", policy, AUTOAUGMENT_FROM))
+             if used and seen < least]  # fmt: skip
+    if not costs or fine_tunes or not plan.bounded:
+        return ""
+    times = f"{seen:.0f} times"
+    return (
+        f"each image is seen about {times}, too rarely for {' and '.join(costs)} to help: "
+        f"--recipe {PREFIX}{recipe.arch} suits short schedules on little data"
+    )
 
 
 UNEQUAL = 3  # how many times as many images the largest class must have for the run to say so
@@ -351,6 +370,8 @@ def summary(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: 
         "checkpoint": f"{saved_bytes / 2**20:.0f} MiB each, up to {kept} kept",
         "writes": f"{printable(out)}/: recipe.toml, log.jsonl, checkpoints/, last, best",
     }
+    if advice := schedule_line(plan, recipe):
+        lines["advice"] = advice
     if classes := classes_line(plan, recipe, train_index):
         lines["classes"] = classes
     if views := views_line(plan, recipe):

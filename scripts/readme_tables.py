@@ -122,6 +122,16 @@ def ablation(rows: Rows) -> str:
     return grid(["recipe", "top-1, %", "gain, points", "compared with"], lines)
 
 
+def seeds(rows: Rows) -> str:
+    """One line per arm of scripts/seeds.py: its score, and its gain over the first."""
+    lines = []
+    for row in rows:
+        score = f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
+        gain = f"{100 * row['gain']:+.1f} ± {100 * row['gain_interval']:.1f}" if "gain" in row else ""
+        lines.append([row["title"], score, gain])
+    return grid(["settings", "score, %", "gain, points"], lines)
+
+
 def loop(rows: Rows) -> str:
     """One row per batch size: milliseconds of the host."""
     titles = {
@@ -222,6 +232,9 @@ TABLES = {
     "train": contenders,
     "ablation": ablation,
     "noise": ablation,
+    "long-tail": seeds,
+    "small-data": seeds,
+    "tuned": seeds,
     "save": save,
     "loop": loop,
     "traffic": traffic,
@@ -238,6 +251,9 @@ def caption(results: dict[str, Any]) -> str:
     settings = results.get("settings", {})
     rounds = {row["n"] for row in results["rows"] if "n" in row}
     facts = [
+        results.get("title", ""),
+        {"top1": "top-1", "balanced_accuracy": "balanced accuracy"}.get(results.get("score", ""), ""),
+        f"seeds: {len(results['seeds'])}" if "seeds" in results else "",
         results["device"],
         " and ".join(f"{name} {mhz:.0f} MHz" for name, mhz in clocks.items() if name in ("cpu", "sm")),
         results["processor"] if results.get("processor") not in (None, results["device"]) else "",

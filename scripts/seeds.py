@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--score", default="top1", help="a score of log.jsonl, default: top1")
+    parser.add_argument("--title", default="", help="of the table, kept in --json")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(words[: len(words) - len(common) - ("--" in words)])
@@ -59,6 +60,7 @@ def main() -> int:
             "date": str(date.today()),
             "device": device_name(),
             "torch": torch.__version__,
+            "title": args.title,
             "score": args.score,
             "seeds": list(seeds),
             "rows": rows,

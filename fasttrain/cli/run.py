@@ -33,7 +33,7 @@ from fasttrain.utils.errors import Stopped, UserError
 from fasttrain.utils.output import tolerant_output
 
 if TYPE_CHECKING:
-    from fasttrain.config.schema import Recipe
+    from fasttrain.config.schema import DataConfig, Recipe
     from fasttrain.data.index import Index
     from fasttrain.data.open_data import Part, Parts
     from fasttrain.distributed.ranks import Ranks
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     "--recipe",
     "recipe_name",
     metavar="NAME|FILE.toml",
-    help="Recipe by name (see `fasttrain recipes`) or a TOML file; excludes --arch.",
+    help="Recipe by name (see `fasttrain recipes`), small_data/A for any network A, or a TOML file; excludes --arch.",
 )
 @model_option("--loss", type=click.Choice(LOSS_COMBINATIONS),
               help="With --arch: the losses. Default: ce; the others fine-tune the weights of --init.")  # fmt: skip
@@ -229,10 +229,12 @@ def recipe_of(
     compiled: bool | None,
 ) -> "tuple[Recipe, bool]":
     """The recipe that the options describe, and whether it trains on the demo set."""
+    from fasttrain import recipes
     from fasttrain.config import toml
     from fasttrain.utils.durations import seconds_of, seconds_until
 
-    recipe = chosen_recipe(arch, recipe_name, loss)
+    of_arch = (recipe_name or "").partition(recipes.PREFIX)[2] if not arch and not loss else ""
+    recipe = recipes.for_arch(of_arch) if of_arch else chosen_recipe(arch, recipe_name, loss)
     on_demo = not data and not recipe.data.train
     if on_demo:
         if val:
@@ -247,6 +249,11 @@ def recipe_of(
         recipe = replace(recipe, data=replace(recipe.data, val=absolute(val)))
     if sum(each is not None for each in (epochs, budget, until)) > 1:
         raise UserError("--epochs, --budget and --until exclude each other")
+    if of_arch:
+        if budget or until:
+            raise UserError(f"--recipe {recipe_name} follows from the epochs; leave --budget and --until out")
+        opened = replace(recipe.data, on_bad=on_bad or recipe.data.on_bad, links=links or recipe.data.links)
+        recipe = recipes.small_data(recipe, count_images(opened, folds), epochs or recipe.epochs, batch_size)
     if until:
         now = datetime.now().astimezone()
         until = (now + timedelta(seconds=seconds_until(until, "--until", now))).isoformat(timespec="seconds")
@@ -271,6 +278,15 @@ def recipe_of(
         if value is not None:
             recipe = toml.override(recipe, (key, value), option=option)
     return toml.override(recipe, *settings), on_demo
+
+
+def count_images(data: "DataConfig", folds: int | None) -> int:
+    """How many images a run trains on."""
+    from fasttrain.data.open_data import open_data
+    from fasttrain.data.stage import staged
+
+    index, _ = open_data(replace(staged(data, ""), val="", folds=0))
+    return len(index) * (folds - 1) // folds if folds else len(index)
 
 
 def print_result(result: "Result", folder: Path, val: "list[Part]", recipe: "Recipe") -> None:

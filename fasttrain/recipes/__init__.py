@@ -6,6 +6,7 @@ from fasttrain.recipes.attract_repulse import STAGE1, stage1, stage2
 from fasttrain.recipes.bag_of_tricks import BASELINE, BOTH, COSINE, DISTILLED, EFFICIENT, MIXUP, RESNET_D, SMOOTHING
 from fasttrain.recipes.deepblueai import COMBINATIONS, ENSEMBLE, RESNEST_448, SEVEN, second_stage
 from fasttrain.recipes.demo_set import demo
+from fasttrain.recipes.small_data import PREFIX, small_data
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import read_text
 from fasttrain.utils.text import printable
@@ -13,11 +14,13 @@ from fasttrain.utils.text import printable
 __all__ = [
     "COMBINATIONS",
     "ENSEMBLE",
+    "PREFIX",
     "RECIPES",
     "by_name",
     "demo",
     "for_arch",
     "second_stage",
+    "small_data",
     "stage1",
     "stage2",
     "table",
@@ -55,6 +58,11 @@ def by_name(name: str) -> Recipe:
             why = getattr(error, "strerror", None) or str(error)
             raise UserError(f"cannot read the recipe {printable(name)}: {printable(why)}") from None
         return from_toml(text, where=printable(name))
+    if name.startswith(PREFIX):
+        raise UserError(
+            f"{printable(name)} follows from the training images and the epochs, so only `run` takes it; "
+            f"`fasttrain run --recipe {printable(name)} --data DIR --epochs N --dry-run` prints it"
+        )
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}{nearest(name, RECIPES)}; `fasttrain recipes` lists them")
     return RECIPES[name]
