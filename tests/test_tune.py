@@ -85,9 +85,12 @@ def test_the_usual_search_suits_any_recipe_and_holds_its_own_values(images, arch
     assert all(size <= images for each in ranges if each.key == "batch_size" for size in each.values)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 8, 9, 24, 90])
-def test_rungs(epochs):
-    assert first_rung(epochs) == max(1, epochs // 9)
+@given(st.integers(1, 600))
+def test_a_trial_is_stopped_in_its_first_third_or_never(epochs):
+    rungs = [first_rung(epochs) * 3**number for number in range(7)]
+    stops = [rung for rung in rungs if rung < epochs]
+    assert rungs[0] >= 1 and len(stops) <= 2
+    assert all(stop <= epochs / 3 + 3 for stop in stops)
 
 
 def test_a_log_that_is_being_written_is_read_as_far_as_it_goes(tmp_path):

@@ -185,6 +185,7 @@ def write_held_out(recipe: "Recipe", folder: Path, val_index: "Index", rank: "Ra
     from fasttrain.evaluation.cross_validation import HELD_OUT
     from fasttrain.predict import predict
 
+    rank.any(False)  # wait until rank 0 has saved the checkpoint
     decoder = recipe.machine.decoder
     predicted = predict(folder, lambda *_: val_index, rank, workers=recipe.machine.workers, decoder=decoder)
     if predicted is not None:

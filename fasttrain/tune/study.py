@@ -48,8 +48,9 @@ def require_optuna() -> None:
 
 
 def first_rung(epochs: int) -> int:
-    """The epochs after which a trial can be stopped first; also the epochs between its evaluations."""
-    return max(1, epochs // REDUCTION**RUNGS)
+    """The epochs after which a trial can be stopped first; also the epochs between its evaluations. Rounded up, so that
+    no trial is stopped shortly before its end."""
+    return -(-epochs // REDUCTION**RUNGS)
 
 
 @dataclass

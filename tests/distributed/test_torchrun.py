@@ -216,3 +216,41 @@ def test_ranks_that_do_not_see_the_same_images_are_refused(demo_set, tmp_path, c
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
     lines = [line for line in done.stderr.splitlines() if line.startswith("fasttrain: ")]
     assert done.returncode and len(lines) == 1 and re.search(says, lines[0]), done.stderr
+
+
+@pytest.mark.slow
+def test_balanced_images_are_those_of_one_process(demo_set, tmp_path):
+    words = [
+        *SMALL,
+        "--data",
+        demo_set,
+        "--set",
+        "data.balance=0.7",
+        "--set",
+        "losses.cross_entropy.logit_adjustment=1",
+    ]
+    launch(tmp_path / "one", 1, *words, "--out", tmp_path / "one" / "run")
+    launch(tmp_path / "two", 2, *words, "--out", tmp_path / "two" / "run")
+    alone = [image for batch in report(tmp_path / "one", 0)["images"] for image in batch]
+    ranks = [report(tmp_path / "two", rank) for rank in range(2)]
+    together = [image for batches in zip(*(rank["images"] for rank in ranks), strict=True) for batch in batches
+                for image in batch]  # fmt: skip
+    assert together == alone and ranks[0]["weights"] == ranks[1]["weights"]
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_length_of_a_run_that_ends_by_time(demo_set, tmp_path):
+    words = [word for word in SMALL if word not in ("--epochs", "1")]
+    launch(tmp_path / "two", 2, *words, "--data", demo_set, "--budget", "40s", "--out", tmp_path / "two" / "run")
+    ranks = [report(tmp_path / "two", rank) for rank in range(2)]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    lines = [json.loads(line) for line in (tmp_path / "two" / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["event"] == "end" and any(line["event"] == "fitted" for line in lines)
+    assert [line["step"] for line in lines if line["event"] == "eval"][-1] == lines[-1]["step"]
+
+
+@pytest.mark.slow
+def test_all_folds_on_two_ranks(demo_set, tmp_path):
+    done = launch(tmp_path / "two", 2, *SMALL, "--data", demo_set, "--folds", "2", "--out", tmp_path / "two" / "run")
+    assert done.stdout.count("2 folds: top-1") == 1
+    assert (tmp_path / "two" / "run" / "out-of-fold.npz").exists()

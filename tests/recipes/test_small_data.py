@@ -26,6 +26,7 @@ def test_the_rule_is_what_it_says(images, epochs, arch):
     assert batch == 128 or images // (2 * batch) < 32, "a larger batch would do"
     steps = epochs * max(1, images // batch)
     product = recipe.optim.weight_decay * recipe.peak_lr * steps
+    assert recipe.peak_lr == pytest.approx({16: 0.02, 32: 0.0283, 64: 0.04, 128: 0.0566}[batch])
     low, high = WEIGHT_DECAYS
     assert low <= recipe.optim.weight_decay <= high
     if low < recipe.optim.weight_decay < high:
