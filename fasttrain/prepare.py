@@ -27,7 +27,7 @@ from fasttrain.pipelines import decoders
 from fasttrain.pipelines.decoders import Decoder
 from fasttrain.pipelines.plan import UNBOUNDED, Plan
 from fasttrain.pipelines.views import views_by_name
-from fasttrain.recipes.small_data import AUTOAUGMENT_FROM, CUTMIX_FROM, PREFIX
+from fasttrain.recipes.small_data import CUTMIX_FROM, PREFIX
 from fasttrain.training.log import Log, describe
 from fasttrain.training.progress import Progress
 from fasttrain.training.step import Step
@@ -165,7 +165,7 @@ def prepare(
         notes += resume.check_validation(saved.meta, progress, fingerprint["val"])
         notes += resume.check_criterion(saved.meta, progress)
         plan = replace(plan, shift=saved.meta["shift"] * plan.steps_per_epoch // saved.meta["epoch_steps"])
-        if recipe.budget:
+        if recipe.budget and saved.meta["recipe"].get("budget") == toml.to_dict(recipe)["budget"]:
             plan = replace(plan, length=saved.meta.get("length") or UNBOUNDED)
 
     if val_index is None and (recipe.evaluation.patience or recipe.evaluation.best != "top1"):
@@ -279,15 +279,13 @@ def schedule_line(plan: Plan, recipe: Recipe) -> str:
     augmentation, where a network is fine-tuned, or without such augmentation."""
     seen = plan.steps * plan.batch_size / plan.count
     fine_tunes = bool(recipe.init.weights) or any(loss.fine_tunes for loss in recipe.losses)
-    cutmix, policy = recipe.mix.cutmix > 0, recipe.augment.autoaugment != "none"
-    costs = [name for name, used, least in (("CutMix", cutmix, CUTMIX_FROM), ("AutoAugment", policy, AUTOAUGMENT_FROM))
-             if used and seen < least]  # fmt: skip
-    if not costs or fine_tunes or not plan.bounded:
+    used = {"CutMix": recipe.mix.cutmix > 0, "AutoAugment": recipe.augment.autoaugment != "none"}
+    names = " and ".join(name for name, is_used in used.items() if is_used)
+    if not names or fine_tunes or recipe.budget or seen >= CUTMIX_FROM:
         return ""
-    times = f"{seen:.0f} times"
     return (
-        f"each image is seen about {times}, too rarely for {' and '.join(costs)} to help: "
-        f"--recipe {PREFIX}{recipe.arch} suits short schedules on little data"
+        f"each image is seen about {seen:.0f} times, too rarely for {names} to help: "
+        f"--recipe {PREFIX}{recipe.arch} suits short schedules"
     )
 
 
@@ -302,16 +300,17 @@ def classes_line(plan: Plan, recipe: Recipe, index: Index) -> str:
     if recipe.data.balance:
         shares = plan.class_shares(index)
         ways.append(f"drawn with data.balance={recipe.data.balance:g}, {shares.max() / shares.min():.3g} to 1")
+    if index.weights is not None:
+        ways.append("images are drawn by their weights")
     ways += [way for loss in recipe.losses for way in loss.against_imbalance()]
     if not ways and most < UNEQUAL * least:
         return ""
     line = f"the classes have {least} to {most} images, {most / least:.3g} to 1" if most > least else ""
     if ways:
         return "; ".join(filter(None, (line, ", ".join(ways))))
-    return (
-        f"{line}; for equal accuracy on all classes set losses.cross_entropy.logit_adjustment=1 or data.balance=0.5, "
-        "and evaluation.best=balanced_accuracy"
-    )
+    adjusts = any(loss.name == "cross_entropy" for loss in recipe.losses)
+    settings = "losses.cross_entropy.logit_adjustment=1 or data.balance=0.5" if adjusts else "data.balance=0.5"
+    return f"{line}; for equal accuracy on all classes set {settings}, and evaluation.best=balanced_accuracy"
 
 
 def steps_text(recipe: Recipe, plan: Plan) -> str:

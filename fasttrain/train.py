@@ -23,7 +23,7 @@ from fasttrain.distributed.watchdog import EVALUATING, SAVING, Watch
 from fasttrain.evaluation.evaluate import EvaluationFailed, evaluate
 from fasttrain.evaluation.metrics import NAMES, Scores
 from fasttrain.pipelines.eval_loader import EvalLoader
-from fasttrain.pipelines.plan import Plan
+from fasttrain.pipelines.plan import UNBOUNDED, Plan
 from fasttrain.pipelines.train_loader import PREFETCH, batches
 from fasttrain.prepare import Run, build_val_loader, decoder_of, open_log, prepare
 from fasttrain.training.budget import FIRST_POINTS, Budget
@@ -105,18 +105,20 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budge
     recipe, plan, ranks, progress, train_step = run.recipe, run.plan, run.ranks, run.progress, run.train_step
     first_step = progress.steps_done
     val_loader, log = build_val_loader(run), open_log(run)
+    end = UNBOUNDED if budget else plan.steps  # a run that ends by time may become longer
     stream = batches(
         plan,
         run.train_index,
         ranks.device,
         ranks.threads(recipe.machine.workers),
         progress.steps_done,
+        end,
         on_skip=log.skip if recipe.data.on_bad == "skip" else None,
         decoder=decoder_of(recipe, ranks.device),
     )
     watch = Watch(ranks, recipe.machine.hang_timeout)
     saver = Saver(run.out, recipe.checkpoint, log, alive=lambda: watch.at(progress.steps_done - 1, SAVING))
-    feed = Feed(stream, plan, run.train_index, watch, progress.steps_done, recipe.machine.hash_batches)
+    feed = Feed(stream, plan, run.train_index, watch, range(progress.steps_done, end), recipe.machine.hash_batches)
     names = MessageNames(messages, log.say)
     if budget:
         budget.start(first_step)
@@ -148,6 +150,7 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budge
                         raise failure.__cause__ or failure from None
                     if budget:
                         budget.paused(step + 1)
+                    if budget and not run.finished:
                         fit_length(run, log, budget)
 
             stopping = signals.agreed(ranks)
@@ -202,9 +205,9 @@ def log_point(run: Run, log: Log, saver: Saver, epoch: int) -> None:
 
 def fit_length(run: Run, log: Log, budget: Budget) -> None:
     """Fit the number of steps of a run that ends by time, as rank 0 measures it."""
-    recipe, plan, done = run.recipe, run.plan, run.progress.steps_done
+    plan, done = run.plan, run.progress.steps_done
     budget.measure(done)
-    per_pause = plan.steps_per_epoch * min(recipe.evaluation.every_epochs, recipe.checkpoint.every_epochs)
+    per_pause = plan.steps_per_epoch * run.recipe.evaluation.every_epochs
     pause_steps = len(run.val_index or ()) / plan.batch_size
     steps = run.ranks.from_first(lambda: budget.fit(done, plan.steps, per_pause, pause_steps))
     if steps != plan.steps:

@@ -152,7 +152,8 @@ class Substitutes:
         if not reason:
             return sample
         self.reasons[number] = reason
-        of_class = np.flatnonzero(self.index.labels == self.index.labels[number])
+        drawn = True if self.index.weights is None else self.index.weights > 0
+        of_class = np.flatnonzero((self.index.labels == self.index.labels[number]) & drawn)
         following = int(np.searchsorted(of_class, number)) + 1
         for other in (np.roll(of_class, -following)[:-1] + (sample - number)).tolist():
             if not self._known_problem(step, other):

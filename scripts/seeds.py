@@ -75,7 +75,10 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
     """The last evaluation of a run, which is first started, or resumed if it is not complete. Averaged weights count
     where the run averages them."""
     done = folder / "done.json"
-    if not done.exists():
+    known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+    if known and known.get("words") != words:
+        raise SystemExit(f"{folder} has a run of other words: {shlex.join(known.get('words', []))}; name another --out")
+    if not known:
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         folder.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
@@ -85,8 +88,9 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         evaluation = [line for line in lines if line["event"] == "eval"][-1]
         scores = evaluation | evaluation.get("ema", {})
-        done.write_text(json.dumps(scores | {"seconds": time.monotonic() - start}), encoding="utf-8")
-    return json.loads(done.read_text(encoding="utf-8"))
+        known = scores | {"seconds": time.monotonic() - start, "words": words}
+        done.write_text(json.dumps(known), encoding="utf-8")
+    return known
 
 
 def device_name() -> str:

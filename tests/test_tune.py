@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import call, part_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from PIL import Image
 from fasttrain import recipes
 from fasttrain.config import toml
 from fasttrain.tune.search import Range, ranges_of, usual, values_of
-from fasttrain.tune.study import evaluations, first_rung, with_settings
+from fasttrain.tune.study import evaluations, first_rung, visible_device, with_settings
 from fasttrain.utils.errors import UserError
 
 optuna = pytest.importorskip("optuna")
@@ -59,6 +60,7 @@ def test_ranges(text, expected):
         (["optim.lr=log(0.1,1)", "optim.lr=uniform(0.1,1)"], "names optim.lr twice"),
         (["optim.momentum=uniform(0.5,1)"], r"momentum must be in \[0, 1\), not 1"),
         (["augment.autoaugment=choice(none,strong)"], "autoaugment must be one of"),
+        (["batch_size=uniform(16,64)"], "--search batch_size: batch_size must be an integer, not 33.76"),
         (["data.folds=int(2,5)"], "this says where or how to run, not how to train"),
     ],
 )
@@ -83,6 +85,21 @@ def test_the_usual_search_suits_any_recipe_and_holds_its_own_values(images, arch
     found = with_settings(recipe, ranges, trial.params)
     assert found == recipe or recipe.batch_size > images
     assert all(size <= images for each in ranges if each.key == "batch_size" for size in each.values)
+
+
+def test_the_recipes_own_values_are_found_in_a_range_or_not():
+    ranges = [Range("mix.cutmix", "choice", (0, 0.5)), Range("optim.lr", "log", (1e-3, 1e-2))]
+    assert values_of(RECIPE, ranges) == {"mix.cutmix": "0.5"}
+    recipe = toml.override(RECIPE, "mix.cutmix=0", "optim.lr=0.005")
+    assert values_of(recipe, ranges) == {"mix.cutmix": "0", "optim.lr": 0.005}
+
+
+def test_jobs_share_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert [visible_device(job) for job in range(3)] == ["2", "5", "2"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [visible_device(job) for job in range(3)] == ["0", "1", "0"]
 
 
 @given(st.integers(1, 600))
@@ -145,6 +162,9 @@ def test_a_search_goes_on_and_its_best_recipe_trains(small, tmp_path):
     assert "run folder" in call(*run).output
     message = "is for another recipe or other data; name another --out"
     assert message in call(*words_of(small, out, "--epochs", 4, "--search", "optim.lr=log(1e-6,2)"), status=2).output
+    next((small / "cross-checks-blue").iterdir()).rename(tmp_path / "aside.jpg")
+    assert "was made from other images than" in call(*words, status=2).output
+    (tmp_path / "aside.jpg").rename(small / "cross-checks-blue" / "000.jpg")
 
 
 @pytest.mark.slow
@@ -165,6 +185,33 @@ def test_a_search_that_is_stopped_goes_on_inside_its_trial(small, tmp_path):
     assert sum(event["event"] == "resume" for event in events) == 1
     (row,) = csv.DictReader((out / "trials.csv").open())
     assert row["state"] == "complete" and row["epochs"] == "60"
+
+
+@pytest.mark.slow
+def test_settings_that_do_not_fit_together_fail_their_trial_only(small, tmp_path):
+    words = words_of(small, tmp_path / "search", "--epochs", 1, "--trials", 6, "--set", "mix.cutmix=0")
+    call(*words, "--search", "mix.cutmix=choice(0,0.6)", "--search", "mix.mixup=choice(0,0.6)")
+    rows = list(csv.DictReader((tmp_path / "search" / "trials.csv").open()))
+    assert {row["state"] for row in rows} >= {"complete"} and len(rows) == 6
+    for row in rows:
+        both = row["mix.cutmix"] == row["mix.mixup"] == "0.6"
+        assert (row["state"] == "fail") == both
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_waits_for_its_trial(small, tmp_path):
+    out = tmp_path / "search"
+    words = words_of(small, out, "--epochs", 40, "--search", "optim.lr=log(0.01,2)", "--trials", 1)
+    process = subprocess.Popen([sys.executable, "-m", "fasttrain", *words], stderr=subprocess.PIPE, text=True)
+    log = out / "trials" / "0000" / "log.jsonl"
+    while not (log.exists() and '"event": "train"' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    output = call(*words).output
+    (row,) = csv.DictReader((out / "trials.csv").open())
+    assert row["state"] == "complete" and row["epochs"] == "40" and "waiting: another run is writing to" in output
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def data_vipriors(imagenet: str, out: str, link: bool) -> None:
 @click.option("--val-per-class", type=click.IntRange(0), help="Validation images per class. Default: as many.")
 @click.option(
     "--long-tail",
-    type=click.FloatRange(1),
+    type=click.FloatRange(1, 1e9),
     default=1.0,
     metavar="RATIO",
     help="Classes of unequal size: the largest has --per-class training images, the smallest a RATIOth of them.",

@@ -68,6 +68,8 @@ def _predict(
     from fasttrain.predict import predict
 
     runs = fold_runs(checkpoint_path) or [checkpoint_path]
+    if len(runs) > 1 and writes_files():
+        click.echo(f"the mean of {len(runs)} runs", err=True)
     pixels = () if sizes is None else _parse_sizes(sizes)
     opened: list[Index] = []
 

@@ -132,9 +132,19 @@ def _run(
         if not folds:
             run_one(recipe, folder, resume, dry_run, rank, messages, started)
             return
-        for number in range(folds) if fold is None else (fold,):
+        if recipe.data.folds != folds:
+            raise UserError(f"--folds {folds} and --set data.folds={recipe.data.folds} disagree; leave one of them out")
+        numbers = range(folds) if fold is None else (fold,)
+        for number in numbers:  # what is wrong with one is said before any is trained
+            check_fold(replace(recipe, data=replace(recipe.data, fold=number)), rank)
+        for number in numbers:
+            if rank.any(bool(signals.received())):
+                raise Stopped(
+                    f"stopped by {signals.received() or 'a signal to another rank'}; the same command resumes"
+                )
             of_fold = replace(recipe, data=replace(recipe.data, fold=number))
             run_one(of_fold, fold_folder(folder, number), resume, dry_run, rank, messages, started)
+            signals.install()  # a run restores the handlers at its end
             started = time.monotonic()
         if rank.first and not dry_run:
             print_folds(folder, folds)
@@ -179,6 +189,17 @@ def run_one(
         print_result(result, folder, parts.val, recipe)
 
 
+def check_fold(recipe: "Recipe", rank: "Ranks") -> None:
+    """Raises UserError where a fold's run could not make its batches."""
+    from fasttrain.data.open_data import open_data
+    from fasttrain.data.stage import staged
+    from fasttrain.pipelines.plan import Plan
+
+    data = staged(recipe.data, recipe.machine.stage)
+    index, _ = rank.in_turn(lambda: open_data(data))
+    Plan.of(recipe, index, rank.world, rank.rank)
+
+
 def write_held_out(recipe: "Recipe", folder: Path, val_index: "Index", rank: "Ranks") -> None:
     """Write the probabilities of a run's best checkpoint for its own fold."""
     from fasttrain.evaluation import predictions
@@ -199,8 +220,8 @@ def print_folds(folder: Path, folds: int) -> None:
 
     lines = cross_validation.combine(folder, folds)
     if lines is None:
-        done = [path.name for path in cross_validation.fold_runs(folder) if (path / cross_validation.HELD_OUT).exists()]
-        click.echo(f"{len(done)} of {folds} folds are done; once all are, {printable(folder)} gets their scores")
+        done = sum((cross_validation.fold_folder(folder, n) / cross_validation.HELD_OUT).exists() for n in range(folds))
+        click.echo(f"{done} of {folds} folds are done; once all are, {printable(folder)} gets their scores")
         return
     click.echo(f"{lines}\nwrote {printable(folder / cross_validation.OUT_OF_FOLD)}")
     click.echo(f"next: {program()} eval {shell_word(folder)} --data DIR, the folds' ensemble on other images")
@@ -234,7 +255,8 @@ def recipe_of(
     from fasttrain.config import toml
     from fasttrain.utils.durations import seconds_of, seconds_until
 
-    of_arch = (recipe_name or "").partition(recipes.PREFIX)[2] if not arch and not loss else ""
+    by_rule = (recipe_name or "").startswith(recipes.PREFIX) and not str(recipe_name).endswith(".toml")
+    of_arch = str(recipe_name).removeprefix(recipes.PREFIX) if by_rule and not arch and not loss else ""
     recipe = recipes.for_arch(of_arch) if of_arch else chosen_recipe(arch, recipe_name, loss)
     on_demo = not data and not recipe.data.train
     if on_demo:
@@ -254,11 +276,15 @@ def recipe_of(
         if budget or until:
             raise UserError(f"--recipe {recipe_name} follows from the epochs; leave --budget and --until out")
         opened = replace(recipe.data, on_bad=on_bad or recipe.data.on_bad, links=links or recipe.data.links)
-        recipe = recipes.small_data(recipe, count_images(opened, folds), epochs or recipe.epochs, batch_size)
+        chosen = toml.override(recipe, *settings)  # --set may change the epochs and the batch, too
+        batch = batch_size or (chosen.batch_size if chosen.batch_size != recipe.batch_size else None)
+        recipe = recipes.small_data(recipe, count_images(opened, folds), epochs or chosen.epochs, batch)
     if until:
         now = datetime.now().astimezone()
         until = (now + timedelta(seconds=seconds_until(until, "--until", now))).isoformat(timespec="seconds")
     changes: list[tuple[str, str, object]] = [
+        ("--epochs", "budget.seconds", 0.0 if epochs or until else None),
+        ("--epochs", "budget.until", "" if epochs or budget else None),
         ("--budget", "budget.seconds", seconds_of(budget, "--budget") if budget else None),
         ("--until", "budget.until", until),
         ("--folds", "data.folds", folds),

@@ -1,7 +1,7 @@
 """`fasttrain tune`: find settings by training with many of them."""
 
 import os
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +97,7 @@ def tune(
     from fasttrain.data.open_data import open_data
     from fasttrain.evaluation.metrics import described
     from fasttrain.tune import results
-    from fasttrain.tune.search import ranges_of
+    from fasttrain.tune.search import ranges_of, values_of
     from fasttrain.tune.study import Search, first_rung, require_optuna
     from fasttrain.utils.durations import seconds_of
     from fasttrain.utils.text import printable
@@ -105,6 +105,7 @@ def tune(
     if torchrun_variable("WORLD_SIZE", 1) > 1:
         raise UserError("`fasttrain tune` starts its runs itself; call it without torchrun, with --jobs N for N GPUs")
     require_optuna()
+    started = time.monotonic()
     seconds = seconds_of(budget, "--budget") if budget else 0.0
     recipe, _ = recipe_of(
         arch=arch, recipe_name=recipe_name, loss=loss, init=init, data=data, val=None, on_bad=on_bad, links=links,
@@ -114,6 +115,7 @@ def tune(
     )  # fmt: skip
     if score:
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, best=score))
+    val = recipe.data.val  # not used here, but by the run that follows
     recipe = replace(recipe, data=replace(recipe.data, val=""))
     folder = Path(out or Path("runs", f"tune-{recipe.name.replace('/', '-')}"))
     signals.install()
@@ -121,18 +123,18 @@ def tune(
         index, _ = open_data(replace(recipe.data, folds=0))
         ranges = ranges_of(search, recipe, len(index) * (folds - 1) // folds)
         shared = share(recipe, index, folder)
-        rung = first_rung(recipe.epochs)
+        rung, count = first_rung(recipe.epochs), jobs or gpus(recipe)
         of_trials = replace(
             recipe,
             data=replace(recipe.data, train=shared, folds=folds, fold=0),
             evaluation=replace(recipe.evaluation, every_epochs=rung, patience=0),
             checkpoint=replace(recipe.checkpoint, every_epochs=rung, keep=1),
-            machine=replace(recipe.machine, tensorboard=False),
+            machine=replace(recipe.machine, tensorboard=False, workers=recipe.machine.workers or share_of_cores(count)),
         )
         click.echo("searching " + ", ".join(map(str, ranges)), err=True)
-        count = jobs or gpus(recipe)
         limit = trials or (0 if budget else 30)
-        found = Search(folder, of_trials, ranges, count, limit, seconds, lambda line: click.echo(line, err=True))
+        deadline = started + seconds if seconds else None
+        found = Search(folder, of_trials, ranges, count, limit, deadline, lambda line: click.echo(line, err=True))
         try:
             found.run()
         finally:
@@ -142,7 +144,9 @@ def tune(
             complete = [trial for trial in done if trial.state.name == "COMPLETE"]
             if complete:
                 best = found.study.best_trial
-                tuned = replace(found.trial_recipe(best), name=f"{recipe.name}-tuned", data=recipe.data)
+                tuned = replace(
+                    found.trial_recipe(best), name=f"{recipe.name}-tuned", data=replace(recipe.data, val=val)
+                )
                 tuned = replace(
                     tuned, evaluation=recipe.evaluation, checkpoint=recipe.checkpoint, machine=recipe.machine
                 )
@@ -154,7 +158,7 @@ def tune(
     first, name = done[0], recipe.evaluation.best
     assert best.value is not None
     click.echo(f"best: trial {best.number}, {described(name, best.value)} on fold 0 of {folds}")
-    if first.value is not None and best.number:
+    if first.value is not None and best.number and values_of(recipe, ranges).keys() == first.params.keys():
         click.echo(f"the recipe's own settings: {described(name, first.value)}")
     for key, value in best.params.items():
         click.echo(f"  {key} = {value}")
@@ -171,19 +175,33 @@ def gpus(recipe: "Recipe") -> int:
     return 1 if recipe.machine.device == "cpu" else max(1, torch.cuda.device_count())
 
 
+def share_of_cores(jobs: int) -> int:
+    """DALI threads of each of several trials at a time; 0, the default, for one."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 else 0
+
+
 def share(recipe: "Recipe", index: "Index", folder: Path) -> tuple[str, ...]:
     """The training images for the trials: where they are small enough, a pack of their pixels, so that they are decoded
-    once; else those of the recipe."""
+    once; else those of the recipe. Raises UserError where the folder has a pack of other images."""
     from fasttrain.data import pack
+    from fasttrain.data.folds import require_unique_ids
+    from fasttrain.data.stores.pack import source_of
+    from fasttrain.utils.text import printable
+
+    require_unique_ids(index)
 
     size = int(index.sizes.astype("int64").prod(1).sum()) * 3
     path = folder / "images.safetensors"
     if not index.encoded or size > SHARED_BYTES:
         return recipe.data.train
     if not path.exists():
-        command = " ".join(["fasttrain", *sys.argv[1:]])
         pack.make(
             {"train": index}, path, pack.Encoding("raw", 0), workers=0, skip_bad=recipe.data.on_bad == "skip",
-            command=command, say=lambda line: click.echo(line, err=True),
+            command="fasttrain tune", say=lambda line: click.echo(line, err=True),
         )  # fmt: skip
+    elif source_of(path) != pack.source({"train": index}):
+        raise UserError(
+            f"{printable(path)} was made from other images than {', '.join(map(printable, recipe.data.train))}; name "
+            "another --out"
+        )
     return (os.path.abspath(path),)

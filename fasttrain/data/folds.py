@@ -1,6 +1,7 @@
 """k-fold cross-validation: a split of an index into equal parts, each with its share of every class."""
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,10 @@ def fold_numbers(index: Index, folds: int) -> NDArray[np.int64]:
 
 
 def without_fold(index: Index, folds: int, fold: int) -> tuple[Index, Index]:
-    """The images of all folds but one, and those of that fold. Raises UserError where a class would have no training
-    image in one of the runs, or there are fewer images than folds."""
+    """The images of all folds but one, and those of that fold without those that cannot be read, which --on-bad skip
+    keeps for training. Raises UserError where a class would have no training image in one of the runs, there are fewer
+    images than folds, or two images have one name."""
+    require_unique_ids(index)
     sizes = np.bincount(index.labels, minlength=len(index.classes))
     if sizes.min() < 2:
         name = printable(index.classes[int(sizes.argmin())])
@@ -37,4 +40,15 @@ def without_fold(index: Index, folds: int, fold: int) -> tuple[Index, Index]:
     if len(index) < folds:
         raise UserError(f"{len(index)} images do not make {folds} folds; set --folds to a smaller number")
     held_out = fold_numbers(index, folds) == fold
-    return index.take(np.flatnonzero(~held_out)), index.take(np.flatnonzero(held_out))
+    readable = index.sizes[:, 0] > 0
+    return index.take(np.flatnonzero(~held_out)), index.take(np.flatnonzero(held_out & readable))
+
+
+def require_unique_ids(index: Index) -> None:
+    """Raises UserError where two images have one name, as images of two --data folders may."""
+    twice = [image_id for image_id, count in Counter(index.ids).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"two images are called {printable(twice[0])}, in different --data; folds and searches need different "
+            "names, so put the images into one folder or table"
+        )

@@ -28,7 +28,7 @@ from fasttrain.utils.text import printable
 
 _CHUNK_PIXELS = 2**24  # at most, per task of a worker
 _SAMPLE = 16  # images that are encoded for the estimate
-_JOURNAL = "fasttrain-pack-journal-1"
+_JOURNAL = "fasttrain-pack-journal-2"
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def make(
     index_of = list(indices.values())
     order = [(split, number) for split, index in enumerate(index_of) for number in range(len(index))]
     partial_path, journal_path = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "journal"))
-    stamp = _stamp(indices, encoding)
     header_bytes = _header_bytes(indices, encoding, command)
+    stamp = _stamp(indices, encoding, header_bytes)
     done = _resume(partial_path, journal_path, stamp, header_bytes)
     left = range(len(done), len(order))
 
@@ -223,10 +223,10 @@ def _is_ours(path: Path) -> bool:
     return True
 
 
-def _stamp(indices: Mapping[str, Index], encoding: Encoding) -> dict[str, Any]:
-    """What must be equal for an interrupted call to go on."""
+def _stamp(indices: Mapping[str, Index], encoding: Encoding, header_bytes: int) -> dict[str, Any]:
+    """What must be equal for an interrupted call to go on. header_bytes: where the images start, by the metadata."""
     prints = {split: [index.fingerprint(), index.fingerprint_of_sizes()] for split, index in indices.items()}
-    return {"format": _JOURNAL, "encoding": vars(encoding), "source": prints}
+    return {"format": _JOURNAL, "encoding": vars(encoding), "source": prints, "start": header_bytes}
 
 
 def _resume(data: Path, journal: Path, stamp: dict[str, Any], header_bytes: int) -> list[_Entry]:
@@ -314,14 +314,18 @@ def _encode_numbered(tasks: Sequence[tuple[int, _Image]], encoding: Encoding) ->
     return encode([image for _, image in tasks], encoding)
 
 
+def source(indices: Mapping[str, Index]) -> str:
+    """The fingerprint of what is packed, as `stores.pack.source_of` reads it from the pack."""
+    return sha256("".join(index.fingerprint() for index in indices.values()).encode()).hexdigest()
+
+
 def _metadata(indices: Mapping[str, Index], encoding: Encoding, command: str) -> dict[str, str]:
-    source = sha256("".join(index.fingerprint() for index in indices.values()).encode()).hexdigest()
     return {
         "format": FORMAT,
         "kind": encoding.kind,
         "classes": json.dumps(next(iter(indices.values())).classes),
         "splits": json.dumps(list(indices)),
-        "source": source,
+        "source": source(indices),
         "shorter_side": str(encoding.shorter_side),
         "quality": str(encoding.quality) if encoding.kind == "jpeg" else "",
         "command": printable(command),

@@ -13,21 +13,21 @@ from fasttrain.pipelines.plan import Plan
 
 
 class Feed:
-    """Iterating gives (step, its micro-batches) from `start_step` to the run's end.
+    """Iterating gives (step, its micro-batches) for each of `steps`.
 
     stream: the pipeline's micro-batches. watch: learns when the step waits for images and when it trains. hash_images:
     collect a hash of each image of the step in `hashes`, in the order of the images; waits for the device.
     """
 
     def __init__(
-        self, stream: Iterator[Images], plan: Plan, index: Index, watch: Watch, start_step: int, hash_images: bool
+        self, stream: Iterator[Images], plan: Plan, index: Index, watch: Watch, steps: range, hash_images: bool
     ) -> None:
         self.stream, self.plan, self.index, self.watch = stream, plan, index, watch
-        self.start_step, self.hash_images = start_step, hash_images
+        self.steps, self.hash_images = steps, hash_images
         self.hashes: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[int, Iterator[Images]]]:
-        for step in range(self.start_step, self.plan.steps):
+        for step in self.steps:
             self.hashes = []
             yield step, self._micro_batches(step)
 

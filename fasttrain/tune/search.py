@@ -74,8 +74,7 @@ class Range:
     def stored(self, value: Any) -> Any:
         """How Optuna stores a value of the setting; None where the value is not in the range."""
         if self.kind == "choice":
-            word = _text(value)
-            return word if word in map(_text, self.values) else None
+            return next((_text(choice) for choice in self.values if choice == value), None)
         low, high = self.values
         return value if type(value) in (int, float) and low <= value <= high else None
 
@@ -110,7 +109,9 @@ def ranges_of(texts: Sequence[str], recipe: Recipe, images: int) -> list[Range]:
             raise UserError(f"--search names {each.key} twice")
         if each.key.split(".")[0] in ("data", "machine", "checkpoint", "evaluation", "resume", "name", "seed", "arch"):
             raise UserError(f"--search {each.key}: this says where or how to run, not how to train")
-        for value in each.values:
+        low, *_, high = each.values
+        between = () if each.kind in ("choice", "int") else (low + 0.37 * (high - low),)
+        for value in (*each.values, *between):
             toml.override(recipe, (each.key, value), option=f"--search {each.key}")
     return ranges
 

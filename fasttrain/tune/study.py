@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasttrain.checkpoints.run_dir import lock
 from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.distributed import signals
@@ -58,8 +59,8 @@ class Search:
     """A search in the folder `out`.
 
     recipe: what the trials train, with the data, folds and device that they use; the ranges change it. jobs: trials at
-    a time, each on one of as many GPUs where there are some. trials: how many there shall be in all, with those of
-    earlier calls; 0: any number. seconds: how long this call may take; 0: any time.
+    a time, each on one of the GPUs where there are some. trials: how many there shall be in all, with those of earlier
+    calls; 0: any number. deadline: when this call ends, by `time.monotonic`; None: when there are enough trials.
     """
 
     out: Path
@@ -67,7 +68,7 @@ class Search:
     ranges: Sequence[Range]
     jobs: int
     trials: int
-    seconds: float
+    deadline: float | None
     say: Any = print
     study: "optuna.Study" = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -75,7 +76,6 @@ class Search:
 
     def __post_init__(self) -> None:
         self.study = open_study(self.out, self.recipe, self.ranges)
-        self.deadline = time.monotonic() + self.seconds if self.seconds else None
         self.unfinished = [trial for trial in self.study.trials if trial.state.name == "RUNNING"]
 
     def run(self) -> None:
@@ -131,8 +131,15 @@ class Search:
         import optuna
 
         folder = self.out / "trials" / f"{trial.number:04}"
-        recipe = self.trial_recipe(trial)
+        try:
+            recipe = self.trial_recipe(trial)
+        except UserError as error:  # two settings that do not fit together
+            with self.lock:
+                self._failed(trial, str(error))
+            return
         folder.parent.mkdir(exist_ok=True)
+        if not self._wait_for(folder):
+            return
         folder.with_suffix(".toml").write_text(toml.to_toml(recipe), encoding="utf-8")
         command = [sys.executable, "-m", "fasttrain", "run", "--recipe", str(folder.with_suffix(".toml"))]
         environment = dict(os.environ)
@@ -166,16 +173,32 @@ class Search:
                 self.study.tell(trial, score[max(score)])
                 self.say(f"trial {trial.number}: {self._text(trial, score)}, {seconds:.0f} s")
             elif status != _STOPPED and not self._over():
-                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                self.say(
-                    f"trial {trial.number} failed: {last_line(folder.with_suffix('.log'))}; {settings_text(trial)}"
-                )
-                if not any(each.state.name in ("COMPLETE", "PRUNED") for each in self.study.trials):
-                    self.stopping.set()
-                    raise RunError(
-                        f"the first trial failed, see {printable(folder.with_suffix('.log'))}: "
-                        f"{last_line(folder.with_suffix('.log'))}"
-                    )
+                self._failed(trial, last_line(folder.with_suffix(".log")))
+
+    def _failed(self, trial: "optuna.Trial", reason: str) -> None:
+        """Tell the study that a trial failed. Raises RunError where it is the only one that was tried."""
+        import optuna
+
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        self.say(f"trial {trial.number} failed: {reason}; {settings_text(trial)}")
+        if all(each.state.name in ("FAIL", "WAITING") for each in self.study.trials):
+            self.stopping.set()
+            raise RunError(f"the first trial failed: {reason}")
+
+    def _wait_for(self, folder: Path) -> bool:
+        """Wait while another process trains in a trial's folder, as one does whose `tune` was killed. Whether none does
+        any more."""
+        said = False
+        while not self._over():
+            try:
+                with lock(folder):
+                    return True
+            except UserError as error:
+                if not said:
+                    self.say(f"waiting: {error}")
+                said = True
+                time.sleep(1)
+        return False
 
     def trial_recipe(self, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> Recipe:
         """The recipe of a trial's run."""
@@ -237,7 +260,7 @@ def with_settings(recipe: Recipe, ranges: Sequence[Range], params: dict[str, Any
         for each in ranges
         if each.key in params
     ]
-    return toml.override(recipe, *changes)
+    return toml.override(recipe, *changes, option="--search")
 
 
 def settings_text(trial: "optuna.Trial | optuna.trial.FrozenTrial") -> str:
@@ -288,6 +311,7 @@ def last_line(log: Path) -> str:
 
 
 def visible_device(job: int) -> str:
-    """The GPU of a job, as CUDA_VISIBLE_DEVICES names it."""
+    """The GPU of a job, as CUDA_VISIBLE_DEVICES names it. With more jobs than GPUs some share one."""
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return names[job] if names else str(job)
+    names = names or [str(number) for number in range(torch.cuda.device_count())]
+    return names[job % len(names)]

@@ -8,6 +8,7 @@ from fasttrain.utils.text import printable
 
 _PARTS = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400, 3600, 60, 1)
+_MOST = 1e9
 
 
 def seconds_of(text: str, option: str) -> float:
@@ -16,7 +17,7 @@ def seconds_of(text: str, option: str) -> float:
     total = (
         sum(float(part) * unit for part, unit in zip(match.groups(), _SECONDS, strict=True) if part) if match else 0.0
     )
-    if not 0 < total < 1e9:
+    if not 0 < total <= _MOST:
         raise UserError(f"{option} {printable(text)}: give a duration such as 2h, 90m, 1h30m or 45s")
     return total
 
@@ -31,9 +32,14 @@ def seconds_until(text: str, option: str, now: datetime) -> float:
             until += timedelta(days=until <= now)
         else:
             until = datetime.fromisoformat(text.strip())
-            until = until if until.tzinfo else until.replace(tzinfo=now.tzinfo)
-    except ValueError:
+            until = until if until.tzinfo else until.astimezone()  # in the machine's time zone on that day
+        left = (until - now).total_seconds()
+    except (ValueError, OverflowError):
         raise UserError(f"{option} {printable(text)}: give a time such as 18:30 or 2027-01-31T18:30") from None
-    if until <= now:
+    if left <= 0:
         raise UserError(f"{option} {printable(text)} has passed")
-    return (until - now).total_seconds()
+    if left > _MOST:
+        raise UserError(
+            f"{option} {printable(text)} is more than {_MOST / 31556952:.0f} years away; give a time such as 18:30"
+        )
+    return left

@@ -42,11 +42,23 @@ def test_training_and_held_out_images_are_a_partition():
         assert len(train.problems) + len(held_out.problems) == 2
 
 
+def test_images_that_cannot_be_read_are_not_validated_on():
+    index = index_of(6, 6)
+    index.sizes[[2, 9]] = 0
+    parts = [without_fold(index, 3, fold) for fold in range(3)]
+    assert all((held_out.sizes > 0).all() for _, held_out in parts)
+    assert sum(len(held_out) for _, held_out in parts) == 10 and all(len(train) == 8 for train, _ in parts)
+
+
 def test_folds_that_cannot_be_made_are_refused():
     with pytest.raises(UserError, match="class '1' has one image"):
         without_fold(index_of(9, 1), 2, 0)
     with pytest.raises(UserError, match="4 images do not make 5 folds; set --folds to a smaller number"):
         without_fold(index_of(2, 2), 5, 0)
+    twice = index_of(3, 3)
+    twice = replace(twice, ids=("a.jpg", *twice.ids[1:-1], "a.jpg"))
+    with pytest.raises(UserError, match=r"two images are called a\.jpg, in different --data"):
+        without_fold(twice, 2, 0)
     with pytest.raises(UserError, match="--val with --folds"):
         open_data(DataConfig(train=("x",), val="y", folds=2))
 
@@ -81,6 +93,8 @@ def test_the_runs_of_all_folds_give_scores_of_all_images(small, demo_set, tmp_pa
     words += ["cpu", "--links", "follow", "--data", small, "--out", tmp_path / "cv", "--folds", "2"]
     first = call(*words, "--fold", "1")
     assert "1 of 2 folds are done" in first.output and not (tmp_path / "cv" / "out-of-fold.npz").exists()
+    message = "has 1 of 2 folds; train the others with `run --folds 2`, or name one of its runs"
+    assert message in call("eval", tmp_path / "cv", "--data", demo_set, status=2).output
     output = call(*words).output
     whole = predictions.load(tmp_path / "cv" / "out-of-fold.npz")
     index, _ = open_data(DataConfig(train=(str(small),), links="follow"))
@@ -114,6 +128,11 @@ def test_the_interval_is_students():
 
 
 def test_fold_options_that_contradict_are_refused(small, tmp_path):
-    words = ["run", "--arch", "test_resnet", "--data", small, "--out", tmp_path / "x"]
+    words = ["run", "--arch", "test_resnet", "--data", small, "--links", "follow", "--out", tmp_path / "x"]
     assert "name --folds N too" in call(*words, "--fold", "1", status=2).output
+    message = "--folds 2 and --set data.folds=3 disagree"
+    assert message in call(*words, "--folds", "2", "--set", "data.folds=3", "--device", "cpu", status=2).output
+    # What is wrong with the last fold is said before the first one is trained.
+    output = call(*words, "--folds", "2", "--batch-size", "51", "--device", "cpu", status=2).output
+    assert "50 images are fewer than one batch of 51" in output and not (tmp_path / "x").exists()
     assert "--resume PATH is for one run" in call(*words, "--folds", "2", "--resume", "runs/y", status=2).output

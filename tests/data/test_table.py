@@ -80,7 +80,7 @@ GOOD = "path,label\na.jpg,ape\nb.jpg,yak\n"
         ("path,label,split\na.jpg,ape,train\nb.jpg,yak,holdout\n", "line 3 has the split 'holdout'"),
         ("path,label,weight\na.jpg,ape,-1\n", r"line 2 has the weight '-1'; a weight is a number of 0 or more"),
         ("path,label,weight\na.jpg,ape,nan\n", "line 2 has the weight 'nan'"),
-        ("path,label,weight\na.jpg,ape,\n", "line 2 has the weight ''"),
+        ("path,label,weight\na.jpg,ape,x\n", "line 2 has the weight 'x'"),
         ("path,label\na.jpg,\x1b[31mape\na.jpg,b\n", r"\\x1b\[31mape"),
     ],
 )
@@ -92,7 +92,7 @@ def test_wrong_tables_are_refused_with_their_line(images, text, message):
 
 
 def test_weights_of_a_table_reach_a_pack_of_it_and_the_fingerprint(images, tmp_path):
-    (images / "t.csv").write_text("path,label,weight\na.jpg,ape,2\nb.jpg,yak,0.5\ndeep/c.png,ape,1\n")
+    (images / "t.csv").write_text("path,label,weight\na.jpg,ape,2\nb.jpg,yak,0.5\ndeep/c.png,ape,\n")
     index, _ = open_data(DataConfig(train=(str(images / "t.csv"),)))
     assert dict(zip(index.ids, index.weights.tolist(), strict=True)) == {"a.jpg": 2, "b.jpg": 0.5, "deep/c.png": 1}
     call("data", "pack", images / "t.csv", "--out", tmp_path / "t.safetensors")

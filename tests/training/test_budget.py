@@ -5,6 +5,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain import train as training
+from fasttrain.checkpoints import meta
 from fasttrain.config import toml
-from fasttrain.config.schema import BudgetConfig, CheckpointConfig
+from fasttrain.config.schema import BudgetConfig, CheckpointConfig, ResumeConfig
 from fasttrain.pipelines.plan import UNBOUNDED
 from fasttrain.training.budget import FIRST_POINTS, Budget
 from fasttrain.utils.durations import seconds_of, seconds_until
@@ -37,7 +39,7 @@ def simulate(seconds, step_time, pause_time, *, steps_per_pause, compile_time=0.
         if ends or done >= steps:
             now += pause_time
             budget.paused(done)
-            if done < steps:
+            if done < steps:  # as in the loop, which ends here
                 steps = budget.fit(done, steps, steps_per_pause)
         lengths.append(steps)
         if done >= steps:
@@ -103,8 +105,36 @@ def test_a_run_with_a_budget_anneals_and_keeps_its_time_when_it_resumes(index, t
     assert [line["step"] for line in lines if line["event"] == "eval"][-1] == result.steps
     # A finished run stays finished, and another budget is another run.
     assert run(recipe, tmp_path / "run", index, val=index).steps == result.steps
+    more = tiny(budget=BudgetConfig(seconds=40.0))
     with pytest.raises(UserError, match=r"budget\.seconds was 12\.0 and is 40\.0"):
-        run(tiny(budget=BudgetConfig(seconds=40.0)), tmp_path / "run", index)
+        run(more, tmp_path / "run", index)
+    allowed = replace(more, resume=ResumeConfig(allow=("budget",)))
+    assert not training.prepare(allowed, tmp_path, index, index, CPU, tmp_path / "run" / "last").plan.bounded
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_a_run_that_resumes_may_become_longer_or_shorter_and_ends_whole(index, tmp_path, monkeypatch, longer):
+    """Another machine may be faster. The saved length is changed to one that does not fit the time that is left."""
+    recipe = tiny(budget=BudgetConfig(seconds=15.0), checkpoint=CheckpointConfig(every_epochs=100))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        fail_at(patch, 12)
+        run(replace(recipe, checkpoint=CheckpointConfig(every_steps=1)), tmp_path / "run", index, val=index)
+    last = tmp_path / "run" / "last"
+    saved = meta.read(last)
+    meta.write(last.resolve(), saved | {"length": saved["step"] + 8 if longer else 10**6, "seconds": 11.0})
+    result = run(recipe, tmp_path / "run", index, val=index)
+    lines = events(tmp_path / "run")
+    assert result.scores is not None and lines[-1] == lines[-1] | {"event": "end", "step": result.steps}
+    assert [line["step"] for line in lines if line["event"] == "eval"][-1] == result.steps
+    assert meta.read(last)["step"] == result.steps and result.steps < 10**6
+    if longer:
+        assert result.steps > saved["step"] + 8
+
+
+def test_an_annealed_run_is_over(monkeypatch):
+    """The last evaluation may leave time, but the learning rate does not rise again."""
+    took, _, _ = simulate(60, lambda _: 0.1, 12.0, steps_per_pause=100)
+    assert took <= 61
 
 
 def test_until_counts_from_now(index, tmp_path):
@@ -132,9 +162,14 @@ def test_times():
     now = datetime(2027, 1, 31, 18, 0, tzinfo=timezone(timedelta(hours=1)))
     assert seconds_until("18:30", "--until", now) == 1800
     assert seconds_until("17:00", "--until", now) == 23 * 3600
-    assert seconds_until("2027-02-01T18:00", "--until", now) == 86400
+    assert seconds_until("2027-02-01T18:00+01:00", "--until", now) == 86400
     assert seconds_until("2027-01-31T18:00+00:00", "--until", now) == 3600
-    for text, message in (("2027-01-31T17:00", "has passed"), ("25:00", "give a time such as"), ("x", "give a time")):
+    for text, message in (
+        ("2027-01-31T17:00+01:00", "has passed"),
+        ("9999-12-31T23:59:59-14:00", "give a time such as"),
+        ("25:00", "give a time such as"),
+        ("x", "give a time"),
+    ):
         with pytest.raises(UserError, match=message):
             seconds_until(text, "--until", now)
 
@@ -142,9 +177,13 @@ def test_times():
 def test_options_that_contradict_are_refused(demo_set, tmp_path):
     words = ["run", "--arch", "test_resnet", "--data", demo_set, "--out", tmp_path / "x", "--dry-run"]
     assert "exclude each other" in call(*words, "--epochs", "3", "--budget", "1h", status=2).output
-    assert "name one --fold" in call(*words, "--until", "2999-01-01", "--folds", "3", status=2).output
+    assert "name one --fold" in call(*words, "--until", "2040-01-01", "--folds", "3", status=2).output
     output = call(*words, "--budget", "1h", "--set", "batch_size=50", "--device", "cpu").output
     assert "as many as fit into 1 h 0 min; 10 per epoch" in output
+    (tmp_path / "b.toml").write_text(toml.to_toml(tiny(budget=BudgetConfig(seconds=3600))))
+    by_file = ["run", "--recipe", tmp_path / "b.toml", "--data", demo_set, "--out", tmp_path / "x", "--dry-run"]
+    assert "75 = 3 epochs x 25" in call(*by_file, "--epochs", "3").output
+    assert "as many as fit until 2040-01-01T00:00" in call(*by_file, "--until", "2040-01-01").output
     with pytest.raises(UserError, match="schedule must be cosine with a budget of time"):
         toml.override(tiny(), "budget.seconds=5", "optim.schedule=step")
     with pytest.raises(UserError, match="until must be a time with its zone"):

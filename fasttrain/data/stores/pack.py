@@ -96,6 +96,15 @@ def open_pack(path: str | Path) -> dict[str, Index]:
         raise UserError(f"{printable(path)} is not a pack, or it is damaged: {printable(str(error))}") from None
 
 
+def source_of(path: str | Path) -> str:
+    """The fingerprint of what was packed; empty for a file that is not a pack."""
+    try:
+        metadata, _ = _read(Path(path))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(metadata.get("source", ""))
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     """A safetensors file's metadata and tensors. The tensors are views of a memory map."""
     with opened(path) as file:

@@ -126,7 +126,7 @@ def _rows(table: Path) -> Iterator[_Row]:
 
 def _weight(text: str, where: str) -> float:
     try:
-        weight = float(text)
+        weight = float(text) if text.strip() else 1.0
     except ValueError:
         weight = math.nan
     if not 0 <= weight <= MAX_WEIGHT:
