@@ -95,8 +95,11 @@ def run(out: str | None, resume: str, dry_run: bool, fold: int | None, **options
         _run(out, resume, dry_run, fold, Messages(), started, **options)
         return
     signals.install()
-    with shown_once() as messages, tolerant_output():
-        _run(out, resume, dry_run, fold, messages, started, **options)
+    try:
+        with shown_once() as messages, tolerant_output():
+            _run(out, resume, dry_run, fold, messages, started, **options)
+    finally:
+        signals.restore()
 
 
 def _run(
@@ -144,7 +147,6 @@ def _run(
                 )
             of_fold = replace(recipe, data=replace(recipe.data, fold=number))
             run_one(of_fold, fold_folder(folder, number), resume, dry_run, rank, messages, started)
-            signals.install()  # a run restores the handlers at its end
             started = time.monotonic()
         if rank.first and not dry_run:
             print_folds(folder, folds)

@@ -138,6 +138,7 @@ def tune(
         try:
             found.run()
         finally:
+            signals.restore()
             done = found.study.trials
             results.write_table(folder, done, ranges)
             drawn = results.draw(folder, done, ranges, recipe.evaluation.best, PNG_SOFTWARE)

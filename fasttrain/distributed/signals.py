@@ -11,15 +11,18 @@ _received = [""]
 _handlers_before: dict[int, Any] = {}
 
 
-def install() -> None:
+def install() -> bool:
     """From now on these signals are recorded and do not end the process; ignored ones stay ignored. The handler raises
-    nothing, because an exception out of a handler can be lost, for example in an import."""
+    nothing, because an exception out of a handler can be lost, for example in an import. Returns whether this is new:
+    False where the signals were recorded already."""
+    installed = bool(_handlers_before)
     if threading.current_thread() is threading.main_thread():  # only this thread can set handlers
         for number in STOPPING:
             if signal.getsignal(number) == signal.SIG_IGN:  # as nohup does for SIGHUP
                 continue
             before = signal.signal(number, _record)
             _handlers_before.setdefault(number, before)
+    return not installed
 
 
 def _record(number: int, _: FrameType | None) -> None:

@@ -11,17 +11,19 @@ from fasttrain.distributed.ranks import Ranks
 
 
 class StopSignals:
-    """While this context is open, the stop signals do not end the process: the loop asks for them at each step."""
+    """While this context is open, the stop signals do not end the process: the loop asks for them at each step. Where
+    they already did not before, they still do not afterwards, and what was received stays known."""
 
     LAG = 2  # steps after which GPUs' votes are read
 
     def __enter__(self) -> "StopSignals":
-        signals.install()
+        self.installed = signals.install()
         self.votes: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signals.restore()
+        if self.installed:
+            signals.restore()
 
     @property
     def name(self) -> str:

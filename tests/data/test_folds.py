@@ -1,6 +1,8 @@
 """Folds: equal parts with each class's share, the same for any order of the images; what their runs give together."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +11,7 @@ from helpers import call, index_of, part_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fasttrain import train as training
 from fasttrain.config.schema import DataConfig
 from fasttrain.data.folds import fold_numbers, without_fold
 from fasttrain.data.open_data import open_data
@@ -136,3 +139,20 @@ def test_fold_options_that_contradict_are_refused(small, tmp_path):
     output = call(*words, "--folds", "2", "--batch-size", "51", "--device", "cpu", status=2).output
     assert "50 images are fewer than one batch of 51" in output and not (tmp_path / "x").exists()
     assert "--resume PATH is for one run" in call(*words, "--folds", "2", "--resume", "runs/y", status=2).output
+
+
+def test_a_signal_in_the_last_step_of_a_fold_stops_before_the_next(small, tmp_path, monkeypatch):
+    words = ["run", "--arch", "test_resnet", "--image-size", "32", "--batch-size", "20", "--epochs", "1", "--device"]
+    words += ["cpu", "--links", "follow", "--data", small, "--out", tmp_path / "cv", "--folds", "2"]
+    original = training.save
+
+    def save_and_signal(*args):
+        original(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", save_and_signal)
+        assert "stopped by SIGTERM; the same command resumes" in call(*words, status=75).output
+    assert (tmp_path / "cv" / "fold-0" / "held-out.npz").exists() and not (tmp_path / "cv" / "fold-1").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert "2 folds: top-1" in call(*words).output
