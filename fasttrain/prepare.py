@@ -305,7 +305,8 @@ def classes_line(plan: Plan, recipe: Recipe, index: Index) -> str:
     ways += [way for loss in recipe.losses for way in loss.against_imbalance()]
     if not ways and most < UNEQUAL * least:
         return ""
-    line = f"the classes have {least} to {most} images, {most / least:.3g} to 1" if most > least else ""
+    line = f"the classes have {least} to {most} images" if most > least else ""
+    line += f", {most / least:.3g} to 1" if most > least > 0 else ""
     if ways:
         return "; ".join(filter(None, (line, ", ".join(ways))))
     adjusts = any(loss.name == "cross_entropy" for loss in recipe.losses)

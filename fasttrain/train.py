@@ -112,7 +112,7 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budge
         ranks.device,
         ranks.threads(recipe.machine.workers),
         progress.steps_done,
-        end,
+        stop_step=end,
         on_skip=log.skip if recipe.data.on_bad == "skip" else None,
         decoder=decoder_of(recipe, ranks.device),
     )
@@ -273,7 +273,8 @@ def save(run: Run, saver: Saver, epoch: int, epoch_ends: bool, budget: Budget | 
             "epoch_steps": plan.steps_per_epoch,
             "world": ranks.world,
             "shift": plan.shift,
-            **({"length": plan.length if plan.bounded else 0, "seconds": round(budget.spent, 1)} if budget else {}),
+            "length": plan.length if plan.bounded else 0,
+            "seconds": round(budget.spent, 1) if budget else 0.0,
             "streak": train_step.meter.streak,
             "meters": meters,
         }

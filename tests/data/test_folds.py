@@ -141,6 +141,7 @@ def test_fold_options_that_contradict_are_refused(small, tmp_path):
     assert "--resume PATH is for one run" in call(*words, "--folds", "2", "--resume", "runs/y", status=2).output
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_of_a_fold_stops_before_the_next(small, tmp_path, monkeypatch):
     words = ["run", "--arch", "test_resnet", "--image-size", "32", "--batch-size", "20", "--epochs", "1", "--device"]
     words += ["cpu", "--links", "follow", "--data", small, "--out", tmp_path / "cv", "--folds", "2"]

@@ -32,7 +32,7 @@ def opened(*data: Path, val: Path | str = "") -> tuple[int, int | None, str]:
     return (
         len(train_index),
         None if val_index is None else len(val_index),
-        data_line(find_parts(config), train_index, val_index),
+        data_line(find_parts(config), train_index, val_index, config),
     )
 
 

@@ -64,15 +64,18 @@ def test_set_counts_and_a_file_in_a_folder_of_that_name_is_a_file(demo_set, tmp_
     assert "= 7 epochs x 25" in output
 
 
-def test_where_it_cannot_be_used_says_why():
+def test_where_it_cannot_be_used_says_why(demo_set):
     message = (
         "follows from the training images and the epochs, so only `run` takes it; `fasttrain run --recipe small_data"
     )
     with pytest.raises(UserError, match=message):
         recipes.by_name("small_data/resnet18")
-    words = ["run", "--recipe", "small_data/resnet18"]
+    words = ["run", "--recipe", "small_data/resnet18", "--data", demo_set]
     assert "leave --budget and --until out" in call(*words, "--budget", "1h", status=2).output
-    assert "no network" in call("run", "--recipe", "small_data/resnet1888", "--dry-run", status=2).output
+    assert (
+        "no network"
+        in call("run", "--recipe", "small_data/resnet1888", "--data", demo_set, "--dry-run", status=2).output
+    )
 
 
 @pytest.mark.parametrize(

@@ -88,16 +88,16 @@ def index(demo_set):
 
 
 def test_a_run_with_a_budget_anneals_and_keeps_its_time_when_it_resumes(index, tmp_path, monkeypatch):
-    recipe = tiny(budget=BudgetConfig(seconds=12.0), checkpoint=CheckpointConfig(every_steps=1))
+    recipe = tiny(budget=BudgetConfig(seconds=9.0), checkpoint=CheckpointConfig(every_steps=1))
     with monkeypatch.context() as patch, pytest.raises(Stop):
         fail_at(patch, 12)
         run(recipe, tmp_path / "run", index)
     meta = json.loads((tmp_path / "run" / "last" / "meta.json").read_text())
-    assert 12 < meta["length"] < UNBOUNDED and 0 < meta["seconds"] < 12
+    assert 12 < meta["length"] < UNBOUNDED and 0 < meta["seconds"] < 9
     start = time.monotonic()
     result = run(recipe, tmp_path / "run", index, val=index)
     took = time.monotonic() - start
-    assert took < 12 - meta["seconds"] + 3
+    assert took < 9 - meta["seconds"] + 4
     lines = events(tmp_path / "run")
     rates = [line["lr"] for line in lines if line["event"] == "train"]
     assert max(rates) > 0.5 * recipe.peak_lr and rates[-1] < 0.05 * recipe.peak_lr
@@ -106,12 +106,13 @@ def test_a_run_with_a_budget_anneals_and_keeps_its_time_when_it_resumes(index, t
     # A finished run stays finished, and another budget is another run.
     assert run(recipe, tmp_path / "run", index, val=index).steps == result.steps
     more = tiny(budget=BudgetConfig(seconds=40.0))
-    with pytest.raises(UserError, match=r"budget\.seconds was 12\.0 and is 40\.0"):
+    with pytest.raises(UserError, match=r"budget\.seconds was 9\.0 and is 40\.0"):
         run(more, tmp_path / "run", index)
     allowed = replace(more, resume=ResumeConfig(allow=("budget",)))
     assert not training.prepare(allowed, tmp_path, index, index, CPU, tmp_path / "run" / "last").plan.bounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longer", [True, False])
 def test_a_run_that_resumes_may_become_longer_or_shorter_and_ends_whole(index, tmp_path, monkeypatch, longer):
     """Another machine may be faster. The saved length is changed to one that does not fit the time that is left."""
