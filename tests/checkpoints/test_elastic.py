@@ -318,6 +318,7 @@ def test_unknown_names_in_allow_are_refused(index, run_at_step_3, name):
         run(tiny(resume=ResumeConfig((name,))), run_at_step_3, index)
 
 
+@pytest.mark.slow
 def test_the_command_suggests_and_accepts_resume_allow(small, tmp_path):
     args = ("--data", small)
     launch(tmp_path, 1, "run", *args, stop=1)

@@ -89,6 +89,7 @@ def test_a_failed_evaluation_loses_no_training(index, val, tmp_path):
     assert not [event for event in events(out) if event["event"] == "eval" and event["step"] == 2]
 
 
+@pytest.mark.slow
 def test_a_failed_evaluation_of_one_rank_loses_no_training(demo_set, val, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(demo_set / "train", data / "train")

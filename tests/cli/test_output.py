@@ -57,6 +57,7 @@ def test_commands_end_with_their_status_where_output_cannot_be_written(command, 
     assert command.count(">") != 1 or status != 1 or "cannot write the output: No space left" in done.stderr
 
 
+@pytest.mark.slow
 def test_sighup_stops_and_saves_a_run(demo_set, tmp_path):
     process = start_run(*LONG, "--data", demo_set / "train", "--out", tmp_path / "run")
     await_line(process, "epoch 0")

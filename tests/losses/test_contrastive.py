@@ -206,6 +206,7 @@ def rank(number: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_loss_and_gradients_of_one(tmp_path):
     """In mixed steps, which have no contrastive term, the gradients of the projection head are zeros."""
     mp.spawn(rank, args=(str(tmp_path),), nprocs=2)

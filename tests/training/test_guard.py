@@ -414,6 +414,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_bad_step_of_one_rank_changes_nothing_on_either_rank(demo_set, tmp_path):
     """Steps 3 and 4 are bad on rank 1 alone. Both ranks skip them and go back together."""
     (tmp_path / "rank.py").write_text(RANK_PROGRAM)
