@@ -92,9 +92,7 @@ SLOTS = {
         Part("tests-kernels", 60, 120, f"{_TESTS} kernels/test_triton.py", "--toy", needs_dali=False),
         Part("pipeline-256", 40, 90, f"{_LOADERS} --only fasttrain --only timm", _TOY_LOADERS),
         Part("pipeline-256-cpu-decoder", 20, 60, f"{_LOADERS} --only fasttrain --decoder cpu", _TOY_LOADERS),
-        Part("pipeline-256-stock", 30, 60, f"{_LOADERS} --only 'DALI*'", _TOY_LOADERS),
         Part("train-tresnet_xl", 250, 320, f"{_RUN} --only fasttrain --only '[CD]:*'", _TOY_RUN),
-        Part("tests-training", 150, 300, f"{_TESTS} test_gpu.py models/test_aligned.py", "--toy"),
         Part("kernels", 40, 90, _KERNELS, "--device cpu --rounds 1", needs_dali=False),
     ],
     "C": [Part("proof", 460, 560, _PROOF, "--toy")],
@@ -126,6 +124,10 @@ SLOTS = {
     "G": [
         Part("pipeline-256-packs", 130, 200, f"{_PACKS} --only timm --autoaugment imagenet", _TOY_LOADERS),
         Part("main-job-pack", 200, 280, f"{_MAIN_JOB} --pack", "--toy"),
+    ],
+    "H": [
+        Part("tests-training", 150, 300, f"{_TESTS} test_gpu.py models/test_aligned.py", "--toy"),
+        Part("pipeline-256-stock", 30, 60, f"{_LOADERS} --only 'DALI*'", _TOY_LOADERS),
         Part("pipeline-256-packs-none", 100, 150, f"{_PACKS} --autoaugment none", _TOY_LOADERS),
     ],
 }

@@ -152,7 +152,7 @@ def test_the_slots_have_all_tests_that_need_a_gpu(slot):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", "ABCDEFG")
+@pytest.mark.parametrize("name", "ABCDEFGH")
 def test_every_part_works_at_toy_size(slot, demo_set, tmp_path, name):
     data = demo_set if name == "C" else demo_set / "val"
     command = [sys.executable, str(SCRIPT), name, "--data", str(data), "--out", str(tmp_path / "out"), "--toy"]
