@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 import paired
 
@@ -142,7 +143,7 @@ def main() -> None:
     result = {
         "command": "python scripts/ablation.py " + " ".join(sys.argv[1:]),
         "date": str(date.today()),
-        "device": device_name(),
+        "device": paired.device_name(),
         "torch": torch.__version__,
         "label_noise": args.label_noise,
         "images": {split: len(scan(data / split)) for split in ("train", "val")},
@@ -152,12 +153,6 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         paired.draw(args.plot, table, "top-1")
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, cores used: {len(os.sched_getaffinity(0))}"
 
 
 def noise_share(text: str) -> float:

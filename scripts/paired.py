@@ -1,10 +1,12 @@
 """Scores of several settings over the same seeds: means, 95 % intervals (Student), gains paired by seed, a plot."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -49,3 +51,10 @@ def draw(path: Path, table: list[dict[str, Any]], score: str) -> None:
     axes.set_xlabel(f"{score}, % (dots: seeds; bars: 95 % interval of the mean)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
+
+
+def device_name() -> str:
+    """What the runs are trained on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, cores used: {len(os.sched_getaffinity(0))}"

@@ -116,20 +116,20 @@ def ablation(rows: Rows) -> str:
     """One line per step: top-1, and its gain over the step that it is compared with."""
     lines = []
     for row in rows:
-        top1 = f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
-        gain = f"{100 * row['gain']:+.1f} ± {100 * row['gain_interval']:.1f}" if "gain" in row else ""
-        lines.append([row["title"], top1, gain, row.get("beside", "")])
+        lines.append([*_score_and_gain(row), row.get("beside", "")])
     return grid(["recipe", "top-1, %", "gain, points", "compared with"], lines)
 
 
 def seeds(rows: Rows) -> str:
     """One line per arm of scripts/seeds.py: its score, and its gain over the first."""
-    lines = []
-    for row in rows:
-        score = f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
-        gain = f"{100 * row['gain']:+.1f} ± {100 * row['gain_interval']:.1f}" if "gain" in row else ""
-        lines.append([row["title"], score, gain])
-    return grid(["settings", "score, %", "gain, points"], lines)
+    return grid(["settings", "score, %", "gain, points"], [_score_and_gain(row) for row in rows])
+
+
+def _score_and_gain(row: dict[str, Any]) -> list[str]:
+    """The title, score and gain of an entry of scripts/paired.py, each with its interval."""
+    score = f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
+    gain = f"{100 * row['gain']:+.1f} ± {100 * row['gain_interval']:.1f}" if "gain" in row else ""
+    return [row["title"], score, gain]
 
 
 def loop(rows: Rows) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout need not be installed
 import paired
 
@@ -58,7 +59,7 @@ def main() -> int:
         result = {
             "command": shlex.join(["python", "scripts/seeds.py", *sys.argv[1:]]),
             "date": str(date.today()),
-            "device": device_name(),
+            "device": paired.device_name(),
             "torch": torch.__version__,
             "title": args.title,
             "score": args.score,
@@ -91,12 +92,6 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
         known = scores | {"seconds": time.monotonic() - start, "words": words}
         done.write_text(json.dumps(known), encoding="utf-8")
     return known
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, cores used: {len(os.sched_getaffinity(0))}"
 
 
 if __name__ == "__main__":

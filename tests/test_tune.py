@@ -135,6 +135,15 @@ def words_of(small, out, *more):
     return [str(word) for word in (*words, "--set", "batch_size=20", *more)]
 
 
+def start(words, log):
+    """Start a search, and wait until the trial of this log trains."""
+    process = subprocess.Popen([sys.executable, "-m", "fasttrain", *words], stderr=subprocess.PIPE, text=True)
+    while not (log.exists() and '"event": "train"' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    return process
+
+
 @pytest.mark.slow
 def test_a_search_goes_on_and_its_best_recipe_trains(small, tmp_path):
     out = tmp_path / "search"
@@ -171,11 +180,8 @@ def test_a_search_goes_on_and_its_best_recipe_trains(small, tmp_path):
 def test_a_search_that_is_stopped_goes_on_inside_its_trial(small, tmp_path):
     out = tmp_path / "search"
     words = words_of(small, out, "--epochs", 60, "--search", "optim.lr=log(0.01,2)", "--trials", 1)
-    process = subprocess.Popen([sys.executable, "-m", "fasttrain", *words], stderr=subprocess.PIPE, text=True)
     log = out / "trials" / "0000" / "log.jsonl"
-    while not (log.exists() and '"event": "train"' in log.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
+    process = start(words, log)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75 and "stopped by SIGTERM; the same command goes on" in errors
@@ -202,11 +208,8 @@ def test_settings_that_do_not_fit_together_fail_their_trial_only(small, tmp_path
 def test_a_search_that_was_killed_waits_for_its_trial(small, tmp_path):
     out = tmp_path / "search"
     words = words_of(small, out, "--epochs", 40, "--search", "optim.lr=log(0.01,2)", "--trials", 1)
-    process = subprocess.Popen([sys.executable, "-m", "fasttrain", *words], stderr=subprocess.PIPE, text=True)
     log = out / "trials" / "0000" / "log.jsonl"
-    while not (log.exists() and '"event": "train"' in log.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
+    process = start(words, log)
     process.kill()
     process.communicate()
     output = call(*words).output

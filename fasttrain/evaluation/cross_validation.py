@@ -14,7 +14,6 @@ from fasttrain.utils.files import read_text
 from fasttrain.utils.text import printable
 
 RECIPE = "recipe.toml"
-_MOST_FOLDS = 1000
 HELD_OUT, OUT_OF_FOLD = "held-out.npz", "out-of-fold.npz"
 # Student's t for a two-sided interval of 95 %, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -29,9 +28,9 @@ def fold_folder(out: Path, fold: int) -> Path:
 def fold_runs(out: Path) -> list[Path]:
     """The folders of the runs in a folder of cross-validation, in the order of the folds; empty in any other folder.
     Raises UserError where folds are missing, or their recipes are."""
-    if not any(fold_folder(out, fold).is_dir() for fold in range(_MOST_FOLDS)) or (out / RECIPE).exists():
+    first = next((path for path in sorted(out.glob("fold-[0-9]*")) if path.is_dir()), None)
+    if first is None or (out / RECIPE).exists():
         return []
-    first = next(fold_folder(out, fold) for fold in range(_MOST_FOLDS) if fold_folder(out, fold).is_dir())
     try:
         folds = toml.from_toml(read_text(first / RECIPE, toml.TEXT_LENGTH), where=printable(first / RECIPE)).data.folds
     except (OSError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,7 @@ def draw(
     for panel in panels.flat[len(ranges) :]:
         panel.set_visible(False)
     for panel, each in zip(panels.flat, ranges, strict=False):
-        words = [json.dumps(value) for value in each.values] if each.kind == "choice" else []
+        words = each.words
         for state, color, label in (("PRUNED", "0.7", "stopped early"), ("COMPLETE", "tab:blue", "trained to the end")):
             points: list[tuple[Any, float]] = []
             for trial in trials:

@@ -52,11 +52,15 @@ class Range:
     def __str__(self) -> str:
         return f"{self.key}={self.kind}({', '.join(map(_text, self.values))})"
 
+    @property
+    def words(self) -> list[str]:
+        """The choices as Optuna stores them, which cannot store lists; empty for other kinds."""
+        return [_text(value) for value in self.values] if self.kind == "choice" else []
+
     def suggest(self, trial: "Trial") -> Any:
-        """A value for a trial of Optuna."""
-        if self.kind == "choice":  # Optuna can store words, but not lists
-            words = [_text(value) for value in self.values]
-            return self.values[words.index(trial.suggest_categorical(self.key, words))]
+        """A value for a trial of Optuna, as it is stored."""
+        if self.kind == "choice":
+            return trial.suggest_categorical(self.key, self.words)
         low, high = self.values
         if self.kind == "int":
             return trial.suggest_int(self.key, low, high)

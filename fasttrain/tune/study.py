@@ -37,7 +37,6 @@ REDUCTION, RUNGS = 3, 2  # a third of the trials go on after 1/9 of the epochs, 
 STARTUP_TRIALS = 8  # drawn at random before the sampler models the score
 _POLL = 0.2  # seconds
 _KILL_AFTER = 120  # seconds that a trial gets to save and end
-_STOPPED = 75  # the exit status of a run that was stopped and resumes
 
 
 def require_optuna() -> None:
@@ -91,9 +90,6 @@ class Search:
             except KeyboardInterrupt:
                 self.stopping.set()
                 raise
-            finally:
-                if any(worker.done() and worker.exception() for worker in workers):
-                    self.stopping.set()
         for worker in workers:
             worker.result()
         if signals.received():
@@ -145,6 +141,8 @@ class Search:
         environment = dict(os.environ)
         if self.jobs > 1 and torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = visible_device(job)
+        before = self.study.trials[trial.number]
+        reported = set(before.intermediate_values)
         start, pruned = time.monotonic(), False
         with folder.with_suffix(".log").open("ab") as log:
             process = subprocess.Popen(
@@ -156,14 +154,14 @@ class Search:
                 start_new_session=True,  # Ctrl-C reaches this process, which lets the trial save
             )
             try:
-                while (status := process.poll()) is None and not self._over() and not pruned:
+                while process.poll() is None and not self._over() and not pruned:
                     time.sleep(_POLL)
-                    pruned = self._report(trial, folder) and process.poll() is None
+                    pruned = self._report(trial, folder, recipe, reported) and process.poll() is None
             finally:
                 status = stop(process)
-        seconds = time.monotonic() - start + self.study.trials[trial.number].user_attrs.get("seconds", 0.0)
+        seconds = time.monotonic() - start + before.user_attrs.get("seconds", 0.0)
         trial.set_user_attr("seconds", round(seconds, 1))
-        self._report(trial, folder)
+        self._report(trial, folder, recipe, reported)
         score = evaluations(folder, recipe)
         with self.lock:
             if pruned:
@@ -172,7 +170,7 @@ class Search:
             elif status == 0 and score:
                 self.study.tell(trial, score[max(score)])
                 self.say(f"trial {trial.number}: {self._text(trial, score)}, {seconds:.0f} s")
-            elif status != _STOPPED and not self._over():
+            elif status != Stopped.exit_status and not self._over():
                 self._failed(trial, last_line(folder.with_suffix(".log")))
 
     def _failed(self, trial: "optuna.Trial", reason: str) -> None:
@@ -182,7 +180,6 @@ class Search:
         self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         self.say(f"trial {trial.number} failed: {reason}; {settings_text(trial)}")
         if all(each.state.name in ("FAIL", "WAITING") for each in self.study.trials):
-            self.stopping.set()
             raise RunError(f"the first trial failed: {reason}")
 
     def _wait_for(self, folder: Path) -> bool:
@@ -204,13 +201,13 @@ class Search:
         """The recipe of a trial's run."""
         return replace(with_settings(self.recipe, self.ranges, trial.params), name=f"trial-{trial.number:04}")
 
-    def _report(self, trial: "optuna.Trial", folder: Path) -> bool:
-        """Report a trial's new evaluations. Whether it should be stopped."""
-        known = self.study.trials[trial.number].intermediate_values
-        for epoch, score in evaluations(folder, self.recipe).items():
-            if epoch not in known:
+    def _report(self, trial: "optuna.Trial", folder: Path, recipe: Recipe, reported: set[int]) -> bool:
+        """Report a trial's new evaluations, and add their epochs to `reported`. Whether it should be stopped."""
+        for epoch, score in evaluations(folder, recipe).items():
+            if epoch not in reported:
+                reported.add(epoch)
                 trial.report(score, epoch)
-                if epoch < self.trial_recipe(trial).epochs and trial.should_prune():
+                if epoch < recipe.epochs and trial.should_prune():
                     return True
         return False
 
