@@ -45,6 +45,7 @@ setup(
         "fasttrain.distributed",
         "fasttrain.doctor",
         "fasttrain.evaluation",
+        "fasttrain.export",
         "fasttrain.kernels",
         "fasttrain.losses",
         "fasttrain.models",
@@ -74,6 +75,7 @@ setup(
         "plot": ["matplotlib"],
         "parquet": ["pyarrow>=15"],
         "remote": ["fsspec[http]", "s3fs"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],
         "tune": ["optuna>=4", "matplotlib"],
         "test": [
             "pytest>=8",

@@ -22,8 +22,8 @@ INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC
 
 
 class Crops(NamedTuple):
-    """A batch. pixels: uint8 [B, S, S, 3] on the pipeline's device, one tensor per crop of the views. indices: int64
-    [B] on the CPU, of the images in the Index."""
+    """A batch. pixels: uint8 [B, S, S, 3] on the pipeline's device, one tensor per crop of the views; for views without
+    crops, one whole image, uint8 [1, H, W, 3]. indices: int64 [B] on the CPU, of the images in the Index."""
 
     pixels: tuple[Tensor, ...]
     indices: Tensor
@@ -68,10 +68,12 @@ class Source:
 
 @pipeline_def
 def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) -> tuple[Any, ...]:
-    """read → decode → one resize per crop. Returns uint8 HWC images, one output per crop, their indices, and their
-    sizes in the headers."""
+    """read → decode → one resize per crop. Returns uint8 HWC images, one output per crop (without crops, the whole
+    images), their indices, and their sizes in the headers."""
     nodes = read_inputs(source, inputs(source.views, source.index))
     images, size = read_images(nodes, decoder, on_gpu)
+    if not source.views.crops:
+        return images, nodes["number"], size
     views = [
         fn.resize(
             images,
@@ -90,7 +92,8 @@ def graph(source: Source, decoder: Decoder, on_gpu: bool, interpolation: str) ->
 class EvalLoader:
     """One rank's batches of all images of an index; each `iter` starts a new pass.
 
-    Each rank has a contiguous share. Shares differ by one image at most and cover every image exactly once.
+    Each rank has a contiguous share. Shares differ by one image at most and cover every image exactly once. Views
+    without crops are for a batch_size of 1.
     """
 
     def __init__(

@@ -45,6 +45,9 @@ class Views:
         return len(self.crops) * (2 if self.flip else 1)
 
 
+WHOLE = Views(())  # no crops: the images as they are
+
+
 def views_by_name(name: str, image_size: int, sizes: tuple[int, ...] = ()) -> Views:
     """The named views for a network trained at image_size. sizes: the crops' sizes in pixels; empty for the defaults.
 

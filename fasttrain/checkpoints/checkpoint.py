@@ -298,13 +298,13 @@ def network(path: Path, averaged: bool | None = None) -> tuple[Classifier, Recip
     """
     saved = load(path)
     recipe = toml.from_dict(saved.meta["recipe"], where=printable(saved.path))
-    _require_fit(saved, recipe)
+    require_fit(saved, recipe)
     model = Classifier.of(recipe, len(saved.meta["classes"]))
     restore_model(saved, model, averaged=has_average(saved) if averaged is None else averaged)
     return model.eval(), recipe, saved.meta["classes"]
 
 
-def _require_fit(saved: Checkpoint, recipe: Recipe) -> None:
+def require_fit(saved: Checkpoint, recipe: Recipe) -> None:
     """Raises UserError unless a checkpoint has the tensors of its network. Checked before the network takes memory."""
     with torch.device("meta"):
         own = Classifier.of(recipe, len(saved.meta["classes"])).state_dict()

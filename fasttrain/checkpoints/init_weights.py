@@ -90,7 +90,7 @@ def _from_file(path: Path, model: Classifier, averaged: bool, classes: Sequence[
     own, head = model.state_dict(), model.classifier_prefix
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
-    for name, tensor in _read(path, averaged).items():
+    for name, tensor in read_weights(path, f"--init {printable(path)}", averaged).items():
         if name == "n_averaged":  # of torch's AveragedModel
             continue
         ours = _our_name(name, own)
@@ -118,8 +118,10 @@ def _our_name(name: str, own: Container[str]) -> str:
     return name if name.startswith(TRAINING_HEADS) else f"backbone.{name}"
 
 
-def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
-    """The tensors of an untrusted file. Nothing in it is executed, and it cannot unpack to more than its size."""
+def read_weights(path: Path, where: str, averaged: bool = True) -> dict[str, Tensor]:
+    """The tensors of an untrusted file. Nothing in it is executed, and it cannot unpack to more than its size.
+
+    where: how errors name the file. averaged: of two sets of weights, take the averaged ones. Raises UserError."""
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
@@ -133,12 +135,12 @@ def _read(path: Path, averaged: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_safe_types()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files make the two libraries raise anything
-        raise UserError(f"--init {printable(path)} cannot be read: {_cause(error)}") from None
+        raise UserError(f"{where} cannot be read: {_cause(error)}") from None
     keys = (*_AVERAGED, *_CONTAINERS) if averaged else (*_CONTAINERS, *_AVERAGED)
     found = _state_dict(content, keys, depth=3)
     if found is None:
         raise UserError(
-            f"--init {printable(path)} holds no weights: expected a state dict, or one under the key "
+            f"{where} holds no weights: expected a state dict, or one under the key "
             f"{', '.join(_CONTAINERS)} or {', '.join(_AVERAGED)}"
         )
     return {str(name): tensor for name, tensor in found.items()}

@@ -1,4 +1,4 @@
-"""`fasttrain eval` and `fasttrain predict`: a checkpoint's network on images."""
+"""`fasttrain eval` and `fasttrain predict`: a checkpoint's or an exported network on images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +62,7 @@ def _predict(
     sizes: str | None,
     **options: Any,
 ) -> "Predictions | None":
+    from fasttrain import exported
     from fasttrain.data.message_names import MessageNames
     from fasttrain.distributed.ranks import ranks
     from fasttrain.evaluation.cross_validation import fold_runs
@@ -70,6 +71,10 @@ def _predict(
     runs = fold_runs(checkpoint_path) or [checkpoint_path]
     if len(runs) > 1 and writes_files():
         click.echo(f"the mean of {len(runs)} runs", err=True)
+    if exported.is_graph(checkpoint_path):
+        if device == "cuda":
+            raise UserError(f"--device cuda: {checkpoint_path.suffix} files run on the CPU here; leave --device out")
+        device = "cpu"
     pixels = () if sizes is None else _parse_sizes(sizes)
     opened: list[Index] = []
 
@@ -134,8 +139,8 @@ def evaluate_(
 ) -> None:
     """The scores of a checkpoint on labeled images, the worst classes and the most confused pairs.
 
-    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder; or the folder of
-    `run --folds`, for the mean of its runs.
+    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder; the folder of `run
+    --folds`, for the mean of its runs; or a file of `fasttrain export`. A .pt2 file can run code when it is opened.
     """
     from fasttrain.data.open_data import open_labeled
     from fasttrain.evaluation import confusion, metrics, predictions
@@ -188,8 +193,8 @@ def evaluate_(
 def predict(checkpoint_path: Path, images: str, links: str, out: Path, **options: Any) -> None:
     """Probabilities of images without labels.
 
-    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder; or the folder of
-    `run --folds`, for the mean of its runs.
+    CKPT is a run's folder (its best checkpoint), `last` or `best` in it, or a checkpoint's folder; the folder of `run
+    --folds`, for the mean of its runs; or a file of `fasttrain export`. A .pt2 file can run code when it is opened.
     """
     from fasttrain.data.open_data import open_unlabeled
     from fasttrain.evaluation import predictions

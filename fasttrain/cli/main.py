@@ -14,6 +14,7 @@ from fasttrain.cli.data import data_
 from fasttrain.cli.doctor import doctor
 from fasttrain.cli.ensemble import ensemble, score
 from fasttrain.cli.evaluate import evaluate_, predict
+from fasttrain.cli.export import export
 from fasttrain.cli.recipes import recipes_, show
 from fasttrain.cli.run import run
 from fasttrain.cli.tune import tune
@@ -86,5 +87,5 @@ def main() -> None:
     """Train image classifiers from scratch, with NVIDIA DALI pipelines and a channels-last mixed-precision loop."""
 
 
-for _command in (run, tune, evaluate_, predict, ensemble, score, data_, recipes_, show, bench, doctor):
+for _command in (run, tune, evaluate_, predict, ensemble, score, export, data_, recipes_, show, bench, doctor):
     main.add_command(_command)

@@ -112,11 +112,20 @@ def open_parts(parts: Parts, data: "DataConfig") -> tuple[Index, Index | None]:
     train_index = merge([part.open(limits, keep_unreadable=data.on_bad == "skip") for part in parts.train], parts.train)
     if data.folds:
         return without_fold(train_index, data.folds, data.fold)
-    if not parts.val:
-        return train_index, None
-    val_index = merge([part.open(limits) for part in parts.val], parts.val)
-    require_classes(train_index.classes, parts.train[0], val_index.classes, parts.val[0])
+    val_index = _merged_val(parts, limits)
+    if val_index is not None:
+        require_classes(train_index.classes, parts.train[0], val_index.classes, parts.val[0])
     return train_index, val_index
+
+
+def open_val(data: "DataConfig") -> Index | None:
+    """The validation index of `open_data`. Training images are opened only for folds."""
+    parts = find_parts(data)
+    return open_parts(parts, data)[1] if data.folds else _merged_val(parts, Limits.of(data))
+
+
+def _merged_val(parts: Parts, limits: Limits) -> Index | None:
+    return merge([part.open(limits) for part in parts.val], parts.val) if parts.val else None
 
 
 def find_parts(data: "DataConfig") -> Parts:

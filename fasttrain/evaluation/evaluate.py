@@ -13,6 +13,7 @@ from fasttrain.data.index import Index
 from fasttrain.distributed.ranks import PeerFailure, Ranks
 from fasttrain.evaluation.metrics import Scores, Sums
 from fasttrain.kernels import mix
+from fasttrain.losses.base import Output
 from fasttrain.pipelines.eval_loader import Crops, EvalLoader
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.tensors import to_device
@@ -51,7 +52,7 @@ class EvaluationFailed(PeerFailure):
 
 @torch.no_grad()
 def probabilities(
-    model: nn.Module,
+    model: Callable[[Tensor], Output],
     classes: int,
     batches: EvalLoader,
     ranks: Ranks,
@@ -59,7 +60,7 @@ def probabilities(
     advance: Callable[[int], object] = lambda images: None,
 ) -> dict[int, NDArray[np.float32]]:
     """Mean softmax over each size's views, {size: float32 [N, K]}: of all N images of the index on rank 0, and of the
-    rank's own share on other ranks. classes: K. advance: called after each batch with its number of images. The network
+    rank's own share on other ranks. classes: K. advance: called after each batch with its number of images. A network
     must be in eval mode. Raises RunError where an output is not finite.
 
     Views go through the network one after another, so memory never holds more activations than those of one batch at
@@ -76,22 +77,49 @@ def probabilities(
                 probs = _logits(model, view, precision).softmax(1)
                 sums[crop.size] = sums[crop.size] + probs if crop.size in sums else probs
         for size, total in sums.items():
-            results[size][done : done + len(indices)] = (total * (len(views.sizes) / len(views))).cpu().numpy()
-            bad = np.flatnonzero(~np.isfinite(results[size][done : done + len(indices)]).all(1))
-            if len(bad):
-                path = batches.source.index.paths[int(indices[bad[0]])]
-                raise RunError(
-                    f"the network's output for {printable(path)} at {size} pixels is not finite: it has diverged"
-                )
+            rows = (total * (len(views.sizes) / len(views))).cpu().numpy()
+            _require_finite(rows, batches.source.index, indices, f" at {size} pixels")
+            results[size][done : done + len(indices)] = rows
         done += len(indices)
         advance(len(indices))
+    return _of_all_ranks(results, ranks)
+
+
+@torch.no_grad()
+def whole_image_probabilities(
+    graph: Callable[[Tensor], Tensor],
+    classes: int,
+    batches: EvalLoader,
+    ranks: Ranks,
+    advance: Callable[[int], object] = lambda images: None,
+) -> NDArray[np.float32]:
+    """The probabilities of a graph that crops images itself, float32 [N, K]; otherwise like `probabilities`. graph:
+    maps uint8 [1, H, W, 3] to probabilities [1, K]. batches: of whole images."""
+    results = np.empty((len(batches.source.indices), classes), np.float32)
+    for number, ((pixels,), indices) in enumerate(batches):
+        rows = graph(pixels).numpy()
+        _require_finite(rows, batches.source.index, indices)
+        results[number] = rows[0]
+        advance(1)
+    return _of_all_ranks({0: results}, ranks)[0]
+
+
+def _require_finite(rows: NDArray[np.float32], index: Index, indices: Tensor, where: str = "") -> None:
+    bad = np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(bad):
+        path = printable(index.paths[int(indices[bad[0]])])
+        raise RunError(f"the network's output for {path}{where} is not finite: it has diverged")
+
+
+def _of_all_ranks(results: dict[int, NDArray[np.float32]], ranks: Ranks) -> dict[int, NDArray[np.float32]]:
+    """All rows on rank 0, and the rank's own ones on other ranks."""
     if ranks.world == 1:
         return results
     shares = ranks.gather(results)
-    return {size: np.concatenate([share.pop(size) for share in shares]) for size in views.sizes}
+    return {size: np.concatenate([share.pop(size) for share in shares]) for size in results}
 
 
-def _logits(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
+def _logits(model: Callable[[Tensor], Output], images: Tensor, precision: torch.dtype) -> Tensor:
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         return model(images).logits.float()
 
