@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fasttrain import exported
 from fasttrain.checkpoints import checkpoint
@@ -21,6 +20,7 @@ from fasttrain.pipelines.eval_loader import EvalLoader
 from fasttrain.pipelines.views import WHOLE, views_by_name
 from fasttrain.prepare import decoder_of, resolve_auto
 from fasttrain.training.step import DTYPES
+from fasttrain.utils.progress_bar import progress_bar
 
 
 def predict(
@@ -77,7 +77,7 @@ def predict(
         decoder_of(recipe, ranks.device),
     )
     images = len(loader.source.indices)
-    with tqdm(total=images, unit="img", desc="images", disable=None if ranks.first else True) as bar:
+    with progress_bar(total=images, unit="img", desc="images", hidden=not ranks.first) as bar:
         if isinstance(model, Graph) and takes_pixels:
             rows = whole_image_probabilities(model.run, len(classes), loader, ranks, bar.update)
             per_size = {recipe.image_size: rows}

@@ -59,13 +59,6 @@ links_option = data_option("--links", type=click.Choice(LINKS), default="inside"
                            help="Take links to places inside the folder, or follow all links.")  # fmt: skip
 
 
-def absolute(name: str) -> str:
-    """A path as an absolute one; an address such as s3://bucket/file as it is."""
-    from fasttrain.data.stage import is_address
-
-    return name if is_address(name) else os.path.abspath(name)
-
-
 def require_png(path: Path, option: str) -> None:
     """Raises UserError where an option's path cannot be a picture, or is a file that fasttrain did not draw."""
     from fasttrain.utils.text import printable

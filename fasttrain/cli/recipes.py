@@ -12,19 +12,16 @@ from fasttrain.cli.options import (
     PNG_SOFTWARE,
     SET_HELP,
     GroupedCommand,
-    absolute,
     data_option,
     model_option,
     output_option,
     require_png,
     training_option,
-    writes_files,
 )
-from fasttrain.utils.environment import torchrun_variable
 from fasttrain.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from fasttrain.config.schema import Recipe
+    pass
 
 
 @click.command("recipes", short_help="List the recipes, or print one.")
@@ -68,6 +65,7 @@ def show(
 
     from fasttrain.config import toml
     from fasttrain.data.open_data import open_data
+    from fasttrain.launch import absolute, chosen_recipe, on_demo_set
     from fasttrain.pipelines.plan import Plan
     from fasttrain.show_batch import draw_batch
     from fasttrain.utils.files import replacing
@@ -92,39 +90,3 @@ def show(
     with replacing(out) as temporary:
         picture.save(temporary, pnginfo=info)
     click.echo(f"wrote {printable(out)}")
-
-
-def chosen_recipe(arch: str | None, recipe_name: str | None, loss: str | None = None) -> "Recipe":
-    """The recipe that --recipe names, or that belongs to --arch and --loss."""
-    from fasttrain import recipes
-
-    if recipe_name and (arch or loss):
-        raise UserError("--recipe excludes --arch and --loss: a recipe names its network and its losses")
-    if recipe_name:
-        return recipes.by_name(recipe_name)
-    if not arch:
-        raise UserError("name a network with --arch (such as tresnet_xl) or a recipe with --recipe")
-    from fasttrain.models import ARCHS
-
-    recipe = recipes.for_arch(arch, loss or "ce")
-    if arch not in ARCHS and writes_files():
-        defaults = f"batch {recipe.batch_size}, {recipe.epochs} epochs, AutoAugment, CutMix"
-        click.echo(f"no recipe for {arch}: using the defaults ({defaults})", err=True)
-    return recipe
-
-
-def on_demo_set(recipe: "Recipe") -> "Recipe":
-    """`recipe` on the demo set, which is drawn into the user's cache on first use."""
-    import torch
-
-    from fasttrain import recipes
-    from fasttrain.data import demo_set
-    from fasttrain.data.scan import cache_dir
-    from fasttrain.models import Classifier
-
-    with torch.device("meta"):
-        model = Classifier(recipe.arch, len(demo_set.CLASSES))
-    parameters = sum(p.numel() for p in model.parameters())
-    folder = cache_dir() / "demo-1"
-    demo_set.make(folder)
-    return recipes.demo(recipe, folder, parameters, torchrun_variable("WORLD_SIZE", 1))

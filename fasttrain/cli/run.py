@@ -1,10 +1,7 @@
 """`fasttrain run`: train a network."""
 
-import os
 import time
-from contextlib import nullcontext
 from dataclasses import replace
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +12,6 @@ from fasttrain.cli.options import (
     FOLDER,
     SET_HELP,
     GroupedCommand,
-    absolute,
     data_option,
     machine_option,
     model_option,
@@ -25,7 +21,6 @@ from fasttrain.cli.options import (
     training_option,
     writes_files,
 )
-from fasttrain.cli.recipes import chosen_recipe, on_demo_set
 from fasttrain.config.choices import DEVICES, LINKS, LOSS_COMBINATIONS, ON_BAD
 from fasttrain.distributed import signals
 from fasttrain.utils.decoder_messages import Messages, shown_once
@@ -33,9 +28,8 @@ from fasttrain.utils.errors import Stopped, UserError
 from fasttrain.utils.output import tolerant_output
 
 if TYPE_CHECKING:
-    from fasttrain.config.schema import DataConfig, Recipe
-    from fasttrain.data.index import Index
-    from fasttrain.data.open_data import Part, Parts
+    from fasttrain.config.schema import Recipe
+    from fasttrain.data.open_data import Part
     from fasttrain.distributed.ranks import Ranks
     from fasttrain.train import Result
 
@@ -108,6 +102,7 @@ def _run(
     from fasttrain.config import toml
     from fasttrain.distributed.ranks import ranks
     from fasttrain.evaluation.cross_validation import fold_folder
+    from fasttrain.launch import check_fold, recipe_of
     from fasttrain.prepare import resolve_auto
 
     if signals.received():
@@ -155,64 +150,20 @@ def _run(
 def run_one(
     recipe: "Recipe", folder: Path, resume: str, dry_run: bool, rank: "Ranks", messages: Messages, started: float
 ) -> None:
-    """Train a resolved recipe into a folder, or say what that would be. With folds, also write the probabilities of the
-    images that the run has not trained on. started: see `train`."""
-    from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
+    """Train a resolved recipe into a folder, or say what that would be. started: see `train`."""
     from fasttrain.config import toml
-    from fasttrain.data.open_data import data_line, find_parts, open_parts
-    from fasttrain.data.preload import preload
-    from fasttrain.data.stage import staged
+    from fasttrain.launch import open_run_data, train_run
     from fasttrain.prepare import summary
-    from fasttrain.train import train
 
-    def opened() -> "tuple[Parts, tuple[Index, Index | None]]":
-        parts = find_parts(data)
-        return parts, open_parts(parts, data)
-
-    data = staged(recipe.data, recipe.machine.stage)
-    parts, (train_index, val_index) = rank.in_turn(opened)
-    for part in (*parts.train, *parts.val):
-        require_outside(folder, part.path)
+    data = open_run_data(recipe, folder, rank)
     if dry_run:
         if rank.first:
-            click.echo(f"{toml.to_toml(recipe)}\n{summary(recipe, train_index, val_index, rank, folder, parts)}")
+            would = summary(recipe, data.train_index, data.val_index, rank, folder, data.parts)
+            click.echo(f"{toml.to_toml(recipe)}\n{would}")
         return
-    if recipe.machine.preload and rank.local_rank == 0:
-        preload([index for index in (train_index, val_index) if index is not None])
+    result = train_run(recipe, folder, data, resume, rank, messages, started)
     if rank.first:
-        click.echo(data_line(parts, train_index, val_index, data), err=True)
-    with lock(folder) if rank.first else nullcontext():
-        start = rank.from_first(lambda: open_run(folder, resume, toml.to_toml(recipe)))
-        own = messages if rank.first else Messages()  # rank 0 says what is found
-        result = train(recipe, folder, train_index, val_index, rank, start, own, started)
-        if data.folds and val_index is not None:
-            write_held_out(recipe, folder, val_index, rank)
-    if rank.first:
-        print_result(result, folder, parts.val, recipe)
-
-
-def check_fold(recipe: "Recipe", rank: "Ranks") -> None:
-    """Raises UserError where a fold's run could not make its batches."""
-    from fasttrain.data.open_data import open_data
-    from fasttrain.data.stage import staged
-    from fasttrain.pipelines.plan import Plan
-
-    data = staged(recipe.data, recipe.machine.stage)
-    index, _ = rank.in_turn(lambda: open_data(data))
-    Plan.of(recipe, index, rank.world, rank.rank)
-
-
-def write_held_out(recipe: "Recipe", folder: Path, val_index: "Index", rank: "Ranks") -> None:
-    """Write the probabilities of a run's best checkpoint for its own fold."""
-    from fasttrain.evaluation import predictions
-    from fasttrain.evaluation.cross_validation import HELD_OUT
-    from fasttrain.predict import predict
-
-    rank.any(False)  # wait until rank 0 has saved the checkpoint
-    decoder = recipe.machine.decoder
-    predicted = predict(folder, lambda *_: val_index, rank, workers=recipe.machine.workers, decoder=decoder)
-    if predicted is not None:
-        predictions.save(predicted, folder / HELD_OUT)
+        print_result(result, folder, data.parts.val, recipe)
 
 
 def print_folds(folder: Path, folds: int) -> None:
@@ -227,95 +178,6 @@ def print_folds(folder: Path, folds: int) -> None:
         return
     click.echo(f"{lines}\nwrote {printable(folder / cross_validation.OUT_OF_FOLD)}")
     click.echo(f"next: {program()} eval {shell_word(folder)} --data DIR, the folds' ensemble on other images")
-
-
-def recipe_of(
-    *,
-    arch: str | None,
-    recipe_name: str | None,
-    loss: str | None,
-    init: str | None,
-    data: tuple[str, ...],
-    val: str | None,
-    on_bad: str | None,
-    links: str | None,
-    folds: int | None,
-    epochs: int | None,
-    budget: str | None,
-    until: str | None,
-    batch_size: int | None,
-    image_size: int | None,
-    lr: float | None,
-    seed: int | None,
-    settings: tuple[str, ...],
-    device: str | None,
-    workers: int | None,
-    compiled: bool | None,
-) -> "tuple[Recipe, bool]":
-    """The recipe that the options describe, and whether it trains on the demo set."""
-    from fasttrain import recipes
-    from fasttrain.config import toml
-    from fasttrain.utils.durations import seconds_of, seconds_until
-
-    by_rule = (recipe_name or "").startswith(recipes.PREFIX) and not str(recipe_name).endswith(".toml")
-    of_arch = str(recipe_name).removeprefix(recipes.PREFIX) if by_rule and not arch and not loss else ""
-    recipe = recipes.for_arch(of_arch) if of_arch else chosen_recipe(arch, recipe_name, loss)
-    on_demo = not data and not recipe.data.train
-    if on_demo:
-        if val:
-            raise UserError("--val without --data: name the training images too")
-        recipe = on_demo_set(recipe)
-        if folds:
-            recipe = replace(recipe, data=replace(recipe.data, val=""))
-    elif data:
-        folders = tuple(absolute(folder) for folder in data)
-        recipe = replace(recipe, data=replace(recipe.data, train=folders, val=""))
-    if val:
-        recipe = replace(recipe, data=replace(recipe.data, val=absolute(val)))
-    if sum(each is not None for each in (epochs, budget, until)) > 1:
-        raise UserError("--epochs, --budget and --until exclude each other")
-    if of_arch:
-        if budget or until:
-            raise UserError(f"--recipe {recipe_name} follows from the epochs; leave --budget and --until out")
-        opened = replace(recipe.data, on_bad=on_bad or recipe.data.on_bad, links=links or recipe.data.links)
-        chosen = toml.override(recipe, *settings)  # --set may change the epochs and the batch, too
-        batch = batch_size or (chosen.batch_size if chosen.batch_size != recipe.batch_size else None)
-        recipe = recipes.small_data(recipe, count_images(opened, folds), epochs or chosen.epochs, batch)
-    if until:
-        now = datetime.now().astimezone()
-        until = (now + timedelta(seconds=seconds_until(until, "--until", now))).isoformat(timespec="seconds")
-    changes: list[tuple[str, str, object]] = [
-        ("--epochs", "budget.seconds", 0.0 if epochs or until else None),
-        ("--epochs", "budget.until", "" if epochs or budget else None),
-        ("--budget", "budget.seconds", seconds_of(budget, "--budget") if budget else None),
-        ("--until", "budget.until", until),
-        ("--folds", "data.folds", folds),
-        ("--epochs", "epochs", epochs),
-        ("--batch-size", "batch_size", batch_size),
-        ("--image-size", "image_size", image_size),
-        ("--seed", "seed", seed),
-        ("--workers", "machine.workers", workers),
-        ("--device", "machine.device", device),
-        ("--on-bad", "data.on_bad", on_bad),
-        ("--links", "data.links", links),
-        ("--init", "init.weights", init and os.path.abspath(init)),
-        ("--compile", "machine.compile", None if compiled is None else "on" if compiled else "off"),
-        ("--lr", "optim.lr", lr),
-        ("--lr", "optim.lr_batch", None if lr is None else 0),
-    ]
-    for option, key, value in changes:
-        if value is not None:
-            recipe = toml.override(recipe, (key, value), option=option)
-    return toml.override(recipe, *settings), on_demo
-
-
-def count_images(data: "DataConfig", folds: int | None) -> int:
-    """How many images a run trains on."""
-    from fasttrain.data.open_data import open_data
-    from fasttrain.data.stage import staged
-
-    index, _ = open_data(replace(staged(data, ""), val="", folds=0))
-    return len(index) * (folds - 1) // folds if folds else len(index)
 
 
 def print_result(result: "Result", folder: Path, val: "list[Part]", recipe: "Recipe") -> None:

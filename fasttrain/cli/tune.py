@@ -23,7 +23,6 @@ from fasttrain.cli.options import (
     training_option,
     tuning_option,
 )
-from fasttrain.cli.run import recipe_of
 from fasttrain.config.choices import CRITERIA, DEVICES, LINKS, LOSS_COMBINATIONS, ON_BAD
 from fasttrain.distributed import signals
 from fasttrain.utils.environment import torchrun_variable
@@ -96,6 +95,7 @@ def tune(
     from fasttrain.checkpoints.run_dir import lock
     from fasttrain.data.open_data import open_data
     from fasttrain.evaluation.metrics import described
+    from fasttrain.launch import recipe_of
     from fasttrain.tune import results
     from fasttrain.tune.search import ranges_of, values_of
     from fasttrain.tune.study import Search, first_rung, require_optuna
@@ -108,10 +108,8 @@ def tune(
     started = time.monotonic()
     seconds = seconds_of(budget, "--budget") if budget else 0.0
     recipe, _ = recipe_of(
-        arch=arch, recipe_name=recipe_name, loss=loss, init=init, data=data, val=None, on_bad=on_bad, links=links,
-        folds=None, epochs=epochs, budget=None, until=None, batch_size=None,
-        image_size=image_size, lr=None, seed=seed, settings=settings,
-        device=device, workers=workers, compiled=None,
+        arch=arch, recipe_name=recipe_name, loss=loss, init=init, data=data, on_bad=on_bad, links=links,
+        epochs=epochs, image_size=image_size, seed=seed, settings=settings, device=device, workers=workers,
     )  # fmt: skip
     if score:
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, best=score))

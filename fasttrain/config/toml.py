@@ -177,7 +177,7 @@ def _set(table: dict[str, Any], key: str, value: object, option: str) -> None:
     if isinstance(inner[last], dict) and key not in _WORD_OR_TABLE:
         keys = ", ".join(f"{key}.{name}" for name in inner[last])
         raise UserError(f"{option}: {key!r} is a part; set one of its keys: {keys}")
-    inner[last] = value
+    inner[last] = _plain(value)
 
 
 def nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:

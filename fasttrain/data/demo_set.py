@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fasttrain.data.scan import cache_dir
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import atomic_folder, read_json_object
 from fasttrain.utils.text import printable
@@ -59,6 +60,13 @@ def make(folder: Path, seed: int = 0) -> bool:
             return False
         raise UserError(f"cannot make the demo set in {printable(folder)}: {error.strerror}") from None
     return True
+
+
+def cached() -> Path:
+    """The folder of the demo set in the user's cache, which is drawn on first use."""
+    folder = cache_dir() / "demo-1"
+    make(folder)
+    return folder
 
 
 def draw(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from fasttrain.config.schema import Recipe
 from fasttrain.data import demo_set
 from fasttrain.data.index import Index
 from fasttrain.data.open_data import open_labeled, open_unlabeled, open_val
-from fasttrain.data.scan import Limits, cache_dir
+from fasttrain.data.scan import Limits
 from fasttrain.data.stage import staged
 from fasttrain.export.parity import SUFFIX, Parity, compare, is_parity, spread
 from fasttrain.export.write import check_ending, timm_weights, write
@@ -124,6 +124,4 @@ def _images(run: Path, recipe: Recipe, classes: Sequence[str], data: str | None,
     except UserError as error:
         reason = f"the run's validation images cannot be read ({error})"
     print(f"{reason}; comparing on the demo set's; --data DIR names others", file=sys.stderr)
-    folder = cache_dir() / "demo-1"
-    demo_set.make(folder)
-    return _Images(open_unlabeled(str(folder / "val"), limits), False, "the demo set's validation images")
+    return _Images(open_unlabeled(str(demo_set.cached() / "val"), limits), False, "the demo set's validation images")

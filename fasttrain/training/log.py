@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation.metrics import NAMES, Scores
 from fasttrain.utils.errors import RunError
+from fasttrain.utils.progress_bar import in_notebook, progress_bar
 from fasttrain.utils.text import printable
 
 _MOST_CLASSES = 1000  # whose precision and recall are logged
@@ -51,8 +52,8 @@ class Log:
         if not self.open:
             return
         self.board = _tensorboard(out) if tensorboard else None
-        self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
+        self.has_bar = sys.stderr.isatty() or in_notebook()
+        self.bar = progress_bar(total=steps, initial=start_step, unit="step")
 
     def event(self, event: str, **values: Any) -> None:
         """Write a line to log.jsonl."""
@@ -110,7 +111,7 @@ class Log:
         line = f"loss {loss:.3f} lr {lr:.4f} {rate:.0f} img/s"
         self.bar.set_description(f"epoch {epoch}", refresh=False)
         self.bar.set_postfix_str(line)
-        if not self.on_terminal:
+        if not self.has_bar:
             print(f"step {step}{self.of_steps}: epoch {epoch} {line}", file=sys.stderr)
         self._scalars(
             step, {"lr": lr, "images_per_s": rate, **{n: mean for n, mean in totals.items() if mean is not None}}
