@@ -91,6 +91,9 @@ setup(
             # What other programs write, for the tests of what is read from them.
             "datasets",
             "optuna>=4",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
             "webdataset",
             "s3fs",
             "moto[s3,server]",

@@ -5,7 +5,10 @@ file (in .pth files, which have no place for it, only next to the file).
 """
 
 import json
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,10 +228,24 @@ def _open_onnx(path: Path) -> Graph:
     )
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what torch prints about the internals of its exports."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def _open_pt2(path: Path) -> Graph:
     files = {CONFIG: ""}
     try:
-        program = torch.export.load(path, extra_files=files).module()
+        with quiet():
+            program = torch.export.load(path, extra_files=files).module()
     except Exception as error:  # a damaged file makes torch raise anything
         raise UserError(f"{printable(path)} cannot be opened: {printable(str(error))[:200]}") from None
     assert isinstance(program, nn.Module)

@@ -1,11 +1,7 @@
 """Writes exported files, each format by its file's ending."""
 
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -15,7 +11,7 @@ from torch import Tensor, nn
 
 from fasttrain.checkpoints import checkpoint
 from fasttrain.export.graph import trace
-from fasttrain.exported import CONFIG, GRAPHS, KEY, WEIGHTS, ModelConfig, require_onnxruntime
+from fasttrain.exported import CONFIG, GRAPHS, KEY, WEIGHTS, ModelConfig, quiet, require_onnxruntime
 from fasttrain.utils.errors import RunError, UserError
 from fasttrain.utils.text import printable
 
@@ -51,7 +47,7 @@ def write(path: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
             torch.save(weights, path)
         case ".pt2":
             program = _program(config, weights)
-            with _quiet():
+            with quiet():
                 torch.export.save(program, path, extra_files={CONFIG: text})
         case ".onnx":
             _write_onnx(path, config, weights, text)
@@ -59,7 +55,7 @@ def write(path: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
 
 def _program(config: ModelConfig, weights: dict[str, Tensor]) -> torch.export.ExportedProgram:
     network = timm_network(config, weights)
-    with _quiet():
+    with quiet():
         try:
             return trace(network, config.image_size, takes_pixels=config.takes_pixels)
         except Exception as error:  # of no common class
@@ -73,7 +69,7 @@ def _write_onnx(path: Path, config: ModelConfig, weights: dict[str, Tensor], tex
         )
     program = _program(config, weights)
     output = "probabilities" if config.takes_pixels else "logits"
-    with _quiet():
+    with quiet():
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, input_names=["images"], output_names=[output], verbose=False
@@ -102,16 +98,3 @@ def timm_weights(saved: checkpoint.Checkpoint, *, averaged: bool) -> dict[str, T
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return printable(lines[0])[:200] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what exporters print about their own internals."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
