@@ -28,8 +28,8 @@ def doctor(gpu: bool, data: str | None, json_path: Path | None) -> None:
     findings = examine()
     for finding in findings:
         click.echo(f"{'ok  ' if finding.good else 'LACK'}  {finding.name}: {finding.status}")
-        if finding.fix:
-            click.echo(f"      {finding.fix}")
+        for line in finding.fix.splitlines():
+            click.echo(f"      {line}")
     sys.exit(0 if all(finding.good or not finding.needed for finding in findings) else 1)
 
 

@@ -172,7 +172,7 @@ def _remote_files(address: str) -> list[_Source]:
     try:
         import fsspec
     except ImportError:
-        raise UserError(f"{printable(address)} needs fsspec: pip install 'fasttrain[remote]'") from None
+        raise UserError(f"{printable(address)} needs fsspec: pip install 'fsspec[http]' s3fs") from None
     protocol = address.split("://", 1)[0]
     try:
         system, path = fsspec.core.url_to_fs(address)

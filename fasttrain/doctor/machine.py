@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.doctor.packages import Requirement, checkout, pip_install, requirements
 from fasttrain.utils.versions import COMPANIONS, DALI, installed
 
 # The oldest NVIDIA driver that runs each CUDA version: NVIDIA's table of minor version compatibility.
@@ -18,12 +20,13 @@ OLDEST_DRIVER = {13: 580, 12: 525}
 PYTORCH_INDEX = "https://download.pytorch.org/whl/cu128"
 # The version of the kernel module, for containers and machines without nvidia-smi.
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+_TORCH = ("torch", "torchvision", "triton")  # are installed together, since their versions belong together
 
 
 @dataclass(frozen=True)
 class Finding:
     """The result of one check. name: what was checked. status: its version or what is wrong. needed: whether fasttrain
-    cannot run without it. fix: the command or advice that fixes it, or empty."""
+    cannot run without it. fix: the command or advice that fixes it, or empty; it may have several lines."""
 
     name: str
     status: str
@@ -39,12 +42,13 @@ def examine() -> list[Finding]:
     torch = _torch(findings, driver)
     if driver:
         findings.append(_driver(driver, torch))
+    imported = ("torchvision", "timm", "triton") if torch is not None else ()
+    for name in imported:
+        install = install_command(_cuda_for(driver, torch), names=(name,))
+        findings.append(_package(name, install, needed=name != "triton"))
     if torch is not None:
-        install = install_command(_cuda_for(driver, torch))
-        findings += [_package("torchvision", install), _package("timm", install)]
-        findings += [_package("triton", install, needed=False), *_gpu(torch, driver)]
-    findings += [_dali(torch, driver), _package("tensorboard", "pip install tensorboard", needed=False)]
-    return findings
+        findings += _gpu(torch, driver)
+    return [*findings, _dali(torch, driver), *_by_metadata({"torch", *imported, *DALI}, _cuda_for(driver, torch))]
 
 
 def driver_version() -> str:
@@ -64,17 +68,30 @@ def newest_cuda(driver: str) -> int:
     return max((cuda for cuda, oldest in OLDEST_DRIVER.items() if branch >= oldest), default=0)
 
 
-def install_command(cuda: int, remove: tuple[str, ...] = ()) -> str:
+def install_command(cuda: int, remove: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> str:
     """The command that installs fasttrain with the builds for a CUDA version, after removing conflicting packages and
-    those in `remove`."""
-    command = "FASTTRAIN_CUDA=12 pip install ." if cuda == 12 else "pip install ."
-    if cuda == 12 and platform.machine() == "aarch64":
-        command += f" --extra-index-url {PYTORCH_INDEX}"
+    those in `remove`. Without a checkout of the source, it installs only these and the packages in `names`."""
     dali = _dali_installed()
     if dali != (f"nvidia-dali-cuda{cuda}0",):
         companions = (name for name in COMPANIONS if installed(name))
         remove = tuple(dict.fromkeys((*remove, *dali, *companions)))
+    source = checkout()
+    if source is None:
+        command = _install_by_name(cuda, {*names, *remove, *(DALI if dali and dali[0] in remove else ())})
+    else:
+        command = f"{'FASTTRAIN_CUDA=12 ' if cuda == 12 else ''}pip install {shlex.quote(source)}"
+        if cuda == 12 and platform.machine() == "aarch64":
+            command += f" --extra-index-url {PYTORCH_INDEX}"
     return f"pip uninstall -y {' '.join(remove)} && {command}" if remove else command
+
+
+def _install_by_name(cuda: int, names: set[str]) -> str:
+    """The command that installs packages as fasttrain requires them. A wheel of fasttrain is for one CUDA version."""
+    required = [requirement for requirement in requirements() or [] if not requirement.extra]
+    if f"nvidia-dali-cuda{cuda}0" not in [requirement.name for requirement in required]:
+        variable = "FASTTRAIN_CUDA=12 " if cuda == 12 else ""
+        return f"{variable}pip install . # in the folder of fasttrain's source; its wheel is for another CUDA version"
+    return pip_install([requirement for requirement in required if requirement.name in names])
 
 
 def _dali_installed() -> tuple[str, ...]:
@@ -109,12 +126,13 @@ def _torch(findings: list[Finding], driver: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        findings.append(Finding("torch", str(error), good=False, fix=install_command(_cuda_for(driver, None))))
+        fix = install_command(_cuda_for(driver, None), names=_TORCH)
+        findings.append(Finding("torch", str(error), good=False, fix=fix))
         return None
     version = torch.__version__
     cuda = _cuda_for(driver, torch)
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
-        findings.append(Finding("torch", version, good=False, fix=install_command(cuda)))
+        findings.append(Finding("torch", version, good=False, fix=install_command(cuda, names=_TORCH)))
     elif torch.version.cuda:
         findings.append(Finding("torch", f"{version}, CUDA {torch.version.cuda}"))
     elif driver:
@@ -136,6 +154,44 @@ def _package(name: str, fix: str, needed: bool = True) -> Finding:
         return Finding(name, f"cannot be imported: {str(error).splitlines()[0]}", False, needed, fix)
 
 
+def _by_metadata(checked: set[str], cuda: int) -> list[Finding]:
+    """Findings on the packages that are not in `checked`: those that fasttrain needs, and those of its extras."""
+    required = requirements()
+    if required is None:
+        status = "runs from its folder and is not installed, so the packages that it needs are not checked"
+        return [Finding("fasttrain", status, good=False, needed=False, fix=install_command(cuda))]
+    others = [each for each in required if not each.extra and each.name not in checked]
+    problems = [each for each in others if each.problem]
+    if problems:
+        fix = install_command(cuda, names=tuple(each.name for each in problems))
+        needed = Finding("other packages", "; ".join(each.problem for each in problems), good=False, fix=fix)
+    else:
+        needed = Finding("other packages", _versions(others))
+    return [needed, _optional([each for each in required if each.extra not in ("", "test")])]
+
+
+def _optional(required: list[Requirement]) -> Finding:
+    """One finding on all extras. It is good in any case: what is missing is needed only for what the extra names."""
+    source, present, missing, fixes = checkout(), [], [], []
+    for extra in dict.fromkeys(each.extra for each in required):
+        group = [each for each in required if each.extra == extra]
+        problems = [each for each in group if each.problem]
+        if not problems:
+            present.append(f"{extra} ({_versions(group)})")
+            continue
+        outdated = [each.problem for each in problems if installed(each.name)]
+        missing.append(f"{extra} ({'; '.join(outdated)})" if outdated else extra)
+        install = pip_install(problems) if source is None else shlex.join(["pip", "install", f"{source}[{extra}]"])
+        fixes.append(f"for {extra}: {install}")
+    parts = [", ".join(present)] if present else []
+    parts += [f"not installed: {', '.join(missing)}"] if missing else []
+    return Finding("optional packages", "; ".join(parts), fix="\n".join(fixes))
+
+
+def _versions(required: list[Requirement]) -> str:
+    return ", ".join(f"{each.name} {installed(each.name)}" for each in required)
+
+
 def _driver(driver: str, torch: Any) -> Finding:
     newest = newest_cuda(driver)
     status = f"{driver}, runs CUDA {newest} and older" if newest else f"{driver}, too old for CUDA 12"
@@ -146,7 +202,7 @@ def _driver(driver: str, torch: Any) -> Finding:
         return Finding("NVIDIA driver", status, good=False, needed=False, fix=fix)
     if _cuda_of(torch) > newest:
         status = f"{driver}, too old for torch's CUDA {torch.version.cuda}, which needs {OLDEST_DRIVER[13]} or newer"
-        return Finding("NVIDIA driver", status, good=False, needed=False, fix=install_command(newest))
+        return Finding("NVIDIA driver", status, good=False, needed=False, fix=install_command(newest, names=_TORCH))
     return Finding("NVIDIA driver", status)
 
 
@@ -154,11 +210,12 @@ def _dali(torch: Any, driver: str) -> Finding:
     try:
         from nvidia import dali
     except ImportError as error:
-        return Finding("DALI", str(error), False, fix=install_command(_cuda_for(driver, torch), _dali_installed()))
+        fix = install_command(_cuda_for(driver, torch), _dali_installed(), names=DALI)
+        return Finding("DALI", str(error), False, fix=fix)
     built = getattr(dali, "__cuda_version__", "")
     cuda = int(built) // 1000 if str(built).isdigit() else 0
     status = f"{dali.__version__}, built for CUDA {cuda or 'of an unknown version'}"
-    install = install_command(_cuda_for(driver, torch))
+    install = install_command(_cuda_for(driver, torch), names=DALI)
     if len(names := _dali_installed()) > 1:
         status = f"{' and '.join(names)} are both installed and overwrite each other's files"
         return Finding("DALI", status, good=False, fix=install)

@@ -197,7 +197,7 @@ def test_a_disk_that_is_too_small_is_named(stored, monkeypatch):
 
 def test_a_missing_pyarrow_is_named(stored, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'fasttrain\[parquet\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install pyarrow"):
         data_of(stored["hub"])
 
 

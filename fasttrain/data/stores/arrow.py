@@ -136,7 +136,7 @@ def open_arrow(path: str | Path, limits: Limits, *, labeled: bool = True, progre
     try:
         import pyarrow
     except ImportError:
-        raise UserError(f"{printable(path)} needs pyarrow: pip install 'fasttrain[parquet]'") from None
+        raise UserError(f"{printable(path)} needs pyarrow: pip install pyarrow") from None
     files = _files_by_split(Path(path)) if os.path.isdir(path) else {"train": expand(str(path))}
     splits = sorted({_split_name(os.path.basename(name)) for name in files.get("train", ())} - {""})
     if len(splits) > 1:
