@@ -42,13 +42,14 @@ def examine() -> list[Finding]:
     torch = _torch(findings, driver)
     if driver:
         findings.append(_driver(driver, torch))
-    imported = ("torchvision", "timm", "triton") if torch is not None else ()
-    for name in imported:
-        install = install_command(_cuda_for(driver, torch), names=(name,))
-        findings.append(_package(name, install, needed=name != "triton"))
-    if torch is not None:
+    cuda = _cuda_for(driver, torch)
+    checked = {*_TORCH, *DALI}
+    if torch is not None:  # the others cannot be imported without it
+        for name in ("torchvision", "timm", "triton"):
+            findings.append(_package(name, install_command(cuda, names=(name,)), needed=name != "triton"))
+            checked.add(name)
         findings += _gpu(torch, driver)
-    return [*findings, _dali(torch, driver), *_by_metadata({"torch", *imported, *DALI}, _cuda_for(driver, torch))]
+    return [*findings, _dali(torch, driver), *_by_metadata(checked, cuda)]
 
 
 def driver_version() -> str:
@@ -164,7 +165,10 @@ def _by_metadata(checked: set[str], cuda: int) -> list[Finding]:
     problems = [each for each in others if each.problem]
     if problems:
         fix = install_command(cuda, names=tuple(each.name for each in problems))
-        needed = Finding("other packages", "; ".join(each.problem for each in problems), good=False, fix=fix)
+        absent = [each.name for each in problems if not installed(each.name)]
+        parts = [each.problem for each in problems if installed(each.name)]
+        parts += [f"not installed: {', '.join(absent)}"] if absent else []
+        needed = Finding("other packages", "; ".join(parts), good=False, fix=fix)
     else:
         needed = Finding("other packages", _versions(others))
     return [needed, _optional([each for each in required if each.extra not in ("", "test")])]

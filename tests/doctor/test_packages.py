@@ -138,6 +138,7 @@ def test_a_wheel_is_for_one_cuda_version(distribution, wheel, monkeypatch):
 
 def test_fasttrain_may_run_without_being_installed(monkeypatch):
     monkeypatch.chdir(ROOT)
+
     def missing(name: str) -> list[str]:
         raise packages.metadata.PackageNotFoundError(name)
 
