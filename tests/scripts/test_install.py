@@ -1,12 +1,15 @@
-"""The requirements in setup.py, the packages that pip resolves them to, and scripts/environment.sh."""
+"""The requirements in setup.py, the packages that pip resolves them to, the wheel, and scripts/environment.sh."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import Distribution
 from pathlib import Path
+from zipfile import ZipFile
 
+import click
 import pytest
 from helpers import ROOT
 from packaging.requirements import Requirement
@@ -104,6 +107,72 @@ def test_pip_finds_builds(package_index, tmp_path, machine, cuda):
     libraries = {library.name for library in of_torch if not library.marker or library.marker.evaluate(linux)}
     # PyPI's torch 2.10 for aarch64 has no CUDA. `fasttrain doctor` names the index that has a build with it.
     assert (f"nvidia-cudnn-cu{cuda}" in libraries) == ((machine, cuda) != ("aarch64", "12"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel that pip builds from a copy of the source, with the tests and scripts beside it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("fasttrain", "pipelines", "kernels", "tests", "scripts"):
+        skipped = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=skipped)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    done = pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={out}", str(source))
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("fasttrain-*.whl"))
+
+
+def test_the_wheel_has_every_module_and_nothing_else(wheel):
+    expected = {path.relative_to(ROOT) for path in (ROOT / "fasttrain").rglob("*.py")}
+    expected |= {Path("fasttrain", folder, path.name) for folder in ("pipelines", "kernels") for path in
+                 (ROOT / folder).glob("*.py")}  # fmt: skip
+    expected |= {path.relative_to(ROOT) for path in (ROOT / "fasttrain" / "data" / "vipriors").glob("*.txt*")}
+    names = [Path(name) for name in ZipFile(wheel).namelist()]
+    assert {name for name in names if not name.parts[0].endswith(".dist-info")} == expected
+    assert len(expected) > 140 and Path("fasttrain/data/vipriors/train.txt.gz") in expected
+
+
+def test_the_wheels_metadata(wheel, tmp_path):
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    distribution = Distribution.at(next(tmp_path.glob("*.dist-info")))
+    metadata = distribution.metadata
+    assert metadata["Name"] == "fasttrain" and metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert [(point.name, point.value) for point in distribution.entry_points] == [
+        ("fasttrain", "fasttrain.cli.main:main")
+    ]
+    # All requirements of an extra can be read without the packaging library, as `fasttrain doctor` does.
+    for requirement in map(Requirement, distribution.requires or []):
+        assert requirement.marker is None or str(requirement.marker).startswith('extra == "')
+
+
+def test_a_wheel_without_its_dependencies_says_what_is_missing(wheel, tmp_path):
+    """In an environment that has only click."""
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    site = next(environment.glob("lib/python*/site-packages"))
+    with ZipFile(wheel) as archive:
+        archive.extractall(site)
+    shutil.copytree(Path(click.__file__).parent, site / "click")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    python = [environment / "bin" / "python", "-m", "fasttrain"]
+    doctor = subprocess.run([*python, "doctor"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert doctor.returncode == 1 and not doctor.stderr
+    lines = doctor.stdout.splitlines()
+    lacking = [line.split(":")[0] for line in lines if line.startswith("LACK")]
+    assert lacking == ["LACK  torch", "LACK  DALI", "LACK  other packages"]
+    commands = " ".join(line for line in lines if "pip install" in line)
+    for name in ("torch>=", "torchvision>=", "timm>=", "nvidia-dali-cuda130<", "numpy>=", "matplotlib", "s3fs"):
+        assert name in commands
+    # There is no source to install, and the name fasttrain on PyPI may be another project's.
+    assert "pip install ." not in commands and "fasttrain[" not in commands and "install fasttrain" not in commands
+
+    help_ = subprocess.run([*python, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert help_.returncode == 0 and "doctor" in help_.stdout
+    run = subprocess.run([*python, "run", "--data", tmp_path], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1 and "fasttrain doctor" in run.stderr
 
 
 @pytest.fixture
