@@ -4,6 +4,9 @@
 # usage: sbatch scripts/slurm.sh --arch tresnet_xl --data DIR --out DIR
 # Submit it from the project's root. Both DIRs are on storage that all nodes share. The options are those of
 # `fasttrain run`.
+# In a container of scripts/Dockerfile's image, with absolute DIRs that MOUNTS makes visible there:
+#   IMAGE=registry.example.com#fasttrain:latest MOUNTS=/data:/data,/out:/out sbatch scripts/slurm.sh …    (pyxis)
+#   IMAGE=/images/fasttrain.sif MOUNTS=/data:/data,/out:/out sbatch scripts/slurm.sh …                    (Apptainer)
 #SBATCH --job-name=fasttrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,12 +20,32 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 : "${SLURM_JOB_ID:?submit this script with sbatch; see its first lines}"
-[ -f scripts/torchrun_nodes.sh ] || { echo "slurm.sh: submit it from the project's root" >&2; exit 2; }
 export PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))} # two jobs may share a node
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240               # seconds that ranks have to save; less than --signal's
 
+command=(bash scripts/torchrun_status.sh bash scripts/torchrun_nodes.sh "$@")
+container=()
+if [ -n "${IMAGE:-}" ]; then
+    MASTER=${MASTER:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)} # the image has no scontrol
+    cache=${XDG_CACHE_HOME:-$HOME/.cache}
+    mkdir -p "$cache"
+    mounts="$cache:/cache${MOUNTS:+,$MOUNTS}"
+    export MASTER XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor
+    unset PYTHONPATH PYTHONHOME # of the host's Python
+    case "$IMAGE" in
+        *.sif) command=(apptainer exec --nv --pwd=/fasttrain --bind="$mounts" "$IMAGE" "${command[@]}") ;;
+        *)
+            container=(--container-image="$IMAGE" --container-mounts="$mounts" --container-workdir=/fasttrain)
+            container+=(--no-container-entrypoint)
+            ;;
+    esac
+elif [ ! -f scripts/torchrun_nodes.sh ]; then
+    echo "slurm.sh: submit it from the project's root" >&2
+    exit 2
+fi
+
 # The nodes do not exit at the same time. The first one to exit must not end the others while they save.
-srun --kill-on-bad-exit=0 --wait=300 bash scripts/torchrun_status.sh bash scripts/torchrun_nodes.sh "$@" &
+srun --kill-on-bad-exit=0 --wait=300 "${container[@]}" "${command[@]}" &
 step=$!
 signal='' requeue=''
 trap 'signal=yes requeue=yes; kill -USR1 "$step" 2>/dev/null || true' USR1

@@ -28,6 +28,14 @@ PROGRAMS = {
         [ "$1" != show ] || { echo localhost; exit; }
         echo "$*" >>"$RECORDS/scontrol"
     """,
+    # Like Apptainer: leaves out its options and the image, and becomes the command.
+    "apptainer": """
+        printf '%s\\n' "$@" >"$RECORDS/apptainer"
+        shift
+        while [[ $1 == --* ]]; do shift; done
+        shift
+        exec "$@"
+    """,
     # Like torchrun: exits with 1 after a signal, once its ranks have stopped.
     "torchrun": """
         printf '%s\\n' "$@" >"$RECORDS/arguments"
@@ -66,7 +74,8 @@ class FakeCluster:
 
     def start(self, *command: object, does: str, **env: str) -> subprocess.Popen:
         variables = {**os.environ, "PATH": f"{self.programs}:{os.environ['PATH']}", "RECORDS": str(self.folder),
-                     "DOES": does, "GPUS": "2", "SLURM_JOB_ID": "12345", "PATIENCE": "0", **env}  # fmt: skip
+                     "DOES": does, "GPUS": "2", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "localhost",
+                     "PATIENCE": "0", **env}  # fmt: skip
         return subprocess.Popen(
             ["bash", *map(str, command)], cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True
         )
@@ -116,6 +125,40 @@ def test_slurms_signal_reaches_torchrun_once_and_the_job_is_queued_again(cluster
 
 def test_a_run_that_ends_is_not_queued_again(cluster):
     assert wait(cluster.slurm(does="end")) == (0, "") and not cluster.records("scontrol")
+
+
+IMAGES = ["registry.example.com#fasttrain:latest", "/images/fasttrain.sif"]
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_job_in_a_container(cluster, image):
+    """pyxis adds options to srun; Apptainer is a command of its own. Signals and the status pass through both."""
+    home = cluster.folder / "home"
+    home.mkdir()
+    env = {"IMAGE": image, "MOUNTS": "/data:/data,/out:/out", "HOME": str(home), "XDG_CACHE_HOME": ""}
+    process = cluster.slurm(does="train", PYTHONPATH="/host", **env)
+    cluster.signal(process, signal.SIGUSR1)
+    assert wait(process)[0] == 75 and cluster.records("scontrol") == ["requeue 12345"]
+    assert cluster.records("signals") == ["USR1"]
+
+    mounts = f"{home}/.cache:/cache,/data:/data,/out:/out"
+    srun, apptainer = cluster.records("srun"), cluster.records("apptainer")
+    if image.endswith(".sif"):
+        assert apptainer[0] == "exec" and {"--nv", "--pwd=/fasttrain", f"--bind={mounts}"} == set(apptainer[1:4])
+        assert apptainer[4:7] == [image, "bash", "scripts/torchrun_status.sh"]
+        assert not [option for option in srun if "container" in option]
+    else:
+        assert not apptainer and "--no-container-entrypoint" in srun
+        expected = {f"--container-image={image}", f"--container-mounts={mounts}", "--container-workdir=/fasttrain"}
+        assert expected <= set(srun)
+    environment = dict(line.split("=", 1) for line in cluster.records("environment") if "=" in line)
+    assert environment["XDG_CACHE_HOME"] == "/cache" and (home / ".cache").is_dir()
+    assert environment["MASTER"] == "localhost" and "PYTHONPATH" not in environment
+
+
+def test_a_job_without_a_container(cluster):
+    assert wait(cluster.slurm(does="end"))[0] == 0
+    assert cluster.records("srun") == ["--kill-on-bad-exit=0", "--wait=300"] and not cluster.records("apptainer")
 
 
 @pytest.mark.parametrize(("does", "status"), [("fail", 3), ("crash", 1)])
