@@ -72,6 +72,9 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
+        "mlflow": ["mlflow"],
         "plot": ["matplotlib"],
         "parquet": ["pyarrow>=15"],
         "remote": ["fsspec[http]", "s3fs"],

@@ -26,6 +26,7 @@ from fasttrain.models import ARCHS, Classifier
 from fasttrain.pipelines.plan import Plan
 from fasttrain.predict import predict
 from fasttrain.train import Result, train
+from fasttrain.training.trackers import require_installed
 from fasttrain.utils.decoder_messages import Messages
 from fasttrain.utils.durations import seconds_of, seconds_until
 from fasttrain.utils.environment import torchrun_variable
@@ -54,10 +55,11 @@ def recipe_of(
     device: str | None = None,
     workers: int | None = None,
     compiled: bool | None = None,
+    track: Iterable[str] = (),
 ) -> tuple[Recipe, bool]:
     """The recipe that the options of `fasttrain run` describe, and whether it trains on the demo set. Raises UserError
     where they are wrong or exclude each other."""
-    data, settings = tuple(data), tuple(settings)
+    data, settings, track = tuple(data), tuple(settings), tuple(track)
     named = recipe_name if isinstance(recipe_name, str) else ""
     by_rule = named.startswith(recipes.PREFIX) and not named.endswith(".toml") and not arch and not loss
     of_arch = named.removeprefix(recipes.PREFIX) if by_rule else ""
@@ -102,13 +104,17 @@ def recipe_of(
         ("--links", "data.links", links),
         ("--init", "init.weights", init and os.path.abspath(init)),
         ("--compile", "machine.compile", None if compiled is None else "on" if compiled else "off"),
+        ("--track", "machine.track", track or None),
         ("--lr", "optim.lr", lr),
         ("--lr", "optim.lr_batch", None if lr is None else 0),
     ]
     for option, key, value in changes:
         if value is not None:
             recipe = toml.override(recipe, (key, value), option=option)
-    return toml.override(recipe, *settings), on_demo
+    recipe = toml.override(recipe, *settings)
+    if torchrun_variable("RANK", 0) == 0:
+        require_installed(recipe.machine.track)
+    return recipe, on_demo
 
 
 def chosen_recipe(arch: str | None, recipe_name: str | Recipe | None, loss: str | None = None) -> Recipe:

@@ -195,13 +195,13 @@ def prepare(
 
 
 def require_same_run(recipe: Recipe, train_index: Index, val_index: Index | None, ranks: Ranks) -> None:
-    """Raises UserError on all ranks where they do not have the same recipe, classes, images and sizes. Folders and the
-    number of threads may differ."""
+    """Raises UserError on all ranks where they do not have the same recipe, classes, images and sizes. Folders, the
+    number of threads and trackers, which only rank 0 has, may differ."""
     comparable = replace(
         recipe,
         data=replace(recipe.data, train=(), val=""),
         init=replace(recipe.init, weights=""),
-        machine=replace(recipe.machine, workers=0, stage=""),
+        machine=replace(recipe.machine, workers=0, stage="", track=()),
     )
     recipe_text = repr(toml.to_dict(comparable))
     ranks.require_same({"recipe": recipe_text} | facts(train_index, "training") | facts(val_index, "validation"))
@@ -240,6 +240,8 @@ def open_log(run: Run) -> Log:
         batch_size=plan.batch_size,
         tolerant=recipe.checkpoint.on_error == "go_on",
         tensorboard=recipe.machine.tensorboard,
+        track=recipe.machine.track,
+        config=toml.to_dict(recipe),
     )
     log.event(
         "resume" if start else "start",

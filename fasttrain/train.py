@@ -177,7 +177,7 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budge
             if run.finished:
                 break
         saver.finish(last=True)
-        log.event("end", step=progress.steps_done, best=progress.best)
+        log.end(progress.steps_done, progress.best)
     return Result(progress.steps_done, progress.scores, progress.best)
 
 

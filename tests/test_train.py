@@ -30,8 +30,7 @@ from fasttrain.losses.symmetric import SymmetricCrossEntropy
 from fasttrain.losses.triplet import Triplet
 from fasttrain.models import Classifier
 from fasttrain.pipelines.plan import Plan
-from fasttrain.training import inputs
-from fasttrain.training import log as logging
+from fasttrain.training import inputs, trackers
 from fasttrain.training.memory import out_of_memory
 from fasttrain.utils.errors import RunError, UserError
 
@@ -79,7 +78,7 @@ def test_files_and_log_of_a_run(index, tmp_path):
 def test_tensorboard_files_can_be_switched_off(index, tmp_path, monkeypatch, tensorboard):
     """With a fake writer, since TensorBoard may not be installed."""
     folders: list[Path] = []
-    monkeypatch.setattr(logging, "_tensorboard", folders.append)
+    monkeypatch.setattr(trackers, "_tensorboard", lambda out, say: folders.append(out))
     recipe = tiny(epochs=1)
     run(replace(recipe, machine=replace(recipe.machine, tensorboard=tensorboard)), tmp_path / "run", index)
     assert folders == [tmp_path / "run"] * tensorboard

@@ -115,7 +115,8 @@ def contender_makers(
 def run_seconds_per_step(recipe: Recipe, index: Index, ranks: Ranks, steps: int, warm_up: int) -> float:
     """Seconds per step of a real run of one epoch in a temporary folder. They come from the rates in its log, after at
     least `warm_up` steps. Log points are at most `steps` steps apart, and the checkpoint comes after the last one."""
-    machine = replace(recipe.machine, log_steps=min(recipe.machine.log_steps, steps), tensorboard=False)
+    log_steps = min(recipe.machine.log_steps, steps)
+    machine = replace(recipe.machine, log_steps=log_steps, tensorboard=False, track=())
     one_epoch = replace(recipe, epochs=1, machine=machine)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

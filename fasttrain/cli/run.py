@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     "--workers", type=click.IntRange(0, 1024), help="DALI threads per rank. Default: 0, this rank's share of the cores."
 )
 @machine_option("--compile/--no-compile", "compiled", default=None, help="Use torch.compile. Default: on a GPU.")
+@machine_option("--track", multiple=True, metavar="TRACKER:PROJECT",
+                help="Log to wandb:PROJECT, trackio:PROJECT or mlflow:EXPERIMENT as well. Repeatable.")  # fmt: skip
 @output_option("--out", type=FOLDER, metavar="DIR", help="The run's folder. Default: runs/<recipe>.")
 @output_option("--resume", default="auto", metavar="auto|never|PATH", show_default=True,
                help="Resume from the run's last checkpoint, start over (the old run's folder is renamed), or resume "

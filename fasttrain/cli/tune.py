@@ -127,7 +127,12 @@ def tune(
             data=replace(recipe.data, train=shared, folds=folds, fold=0),
             evaluation=replace(recipe.evaluation, every_epochs=rung, patience=0),
             checkpoint=replace(recipe.checkpoint, every_epochs=rung, keep=1),
-            machine=replace(recipe.machine, tensorboard=False, workers=recipe.machine.workers or share_of_cores(count)),
+            machine=replace(
+                recipe.machine,
+                tensorboard=False,
+                track=(),
+                workers=recipe.machine.workers or share_of_cores(count),
+            ),
         )
         click.echo("searching " + ", ".join(map(str, ranges)), err=True)
         limit = trials or (0 if budget else 30)

@@ -8,3 +8,4 @@ ON_BAD = ("stop", "skip")
 LINKS = ("inside", "follow")
 CRITERIA = ("top1", "top5", "balanced_accuracy", "macro_f1", "log_loss", "calibration_error")  # of the best checkpoint
 LOSS_COMBINATIONS = ("ce", "ce+triplet", "ce+arcface")  # see recipes/deepblueai.py
+TRACKERS = ("wandb", "trackio", "mlflow")  # see training/trackers.py

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from fasttrain.config.choices import COMPILE_MODES, CRITERIA, DECODERS, DEVICES, LINKS, ON_BAD, PRECISIONS
+from fasttrain.config.choices import COMPILE_MODES, CRITERIA, DECODERS, DEVICES, LINKS, ON_BAD, PRECISIONS, TRACKERS
 from fasttrain.losses.base import Loss
 
 AUTOAUGMENT_POLICIES = ("none", "imagenet", "imagenet-24")
@@ -303,6 +303,8 @@ class MachineConfig:
     """Seconds without progress after which a run on several ranks ends and names the rank that is behind; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard files where TensorBoard is installed."""
+    track: tuple[str, ...] = ()
+    """Experiment trackers to log to as well: wandb:PROJECT, trackio:PROJECT, mlflow:EXPERIMENT."""
     preload: bool = False
     """Read all images' files once before the first step, where a disk is cold or slow."""
     stage: str = ""
@@ -317,6 +319,11 @@ class MachineConfig:
         _require(self.compile in COMPILE_MODES, "compile", _one_of(COMPILE_MODES), self.compile)
         _require(self.log_steps >= 1, "log_steps", "1 or more", self.log_steps)
         _require(self.hang_timeout >= 0, "hang_timeout", "0 or more seconds", self.hang_timeout)
+        for tracker in self.track:
+            name, _, project = tracker.partition(":")
+            valid = name in TRACKERS and bool(project.strip()) and project.isprintable()
+            _require(valid, "track", "wandb:PROJECT, trackio:PROJECT or mlflow:EXPERIMENT", tracker)
+        _require(len({*self.track}) == len(self.track), "track", "a list of different trackers", list(self.track))
 
 
 @dataclass(frozen=True)

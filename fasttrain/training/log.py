@@ -1,4 +1,4 @@
-"""A run's log: log.jsonl, a progress bar, TensorBoard."""
+"""A run's log: log.jsonl, a progress bar, experiment trackers."""
 
 import errno
 import json
@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation.metrics import NAMES, Scores
+from fasttrain.training.trackers import Trackers
 from fasttrain.utils.errors import RunError
 from fasttrain.utils.progress_bar import in_notebook, progress_bar
 from fasttrain.utils.text import printable
@@ -24,11 +24,11 @@ _LOGGED_CHANGE = 0.1  # of the number of steps of a run that ends by time; small
 
 
 class Log:
-    """log.jsonl (one JSON object per line), the progress bar on stderr and, where it is installed, TensorBoard.
+    """log.jsonl (one JSON object per line), the progress bar on stderr, and trackers.
 
     Only rank 0 has an open log; on other ranks every call except `skip` does nothing. A line that cannot be written
     raises RunError; with `tolerant` it is lost, which is reported once. steps: of the run; None where they are not
-    known yet.
+    known yet. tensorboard, track: see `MachineConfig`. config: the recipe as plain values, for the trackers.
     """
 
     def __init__(
@@ -41,17 +41,19 @@ class Log:
         batch_size: int,
         tolerant: bool = False,
         tensorboard: bool = True,
+        track: tuple[str, ...] = (),
+        config: dict[str, Any] | None = None,
     ) -> None:
         self.open, self.rank, self.tolerant = ranks.first, ranks.rank, tolerant
         self.path = out / "log.jsonl"
-        self.losing_lines = self.ends_in_part = False
+        self.losing_lines = self.ends_in_part = self.finished = False
         self.steps, self.batch_size = steps, batch_size
-        self.last_step, self.last_time = start_step, time.perf_counter()
         self.device = ranks.device
         self.logged_steps = 0  # see `fitted`
         if not self.open:
             return
-        self.board = _tensorboard(out) if tensorboard else None
+        self.trackers = Trackers(out, tensorboard=tensorboard, track=track, config=config or {}, say=self.say)
+        self.last_step, self.last_time = start_step, time.perf_counter()
         self.has_bar = sys.stderr.isatty() or in_notebook()
         self.bar = progress_bar(total=steps, initial=start_step, unit="step")
 
@@ -113,10 +115,8 @@ class Log:
         self.bar.set_postfix_str(line)
         if not self.has_bar:
             print(f"step {step}{self.of_steps}: epoch {epoch} {line}", file=sys.stderr)
-        self._scalars(
-            step, {"lr": lr, "images_per_s": rate, **{n: mean for n, mean in totals.items() if mean is not None}}
-        )
-        self._scalars(step, {f"loss/{name}": mean for name, mean in (terms | stats).items()})
+        scalars = {"lr": lr, "images_per_s": rate, **{n: mean for n, mean in totals.items() if mean is not None}}
+        self.trackers.log(step, scalars | {f"loss/{name}": mean for name, mean in (terms | stats).items()})
 
     @property
     def of_steps(self) -> str:
@@ -158,30 +158,26 @@ class Log:
                 f"epoch {epoch}: the outputs for {bad} of {scores.images} images{of_ema} are not finite and count as "
                 "wrong; the network has diverged or overflows in its precision"
             )
-        for prefix, found in (("", scores), ("ema/", averaged)):
-            values = {name: getattr(found, name, None) for name in NAMES}
-            self._scalars(step, {f"{prefix}{name}": value for name, value in values.items() if value is not None})
+        found = {
+            f"{prefix}{name}": getattr(of, name, None)
+            for prefix, of in (("", scores), ("ema/", averaged))
+            for name in NAMES
+        }
+        self.trackers.log(step, {name: value for name, value in found.items() if value is not None})
+
+    def end(self, step: int, best: float | None) -> None:
+        """The run has reached its end."""
+        self.event("end", step=step, best=best)
+        self.finished = True
 
     def resume_clock(self) -> None:
         """Leave the time since the last log point (evaluation, a checkpoint) out of the next rate."""
         self.last_time = time.perf_counter()
 
-    def _scalars(self, step: int, values: dict[str, float]) -> None:
-        if self.board:
-            try:
-                for name, value in values.items():
-                    self.board.add_scalar(name, value, step)
-            except Exception as error:  # log.jsonl has everything
-                self.board = None
-                reason = (isinstance(error, OSError) and error.strerror) or printable(str(error))
-                self.say(f"the TensorBoard file cannot be written: {reason}; it is left as it is")
-
     def close(self) -> None:
         if self.open:
             self.bar.close()
-            if self.board:
-                with suppress(OSError):
-                    self.board.close()
+            self.trackers.close(self.finished)
 
 
 def describe(seconds: float) -> str:
@@ -196,19 +192,3 @@ def describe(seconds: float) -> str:
 def _peak_gib(device: torch.device) -> float:
     """The most memory that torch has reserved on a GPU so far, in GiB. DALI's memory is not included."""
     return torch.cuda.max_memory_reserved(device) / 2**30
-
-
-def _tensorboard(out: Path) -> Any:
-    """A TensorBoard writer; None where TensorBoard is not installed, or does not work, which is said."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(out / "tensorboard"))
-    except ModuleNotFoundError:
-        return None
-    except OSError:
-        return None  # if the disk is full, log.jsonl reports it
-    except Exception as error:  # versions of TensorBoard, protobuf and numpy that do not fit raise anything
-        reason = printable(f"{type(error).__name__}: {error}".splitlines()[0])
-        print(f"no TensorBoard files: {reason}; machine.tensorboard=false leaves it out", file=sys.stderr)
-        return None

@@ -113,8 +113,7 @@ from fasttrain.utils.errors import RunError
 from fasttrain.models import Classifier
 from fasttrain.training.log import Log
 log = Log(Path({str(tmp_path)!r}), Ranks(0, 1, 0, 1, torch.device("cpu")), start_step=0, steps=9, batch_size=1,
-          tolerant={tolerant})
-log.board = None
+          tolerant={tolerant}, tensorboard=False)
 log.event("one", text="x" * 50)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 try:
