@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
@@ -69,8 +70,9 @@ def require_installed(track: Sequence[str]) -> None:
     """Raises UserError where a tracker's package is not installed. track: see `machine.track`."""
     for tracker in track:
         name = tracker.partition(":")[0]
-        missing = sys.modules[name] is None if name in sys.modules else importlib.util.find_spec(name) is None
-        if missing:
+        found: Any = sys.modules[name] if name in sys.modules else importlib.util.find_spec(name)
+        # A folder of this name in the working directory, as W&B makes one, counts as a package without an origin.
+        if found is None or (isinstance(found, ModuleSpec) and found.origin is None):
             raise UserError(f"machine.track={printable(tracker)} needs {name}: pip install {name}")
 
 

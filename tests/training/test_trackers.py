@@ -21,7 +21,8 @@ from helpers import CPU, Stop, await_line, call, events, fail_at, run, start_run
 
 from fasttrain import prepare
 from fasttrain.training import trackers
-from fasttrain.training.trackers import IDS, Sink, Tracked, Trackers
+from fasttrain.training.trackers import IDS, Sink, Tracked, Trackers, require_installed
+from fasttrain.utils.errors import UserError
 
 DEMO = "trackio:demo"
 
@@ -143,7 +144,9 @@ def test_a_broken_tracker_changes_nothing_and_is_said_once(
 
 def test_points_stay_in_order_and_few_wait(monkeypatch):
     monkeypatch.setattr(trackers, "QUEUE", 5)
-    taken, said, go = [], [], threading.Event()
+    taken: list[int] = []
+    said: list[Any] = []
+    go = threading.Event()
 
     class Slow:
         id = "one"
@@ -191,7 +194,8 @@ def test_a_resumed_run_goes_on_in_its_tracked_run(index, tmp_path, monkeypatch):
     ["[]", "{", '{"trackio:demo": 3}', '{"trackio:demo": "../../x"}', "\udcff", '{"a": "' + "b" * 70000 + '"}'],
 )
 def test_a_damaged_file_of_ids_is_ignored(tmp_path, monkeypatch, content):
-    made, said = fake_trackio(monkeypatch), []
+    made = fake_trackio(monkeypatch)
+    said: list[str] = []
     (tmp_path / IDS).write_bytes(content.encode(errors="surrogateescape"))
     for _ in range(2):  # the second finds what the first wrote
         opened = Trackers(tmp_path, tensorboard=False, track=[DEMO], config={}, say=said.append)
@@ -226,6 +230,14 @@ def test_a_missing_package_is_said_before_anything_is_done(tmp_path, monkeypatch
     assert not (tmp_path / "o").exists() and "demo set" not in result.stderr
 
 
+def test_a_folder_of_the_name_of_a_package_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="needs wandb: pip install wandb"):
+        require_installed(["wandb:demo"])
+
+
 def test_only_rank_0_needs_to_be_told_of_trackers(index, monkeypatch):
     told = []
     ranks = replace(CPU, world=2)
@@ -241,7 +253,7 @@ def test_names_of_tracked_runs_are_readable(tmp_path):
 
 def wandb_points(out: Path) -> tuple[list, list[dict]]:
     """The points and configurations in W&B's files, by its own reader."""
-    points, configs, ids = [], [], set()
+    points, configs, ids, axes = [], [], set(), []
     for folder in sorted((out / "wandb").glob("offline-run-*")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
         for line in subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines():
@@ -252,8 +264,11 @@ def wandb_points(out: Path) -> tuple[list, list[dict]]:
             elif record["type"] == "run":
                 configs.append(record["run"]["config"]["update"])
                 ids.add(record["run"]["run_id"])
+            elif record["type"] == "metric" and record["metric"].get("glob_name") == "*":
+                axes.append(record["metric"]["step_metric"])
             assert "--image-size" not in line  # the command line
     assert ids == {json.loads((out / IDS).read_text())["wandb:demo"]}
+    assert axes == ["step"] * len(configs)
     return points, configs
 
 
