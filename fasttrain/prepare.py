@@ -3,6 +3,8 @@
 `fasttrain run --dry-run` makes the same checks and prints a summary.
 """
 
+import os
+import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,8 +33,10 @@ from fasttrain.recipes.small_data import CUTMIX_FROM, PREFIX
 from fasttrain.training.log import Log, describe
 from fasttrain.training.progress import Progress
 from fasttrain.training.step import Step
+from fasttrain.utils.environment import cpu_name
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
+from fasttrain.utils.versions import DALI, installed
 
 if TYPE_CHECKING:  # steps can be benchmarked where DALI is not installed
     from fasttrain.pipelines.eval_loader import EvalLoader
@@ -243,6 +247,7 @@ def open_log(run: Run) -> Log:
         track=recipe.machine.track,
         config=toml.to_dict(recipe),
     )
+    gpus = run.ranks.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     log.event(
         "resume" if start else "start",
         step=start,
@@ -250,7 +255,9 @@ def open_log(run: Run) -> Log:
         images=plan.count,
         world=run.ranks.world,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        versions={"fasttrain": __version__, "torch": torch.__version__},
+        **({"gpus": gpus} if all(gpus) else {}),
+        cpu={"model": cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        versions=logged_versions(),
         **({"changed": run.changed} if run.changed else {}),
         **({"rewinds": progress.rewinds, "shift": plan.shift} if progress.rewinds else {}),
     )
@@ -263,6 +270,12 @@ def open_log(run: Run) -> Log:
         log.event("note", text=line)
         log.say(line)
     return log
+
+
+def logged_versions() -> dict[str, str | None]:
+    """The versions of Python and of the libraries that decide what a run computes."""
+    libraries = {"timm": installed("timm"), "nvidia-dali": installed(*DALI), "python": platform.python_version()}
+    return {"fasttrain": __version__, "torch": torch.__version__} | libraries
 
 
 def device_line(recipe: Recipe, ranks: Ranks) -> str:

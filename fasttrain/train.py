@@ -31,6 +31,7 @@ from fasttrain.training.feed import Feed
 from fasttrain.training.guard import REPORT, Diverged
 from fasttrain.training.log import Log
 from fasttrain.training.memory import explain_out_of_memory, gc_paused
+from fasttrain.training.usage import Usage
 from fasttrain.utils.decoder_messages import Messages
 from fasttrain.utils.errors import RunError, Stopped
 from fasttrain.utils.text import printable
@@ -66,7 +67,7 @@ def train(
     after SIGTERM, SIGUSR1 or SIGHUP, once the step is done and saved.
     """
     started = time.monotonic() if started is None else started
-    budget = None
+    budget, usage = None, Usage.start(ranks)
     with StopSignals() as signals:
         while True:
             run = prepare(recipe, out, train_index, val_index, ranks, resume_from)
@@ -83,7 +84,7 @@ def train(
                 return Result(run.progress.steps_done, None, run.progress.best)
             budget = budget or budget_of(run, started)
             try:
-                return train_loop(run, signals, messages, budget)
+                return train_loop(run, signals, messages, usage, budget)
             except Diverged as diverged:
                 del run  # the next one needs its memory
                 resume_from = ranks.from_first(partial(rewind, out, diverged, train_index, recipe.guard.rewinds))
@@ -100,8 +101,11 @@ def budget_of(run: Run, started: float) -> Budget | None:
     return Budget(settings.seconds, used=run.seconds, started=started) if settings.seconds else None
 
 
-def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budget | None = None) -> Result:
-    """Train from the run's next step to its end. Raises Diverged where too many steps in a row were not finite."""
+def train_loop(
+    run: Run, signals: StopSignals, messages: Messages, usage: Usage, budget: Budget | None = None
+) -> Result:
+    """Train from the run's next step to its end. usage: of this command. Raises Diverged where too many steps in a row
+    were not finite."""
     recipe, plan, ranks, progress, train_step = run.recipe, run.plan, run.ranks, run.progress, run.train_step
     first_step = progress.steps_done
     val_loader, log = build_val_loader(run), open_log(run)
@@ -158,8 +162,9 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budge
                 watch.at(step, SAVING)
                 save(run, saver, epoch, epoch_ends, budget)
             if stopping and not run.finished:
+                used = usage.so_far()
                 saver.finish(last=True)
-                log.event("stopped", step=step + 1, signal=signals.name)
+                log.event("stopped", step=step + 1, signal=signals.name, **used)
                 ranks.any(False)  # wait until rank 0 has saved: a launcher ends all ranks once one has ended
                 by = signals.name or "a signal to another rank"
                 raise Stopped(
@@ -176,8 +181,9 @@ def train_loop(run: Run, signals: StopSignals, messages: Messages, budget: Budge
                 )
             if run.finished:
                 break
+        used = usage.so_far()
         saver.finish(last=True)
-        log.end(progress.steps_done, progress.best)
+        log.end(progress.steps_done, progress.best, **used)
     return Result(progress.steps_done, progress.scores, progress.best)
 
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from fasttrain.utils import versions
+from fasttrain.utils.environment import cpu_name, cpuinfo
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import read_json, replacing
 from fasttrain.utils.text import printable
@@ -195,9 +196,9 @@ def environment_info(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "clocks_mhz": clocks(device),
-        "processor": _cpu_name(),
+        "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | versions.all_installed(),
@@ -227,7 +228,7 @@ def clocks(device: torch.device) -> dict[str, float] | None:
     core. None where the system does not report them."""
     try:
         if device.type != "cuda":
-            core_clocks = [float(value) for value in _cpuinfo("cpu MHz")]
+            core_clocks = [float(value) for value in cpuinfo("cpu MHz")]
             return {"cpu": max(core_clocks)} if core_clocks else None
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         query = ["nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits"]
@@ -242,18 +243,6 @@ def clocks(device: torch.device) -> dict[str, float] | None:
         return dict(zip(("sm", "memory", "sm_max"), values, strict=True))
     except (OSError, subprocess.SubprocessError, ValueError, AttributeError):
         return None
-
-
-def _cpu_name() -> str:
-    return next(iter(_cpuinfo("model name")), f"{platform.machine()} CPU")
-
-
-def _cpuinfo(key: str) -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def check_overwritable(path: Path) -> None:

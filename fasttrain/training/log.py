@@ -165,9 +165,9 @@ class Log:
         }
         self.trackers.log(step, {name: value for name, value in found.items() if value is not None})
 
-    def end(self, step: int, best: float | None) -> None:
-        """The run has reached its end."""
-        self.event("end", step=step, best=best)
+    def end(self, step: int, best: float | None, **used: float) -> None:
+        """The run has reached its end. used: see `Usage.so_far`."""
+        self.event("end", step=step, best=best, **used)
         self.finished = True
 
     def resume_clock(self) -> None:

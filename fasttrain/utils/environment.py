@@ -1,10 +1,12 @@
-"""What a machine may lack, said in one line: variables of torchrun, a home folder, a compiler."""
+"""What a machine has, and what it may lack, said in one line: variables of torchrun, a home folder, a compiler."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.text import printable
@@ -18,6 +20,20 @@ def torchrun_variable(name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"the variable {name} is {printable(text)!r}, not a number; start several ranks with torchrun")
     return int(text)
+
+
+def cpu_name() -> str:
+    """The CPU's model, or its architecture where the system does not tell the model."""
+    return next(iter(cpuinfo("model name")), f"{platform.machine()} CPU")
+
+
+def cpuinfo(key: str) -> list[str]:
+    """The values of a key in Linux's /proc/cpuinfo, one per core that has it; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def require_current_folder() -> None:
