@@ -14,6 +14,7 @@ PARTS = [
     "doctor",
     "tune",
     "api",
+    "report",
     "export",
     "launch",
     "show_batch",

@@ -16,6 +16,7 @@ from fasttrain.cli.ensemble import ensemble, score
 from fasttrain.cli.evaluate import evaluate_, predict
 from fasttrain.cli.export import export
 from fasttrain.cli.recipes import recipes_, show
+from fasttrain.cli.report import compare, report
 from fasttrain.cli.run import run
 from fasttrain.cli.tune import tune
 from fasttrain.utils.environment import explain, out_of_memory, require_current_folder, require_working_python
@@ -87,5 +88,8 @@ def main() -> None:
     """Train image classifiers from scratch, with NVIDIA DALI pipelines and a channels-last mixed-precision loop."""
 
 
-for _command in (run, tune, evaluate_, predict, ensemble, score, export, data_, recipes_, show, bench, doctor):
+_COMMANDS = (
+    run, tune, evaluate_, predict, ensemble, score, report, compare, export, data_, recipes_, show, bench, doctor
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)

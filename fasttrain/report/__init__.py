@@ -1,0 +1,1 @@
+"""Reports: a page about runs, and the comparison of two of them."""
