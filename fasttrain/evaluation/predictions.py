@@ -42,6 +42,11 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def answers(self) -> NDArray[np.str_]:
+        """The most likely class of each image, N strings."""
+        return self.classes[self.probs.argmax(1)]
+
 
 def save(predictions: Predictions, path: Path) -> None:
     """Write a file atomically. Raises UserError like `check_overwritable`, RunError where it cannot be written."""
