@@ -22,7 +22,7 @@ from fasttrain.data.stage import is_address, staged
 from fasttrain.distributed.ranks import Ranks
 from fasttrain.evaluation import predictions
 from fasttrain.evaluation.cross_validation import HELD_OUT
-from fasttrain.models import ARCHS, Classifier
+from fasttrain.models import ARCHS, Classifier, require_known
 from fasttrain.pipelines.plan import Plan
 from fasttrain.predict import predict
 from fasttrain.train import Result, train
@@ -129,6 +129,7 @@ def chosen_recipe(arch: str | None, recipe_name: str | Recipe | None, loss: str 
     if not arch:
         raise UserError("name a network with --arch (such as tresnet_xl) or a recipe with --recipe")
 
+    require_known(arch)
     recipe = recipes.for_arch(arch, loss or "ce")
     if arch not in ARCHS and torchrun_variable("RANK", 0) == 0:
         defaults = f"batch {recipe.batch_size}, {recipe.epochs} epochs, AutoAugment, CutMix"

@@ -18,6 +18,14 @@ from fasttrain.utils.text import printable
 ARCHS = ("tresnet_xl", "resnest101e", "seresnext101_32x4d")  # the networks that the DeepBlueAI report trains
 
 
+def require_known(arch: str) -> None:
+    """Raises UserError, which names similar networks, where timm has no network of this name."""
+    if not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, [*ARCHS, *timm.list_models()], n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"for example {', '.join(ARCHS)}"
+        raise UserError(f"timm {timm.__version__} has no network {arch!r}; {hint}")
+
+
 class Classifier(nn.Module):
     """A timm network with K classes. Takes images [B, 3, H, W] and returns Output(logits [B, K], features [B, D]): the
     pooled features that enter the classifier (after its dropout, if the network has one).
@@ -40,10 +48,7 @@ class Classifier(nn.Module):
         aligned: bool = False,
     ) -> None:
         super().__init__()
-        if not timm.is_model(arch):
-            close = difflib.get_close_matches(arch, [*ARCHS, *timm.list_models()], n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"for example {', '.join(ARCHS)}"
-            raise UserError(f"timm {timm.__version__} has no network {arch!r}; {hint}")
+        require_known(arch)
         try:
             self.backbone = timm.create_model(arch, pretrained=False, num_classes=classes)
         except RuntimeError as error:

@@ -14,7 +14,7 @@ from fasttrain.report import run_log
 from fasttrain.report.charts import COLORS, Mark, Series, figure, line_chart, percent
 from fasttrain.report.markup import Child, Html, cell, element, join, name, shorten, table
 from fasttrain.report.run_log import Row, curve, number, step_of
-from fasttrain.report.runs import Run, changed_settings, differing, setting
+from fasttrain.report.runs import RunFolder, changed_settings, differing, setting
 from fasttrain.training.log import describe
 
 _MOST_TERMS = 16  # charts of losses' terms and stats
@@ -29,23 +29,23 @@ def score_text(criterion: str, value: float | None) -> str:
     return f"{value:.3f}" if criterion == "log_loss" else f"{value:.2%}"
 
 
-def rate(run: Run) -> float | None:
+def rate(run: RunFolder) -> float | None:
     """The median of the logged images per second; the first log point, which has the start in it, counts only if it is
     the only one."""
     rates = [value for _, value in curve(run.rows, "train", "images_per_s")]
     return statistics.median(rates[1:] or rates) if rates else None
 
 
-def steps_done(run: Run) -> int | None:
+def steps_done(run: RunFolder) -> int | None:
     return max((step for row in run.rows if (step := step_of(row)) is not None), default=None)
 
 
-def started(run: Run) -> Row:
+def started(run: RunFolder) -> Row:
     """The event that started the run's last command; empty where the log has none."""
     return next((row for row in reversed(run.rows) if row["event"] in ("start", "resume")), {"event": ""})
 
 
-def tiles(run: Run) -> Html:
+def tiles(run: RunFolder) -> Html:
     """The run's main figures."""
     best, found = run.best_scores(), list[tuple[str, str, str]]()
     if best:
@@ -80,7 +80,7 @@ def energy(joules: float) -> str:
     return f"{joules / 3600:,.1f} Wh" if joules < 3.6e6 else f"{joules / 3.6e6:,.2f} kWh"
 
 
-def _commands(run: Run) -> str:
+def _commands(run: RunFolder) -> str:
     count = sum(row["event"] in ("end", "stopped") and number(row.get("seconds")) is not None for row in run.all_rows)
     starts = sum(row["event"] in ("start", "resume") and "rewinds" not in row for row in run.all_rows)
     if starts > count:
@@ -88,7 +88,7 @@ def _commands(run: Run) -> str:
     return "of one command" if count == 1 else f"of {count} commands"
 
 
-def sentence(run: Run) -> Html:
+def sentence(run: RunFolder) -> Html:
     """One sentence: what was trained, on what, how long."""
     start, done = started(run), steps_done(run)
     images, planned = number(start.get("images")), number(start.get("steps"))
@@ -118,7 +118,7 @@ def _hardware(start: Row) -> str:
     return f"the CPU ({model})" if isinstance(model, str) else "the CPU" if device == "cpu" else ""
 
 
-def facts(run: Run, val_images: int | None) -> Html:
+def facts(run: RunFolder, val_images: int | None) -> Html:
     """What a run was trained on, with what, and where."""
     start, data = started(run), run.recipe.data
     rows: list[tuple[str, Child]] = [("folder", element("span", name(str(run.folder), 160), class_="path"))]
@@ -162,7 +162,7 @@ def documentation(recipe: Recipe) -> dict[str, str]:
     return {f"{part}{key}": text for part, cls in parts.items() for key, text in toml.field_docs(cls).items()}
 
 
-def settings(run: Run) -> Html:
+def settings(run: RunFolder) -> Html:
     """The settings that differ from the defaults, and the whole recipe."""
     docs = documentation(run.recipe)
     changed = {key: pair for key, pair in changed_settings(run.recipe).items() if key not in ("data.train", "data.val")}
@@ -181,7 +181,7 @@ def settings(run: Run) -> Html:
     return join(table(("setting", "this run", "default", "meaning"), rows, title="Settings"), whole)
 
 
-def runs_table(runs: Sequence[Run], names: Sequence[Html], evaluated: dict[str, dict[str, float]]) -> Html:
+def runs_table(runs: Sequence[RunFolder], names: Sequence[Html], evaluated: dict[str, dict[str, float]]) -> Html:
     """The runs side by side. evaluated: scores over common images by the run's name; else those of the log count."""
     of_runs = [(evaluated.get(run.name), run.best_scores()) for run in runs]
     scores = [found if found is not None else logged[1] if logged else {} for found, logged in of_runs]
@@ -218,7 +218,7 @@ def _key(value: float | None) -> float | str:
     return "" if value is None else float(value)
 
 
-def differences(runs: Sequence[Run], names: Sequence[Html]) -> Html:
+def differences(runs: Sequence[RunFolder], names: Sequence[Html]) -> Html:
     """The settings in which the runs differ."""
     docs: dict[str, str] = {}
     for run in runs:
@@ -246,7 +246,7 @@ def legend(names: Sequence[Html]) -> Html:
     return element("ul", *items, class_="legend")
 
 
-def curves(runs: Sequence[Run], names: Sequence[Html]) -> Html:
+def curves(runs: Sequence[RunFolder], names: Sequence[Html]) -> Html:
     """Losses, the learning rate and scores by step: the main ones, and the others in a folded part."""
     several = len(runs) > 1
     marks = [] if several else _marks(runs[0])
@@ -309,13 +309,13 @@ def _figure(title: Child, chart: Html, below: Html | None = None) -> Html:
     return element("figure", element("figcaption", title), chart, below or None) if chart else Html("")
 
 
-def _marks(run: Run) -> list[Mark]:
+def _marks(run: RunFolder) -> list[Mark]:
     return [
         Mark(step, _what(row)) for row in run.rows if run_log.starts_attempt(row) and (step := step_of(row) or 0) > 0
     ][-_MOST_EVENTS:]
 
 
-def events(run: Run) -> Html:
+def events(run: RunFolder) -> Html:
     """What happened in a run, besides training and evaluating; also in attempts that were abandoned."""
     kept = {id(row) for row in run.rows}
     kinds: dict[str, list[Row]] = {}

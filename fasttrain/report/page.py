@@ -15,7 +15,16 @@ from fasttrain.pipelines.plan import Plan
 from fasttrain.report import answers, overview
 from fasttrain.report.diagnosis import diagnose
 from fasttrain.report.markup import Child, Html, element, join, name, shorten
-from fasttrain.report.runs import DEFAULTS, Images, Options, Run, own_images, predictions_of, read_runs, val_changed
+from fasttrain.report.runs import (
+    DEFAULTS,
+    Images,
+    Options,
+    RunFolder,
+    own_images,
+    predictions_of,
+    read_runs,
+    val_changed,
+)
 from fasttrain.report.thumbnails import Thumbnails
 from fasttrain.show_batch import seen
 from fasttrain.utils.errors import CommandError, UserError
@@ -60,13 +69,13 @@ def build(runs: Sequence[Path], *, data: str | None = None, options: Options = D
     return _document(_title(found), body)
 
 
-def _evaluate(run: Run, data: str | None, val: Index | None, options: Options) -> Evaluated:
+def _evaluate(run: RunFolder, data: str | None, val: Index | None, options: Options) -> Evaluated:
     print(f"evaluating {run.name}", file=sys.stderr)
     index, predicted = predictions_of(run, data, val, options)
     return Evaluated(index, predicted, answers.scores_of(predicted))
 
 
-def _evaluate_own(run: Run, images: Images, options: Options) -> "Evaluated | str":
+def _evaluate_own(run: RunFolder, images: Images, options: Options) -> "Evaluated | str":
     """A run's answers to its own validation images, or why there are none."""
     if images.val is None:
         return images.no_val
@@ -78,7 +87,7 @@ def _evaluate_own(run: Run, images: Images, options: Options) -> "Evaluated | st
         return str(error)
 
 
-def _best(runs: Sequence[Run], scores: dict[str, Scores]) -> Run:
+def _best(runs: Sequence[RunFolder], scores: dict[str, Scores]) -> RunFolder:
     """The run with the best score by its criterion: over common images where there are scores of them, else by the
     log."""
     best, best_score = runs[0], None
@@ -91,13 +100,13 @@ def _best(runs: Sequence[Run], scores: dict[str, Scores]) -> Run:
     return best
 
 
-def _title(runs: Sequence[Run]) -> str:
+def _title(runs: Sequence[RunFolder]) -> str:
     return shorten(runs[0].name, _NAME) if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def _body(
-    runs: Sequence[Run],
-    best: Run,
+    runs: Sequence[RunFolder],
+    best: RunFolder,
     images: Images,
     evaluated: dict[str, Evaluated],
     missing: str,
@@ -161,7 +170,7 @@ def _body(
     return join(header, element("main", *body), element("footer", made_by))
 
 
-def _answers(run: Run, shown: Evaluated, *, own_val: bool) -> list[tuple[str, str, Html]]:
+def _answers(run: RunFolder, shown: Evaluated, *, own_val: bool) -> list[tuple[str, str, Html]]:
     """The sections about the answers of a run's best checkpoint."""
     index, predicted, scores = shown
     assert predicted.labels is not None
@@ -185,7 +194,7 @@ def _answers(run: Run, shown: Evaluated, *, own_val: bool) -> list[tuple[str, st
     ]
 
 
-def _batch(run: Run, images: Images) -> Html:
+def _batch(run: RunFolder, images: Images) -> Html:
     """The first batch of a run, or why it cannot be drawn."""
     if images.train is None:
         return element("p", f"Not shown: {shorten(images.no_train, 400)}", class_="note")

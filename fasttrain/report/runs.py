@@ -32,7 +32,7 @@ from fasttrain.utils.text import printable
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunFolder:
     """A run of a report. name: unlike the other runs'. rows: the log without abandoned attempts; all_rows: with them.
     damaged: lines of the log that are none. classes: of its checkpoint; empty without one. step: steps of the
     checkpoint. missing: what cannot be shown, one line each."""
@@ -72,7 +72,7 @@ def scores_in(row: Row) -> dict[str, float]:
     return {name: value for name in NAMES if (value := run_log.number(table.get(name))) is not None}
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
     """The runs in these folders; the folder of a cross-validation stands for its runs. Raises UserError where one is
     not a run's folder."""
     found = [each for folder in folders for each in (fold_runs(folder) or [folder])]
@@ -85,7 +85,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [read_run(folder, name) for folder, name in zip(found, names, strict=True)]
 
 
-def read_run(folder: Path, name: str = "") -> Run:
+def read_run(folder: Path, name: str = "") -> RunFolder:
     """What a run's folder holds. Raises UserError where it is not one; a log or a checkpoint may be missing."""
     recipe, text = read_recipe(folder)
     missing = []
@@ -100,7 +100,7 @@ def read_run(folder: Path, name: str = "") -> Run:
     except UserError as error:
         found = None
         missing.append(f"a checkpoint: {error}")
-    return Run(
+    return RunFolder(
         folder=folder,
         name=name or printable(folder.resolve().name),
         recipe=recipe,
@@ -171,7 +171,7 @@ class Images(NamedTuple):
     no_val: str = ""
 
 
-def own_images(run: Run) -> Images:
+def own_images(run: RunFolder) -> Images:
     """The images that a run's recipe names, as far as they are on this machine: nothing is copied from elsewhere."""
     recipe = run.recipe
     if not recipe.data.train:
@@ -194,7 +194,7 @@ def own_images(run: Run) -> Images:
     return Images(None, None, why, why)
 
 
-def val_changed(run: Run, val: Index) -> bool:
+def val_changed(run: RunFolder, val: Index) -> bool:
     """Whether validation images are other ones than those that the run's checkpoint was chosen by."""
     before = run.meta.get("val")
     return before is not None and before != val_fingerprint(val)
@@ -214,7 +214,7 @@ class Options:
 DEFAULTS = Options()
 
 
-def predictions_of(run: Run, data: str | None, val: Index | None, options: Options) -> tuple[Index, Predictions]:
+def predictions_of(run: RunFolder, data: str | None, val: Index | None, options: Options) -> tuple[Index, Predictions]:
     """The probabilities of a run's best checkpoint for the labeled images that `data` names, or for `val`; with their
     index. Raises UserError and RunError like `predict`, and where the classes differ."""
     if run.checkpoint is None:

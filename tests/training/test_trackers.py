@@ -217,15 +217,17 @@ def test_a_damaged_file_of_ids_is_ignored(tmp_path, monkeypatch, content):
         ("mlflow:a\nb", "not 'mlflow:a\\nb'"),
     ],
 )
-def test_an_unknown_tracker_is_refused(tmp_path, tracker, message):
-    result = call("run", "--arch", "test_resnet", "--track", tracker, "--out", tmp_path / "o", "--dry-run", status=2)
+def test_an_unknown_tracker_is_refused(tmp_path, demo_set, tracker, message):
+    options = ("--data", demo_set, "--track", tracker, "--out", tmp_path / "o", "--dry-run")
+    result = call("run", "--arch", "test_resnet", *options, status=2)
     assert message in result.stderr.splitlines()[-1] and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("dry_run", [("--dry-run",), ()])
-def test_a_missing_package_is_said_before_anything_is_done(tmp_path, monkeypatch, dry_run):
+def test_a_missing_package_is_said_before_anything_is_done(tmp_path, demo_set, monkeypatch, dry_run):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    result = call("run", "--arch", "test_resnet", "--track", "wandb:demo", "--out", tmp_path / "o", *dry_run, status=2)
+    options = ("--data", demo_set, "--track", "wandb:demo", "--out", tmp_path / "o", *dry_run)
+    result = call("run", "--arch", "test_resnet", *options, status=2)
     assert "machine.track=wandb:demo needs wandb: pip install wandb" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "o").exists() and "demo set" not in result.stderr
 
