@@ -96,12 +96,17 @@ setup(
             "pytorch-metric-learning",
             "mypy",
             "ruff",
-            # What other programs write, for the tests of what is read from them.
-            "datasets",
-            "optuna>=4",
+            # A notebook, a browser, and what other programs read.
+            "pandas",
+            "ipykernel",
+            "nbclient",
+            "selenium",
             "onnx",
             "onnxscript",
             "onnxruntime",
+            # What other programs write, for the tests of what is read from them.
+            "datasets",
+            "optuna>=4",
             "webdataset",
             "s3fs",
             "moto[s3,server]",
