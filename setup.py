@@ -85,6 +85,7 @@ setup(
         "remote": ["fsspec[http]", "s3fs"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "tune": ["optuna>=4", "matplotlib"],
+        "notebook": ["notebook", "pandas", "matplotlib"],
         "test": [
             "pytest>=8",
             "pytest-timeout",

@@ -1,8 +1,9 @@
 """The Python API: `fit` trains like `fasttrain run`, and returns a `Run`; `load` opens one that is there.
 
-Both are also `fasttrain.fit` and `fasttrain.load`. They read no command line and leave nothing behind but the run's
-folder. What is wrong is raised: `UserError` for arguments, settings and files, `RunError` where training cannot go on,
-and `Stopped` after a signal, each with the line that the command would print.
+Both are also `fasttrain.fit` and `fasttrain.load`. They read no command line, and write only the run's folder, caches,
+and what trackers keep. What is wrong is raised: `UserError` for arguments, settings and files, `RunError` where
+training cannot go on, and `Stopped` after a signal. Their messages name options as the command line does: `--lr` is
+`lr`.
 """
 
 import os
@@ -44,8 +45,8 @@ Device = Literal["auto", "cpu", "cuda"]
 def fit(
     arch: str | None = None,
     *,
-    recipe: str | Recipe | None = None,
-    data: PathName | Iterable[PathName] = (),
+    recipe: PathName | Recipe | None = None,
+    data: PathName | Iterable[PathName] | None = None,
     val: PathName | None = None,
     out: PathName | None = None,
     loss: str | None = None,
@@ -63,7 +64,7 @@ def fit(
     device: Device | None = None,
     workers: int | None = None,
     compile: bool | None = None,
-    track: str | Iterable[str] = (),
+    track: str | Iterable[str] | None = None,
     resume: PathName = "auto",
 ) -> "Run":
     """Train a network, and return its run.
@@ -73,18 +74,24 @@ def fit(
 
     arch: timm's name of a network; recipe: a recipe, its name or its TOML file, instead. data: folders or files of
     training images; none: the demo set. out: the run's folder; by default runs/<recipe>. budget, until: a time such as
-    "2h" or "18:30" instead of epochs. settings: other settings by name, such as {"optim.weight_decay": 5e-5}. track:
-    trackers such as "wandb:PROJECT". resume: "auto" resumes a run that is in the folder already, and returns it where
-    it is complete; "never" starts over and renames the old folder; or a checkpoint to resume from.
+    "2h" or "18:30" instead of epochs. settings: other settings by name, such as {"optim.weight_decay": 5e-5}, as in
+    --set. track: trackers such as "wandb:PROJECT". resume: "auto" resumes a run that is in the folder already, and
+    returns it where it is complete; "never" starts over and renames the old folder; or a checkpoint to resume from.
+    --folds, --fold and --dry-run are for the command only.
 
     Under torchrun every rank calls this with the same arguments.
     """
+    if not isinstance(compile, bool | None):
+        raise UserError(f"compile must be True, False or None, not {compile!r}")
+    for name, text in (("arch", arch), ("loss", loss), ("budget", budget), ("until", until)):
+        if not isinstance(text, str | None):
+            raise UserError(f"{name} must be a string, not {text!r}")
     chosen, _ = recipe_of(
         arch=arch,
-        recipe_name=recipe,
+        recipe_name=recipe if isinstance(recipe, Recipe) else _name(recipe),
         loss=loss,
         init=_name(init),
-        data=[os.fspath(each) for each in ([data] if isinstance(data, str | os.PathLike) else data)],
+        data=[os.fspath(each) for each in ([data] if isinstance(data, str | os.PathLike) else data or ())],
         val=_name(val),
         on_bad=on_bad,
         links=links,
@@ -99,19 +106,21 @@ def fit(
         device=device,
         workers=workers,
         compiled=compile,
-        track=[track] if isinstance(track, str) else track,
+        track=[track] if isinstance(track, str) else track or (),
     )
     folder = Path(out or Path("runs", chosen.name))
     with ranks(chosen.machine.device, chosen.machine.hang_timeout) as rank:
         chosen = resolve_auto(chosen, rank.device)
         train_run(chosen, folder, open_run_data(chosen, folder, rank), os.fspath(resume), rank)
-    return Run(folder)
+    return Run(folder.absolute())
 
 
 def load(path: PathName) -> "Run":
     """Open a run's folder. Raises UserError where it holds no run with a checkpoint."""
-    run = Run(Path(path))
+    run = Run(Path(path).absolute())
     checkpoint.find(run.path)
+    if not (run.path / RECIPE).is_file():
+        raise UserError(f"{printable(run.path)} is not a run's folder: it has no {RECIPE}")
     return run
 
 

@@ -90,19 +90,20 @@ class ModelConfig:
 
 
 def parse_config(text: str, where: str) -> ModelConfig:
-    """A config from its text, which may come from anybody. Raises UserError where it is not one that fasttrain writes,
+    """A config from its text, which is untrusted. Raises UserError where it is not one that fasttrain writes,
     or asks for another preprocessing than fasttrain's."""
     try:
         content = json.loads(text)
         own, cfg = content[KEY], content["pretrained_cfg"]
-        config = ModelConfig(
-            content["architecture"], tuple(content["label_names"]), cfg["input_size"][1], own["input"] == "pixels"
-        )
+        names = content["label_names"]
+        config = ModelConfig(content["architecture"], tuple(names), cfg["input_size"][1], own["input"] == "pixels")
         smallest, largest = IMAGE_SIZES
         valid = (
             type(config.arch) is str
+            and type(names) is list
+            and content["num_classes"] == len(names)
             and len(set(config.classes)) == len(config.classes) > 0
-            and all(type(name) is str for name in config.classes)
+            and all(map(_is_name, names))
             and type(config.image_size) is int
             and smallest <= config.image_size <= largest
         )
@@ -118,6 +119,14 @@ def parse_config(text: str, where: str) -> ModelConfig:
     return config
 
 
+def _is_name(name: Any) -> bool:
+    """Whether a value is text that a file of probabilities can hold."""
+    try:
+        return type(name) is str and b"\0" not in name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+
+
 def is_exported(path: Path) -> bool:
     """Whether a path names an exported file, by its ending."""
     return path.suffix in (*WEIGHTS, *GRAPHS) and not path.is_dir()
@@ -129,21 +138,43 @@ def is_graph(path: Path) -> bool:
 
 
 class Graph:
-    """An exported graph, run on the CPU in float32."""
+    """An exported graph, run on the CPU in float32. run: raises anything, and may return anything: the file may come
+    from anywhere."""
 
-    def __init__(self, config: ModelConfig, run: Callable[[Tensor], Tensor]) -> None:
-        self.config, self.run = config, run
+    def __init__(self, path: Path, config: ModelConfig, run: Callable[[Tensor], Tensor]) -> None:
+        self.name, self.config, self.run = printable(path), config, run
 
     def __call__(self, images: Tensor) -> Output:
-        """Logits [B, K] for normalized crops, float32 [B, 3, S, S]."""
-        logits = self.run(images.contiguous())
+        """Logits [B, K] for normalized crops, float32 [B, 3, S, S]. Raises UserError where the graph does not take
+        them, or returns something else."""
+        logits = self._answers(images)
         return Output(logits, logits[:, :0])
 
-    def check_views(self, views: Views) -> None:
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities [B, K] of a graph that `takes_pixels` for whole images, uint8 [B, H, W, 3]. Raises UserError
+        like `__call__`."""
+        probs = self._answers(images)
+        if (probs < 0).any() or ((probs.sum(1) - 1).abs() > 1e-3).any():
+            raise UserError(f"{self.name} returns values that are no probabilities; export the run again")
+        return probs
+
+    def _answers(self, images: Tensor) -> Tensor:
+        try:
+            found = self.run(images.contiguous())
+        except Exception as error:  # of no common class
+            reason = printable(" ".join(str(error).split()))[:200]
+            raise UserError(f"{self.name} does not take {images.dtype} {list(images.shape)}: {reason}") from None
+        expected = [len(images), len(self.config.classes)]
+        if not isinstance(found, Tensor) or found.dtype != torch.float32 or list(found.shape) != expected:
+            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(f"{self.name} returns {kind}, not float32 {expected}; export the run again")
+        return found
+
+    def check_views(self, views: Views, interpolation: str) -> None:
         """Raises UserError where the graph does not take these views."""
         size = self.config.image_size
-        if self.config.takes_pixels and len(views) > 1:
-            raise UserError("this graph crops images itself; leave out --views and --sizes")
+        if self.config.takes_pixels and (len(views) > 1 or interpolation != "bilinear"):
+            raise UserError("this graph crops images itself; leave out --views, --sizes and --interpolation")
         if views.sizes != (size,):
             raise UserError(
                 f"this graph takes images of {size} x {size} pixels only; leave out --sizes and --views report"
@@ -191,6 +222,12 @@ def _config_of_weights(path: Path) -> ModelConfig:
 def _open_weights(path: Path, config: ModelConfig) -> Classifier:
     """A timm network with a file's weights."""
     tensors = {f"backbone.{name}": tensor for name, tensor in read_weights(path, f"{printable(path)}").items()}
+    with torch.device("meta"):  # shapes are compared before the network takes memory
+        shapes = {name: each.shape for name, each in Classifier(config.arch, len(config.classes)).state_dict().items()}
+    unlike = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
+    if unlike:
+        network = f"{config.arch} with {len(config.classes)} classes"
+        raise UserError(f"{printable(path)} does not hold a {network}: {unlike[0]} is missing or has another shape")
     model = Classifier(config.arch, len(config.classes))
     try:
         model.load_state_dict(tensors)
@@ -221,11 +258,14 @@ def _open_onnx(path: Path) -> Graph:
         text = session.get_modelmeta().custom_metadata_map.get(KEY, "{}")
     except Exception as error:  # of no common class
         raise UserError(f"{printable(path)} cannot be opened: {printable(str(error))[:200]}") from None
-    name = session.get_inputs()[0].name
-    return Graph(
-        parse_config(text, printable(path)),
-        lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]),
-    )
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise UserError(f"{printable(path)} has {len(inputs)} inputs, and exported networks have one")
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {inputs[0].name: images.numpy()})[0])
+
+    return Graph(path, parse_config(text, printable(path)), run)
 
 
 @contextmanager
@@ -249,4 +289,4 @@ def _open_pt2(path: Path) -> Graph:
     except Exception as error:  # a damaged file makes torch raise anything
         raise UserError(f"{printable(path)} cannot be opened: {printable(str(error))[:200]}") from None
     assert isinstance(program, nn.Module)
-    return Graph(parse_config(files[CONFIG] or "{}", printable(path)), program)
+    return Graph(path, parse_config(files[CONFIG] or "{}", printable(path)), program)

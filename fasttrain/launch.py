@@ -13,6 +13,7 @@ import torch
 from fasttrain import recipes
 from fasttrain.checkpoints.run_dir import lock, open_run, require_outside
 from fasttrain.config import toml
+from fasttrain.config.choices import LOSS_COMBINATIONS
 from fasttrain.config.schema import DataConfig, Recipe
 from fasttrain.data import demo_set
 from fasttrain.data.index import Index
@@ -130,10 +131,12 @@ def chosen_recipe(arch: str | None, recipe_name: str | Recipe | None, loss: str 
         raise UserError("name a network with --arch (such as tresnet_xl) or a recipe with --recipe")
 
     require_known(arch)
+    if loss is not None and loss not in LOSS_COMBINATIONS:
+        raise UserError(f"--loss must be one of {', '.join(LOSS_COMBINATIONS)}, not {loss!r}")
     recipe = recipes.for_arch(arch, loss or "ce")
     if arch not in ARCHS and torchrun_variable("RANK", 0) == 0:
         defaults = f"batch {recipe.batch_size}, {recipe.epochs} epochs, AutoAugment, CutMix"
-        print(f"no recipe for {arch}: using the defaults ({defaults})", file=sys.stderr)
+        print(f"no recipe for {arch}: using the defaults ({defaults}), and your options", file=sys.stderr)
     return recipe
 
 

@@ -58,11 +58,19 @@ def test_a_run_is_resumed_and_opened_again(fitted, demo_set):
     assert again == fitted == fasttrain.load(str(fitted.path))
     assert events(fitted.path)[-1]["event"] == "end" and again.recipe.epochs == 2
     assert again.classes == sorted(again.classes)
+    with pytest.raises(UserError, match="is not a run's folder"):
+        fasttrain.load(fitted.path / "best")
+    for options in ({"device": "tpu"}, {"interpolation": "lanczos"}, {"workers": -3}, {"views": "all"}):
+        with pytest.raises(UserError, match=r"must be|choose"):
+            fitted.evaluate(demo_set, **{"device": "cpu", **options})
 
 
 def test_settings_and_recipes_are_taken(demo_set, tmp_path):
     settings = {"augment.crop_area": (0.5, 1.0), "losses.cross_entropy.smoothing": 0.0, "mix.cutmix": 0}
-    run = fasttrain.fit("test_resnet", data=[demo_set], epochs=1, out=tmp_path / "a", settings=settings, **SMALL)
+    settings["optim.lr"] = np.float64(0.2)
+    run = fasttrain.fit(
+        "test_resnet", data=[demo_set], epochs=np.int64(1), out=tmp_path / "a", settings=settings, **SMALL
+    )
     recipe = run.recipe
     assert recipe.augment.crop_area == (0.5, 1.0) and recipe.losses[0].smoothing == 0 and recipe.mix.cutmix == 0
     again = fasttrain.fit(recipe=recipe, out=tmp_path / "b")
@@ -80,6 +88,9 @@ def test_settings_and_recipes_are_taken(demo_set, tmp_path):
         ({"arch": "test_resnet", "data": "/nowhere"}, "no such folder: /nowhere"),
         ({"arch": "test_resnet", "epochs": 1, "budget": "2h"}, "exclude each other"),
         ({"arch": "test_resnet", "device": "tpu"}, "device must be one of auto, cpu, cuda"),
+        ({"arch": "test_resnet", "loss": "hinge"}, "--loss must be one of ce"),
+        ({"arch": "test_resnet", "compile": "off"}, "compile must be True, False or None, not 'off'"),
+        ({"arch": "test_resnet", "budget": 5}, "budget must be a string, not 5"),
     ],
 )
 def test_wrong_arguments_raise_what_the_command_prints(demo_set, tmp_path, arguments, message):
@@ -122,7 +133,7 @@ def test_the_notebook_runs(tmp_path):
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=kernel).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(str(output) for output in outputs)
-    assert "<iframe srcdoc=" in text and "'top1'" in text and (tmp_path / "model.safetensors").exists()
+    assert "<iframe srcdoc=" in text and "'top1'" in text and list(tmp_path.rglob("export/model.safetensors"))
     assert not any(output.output_type == "error" for output in outputs)
     printed = "".join(output["text"] for output in outputs if output.output_type == "stream")
     assert "step 20 of" not in printed and "Warning" not in printed, "a bar instead of lines, and nothing that worries"

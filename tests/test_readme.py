@@ -24,18 +24,21 @@ def code_with(part: str) -> str:
 @pytest.mark.parametrize("decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_an_exported_network_is_used_with_timm_alone(demo_set, tmp_path, monkeypatch, decay):
     run(tiny(epochs=1, ema=EmaConfig(decay)), tmp_path / "run", part_of(demo_set, 6))
-    (tmp_path / "DIR").mkdir()
-    call("export", tmp_path / "run", "--to", tmp_path / "DIR" / "model.safetensors", "--images", 20)
+    call("export", tmp_path / "run", "--to", tmp_path / "OUT" / "model.safetensors", "--max-images", 20)
+    call("export", tmp_path / "run", "--to", tmp_path / "OUT" / "pixels.onnx", "--preprocess", "--max-images", 20)
     path = next((demo_set / "val").rglob("*.jpg"))
     monkeypatch.chdir(tmp_path)
     Image.open(path).save("image.jpg")
     names: dict = {}
-    exec(code_with("local-dir:DIR"), names)
+    exec(code_with("local-dir:OUT"), names)
     ours, _, classes = checkpoint.network(tmp_path / "run")
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(names["network"](images), ours(images).logits, atol=1e-5)
     assert names["answer"] in classes
+    probs = names["probs"].detach().numpy()
+    exec(code_with("onnxruntime"), names)
+    assert names["classes"] == classes and np.allclose(names["probs"], probs, atol=2e-3)
     size = timm.data.resolve_model_data_config(names["network"])["input_size"]
     assert list(size) == [3, 32, 32]
 

@@ -48,7 +48,7 @@ def check_compatible(saved: Checkpoint, ours: dict[str, Any], allow: Sequence[st
     # A setting that did not exist when the checkpoint was written has its default.
     recipe = toml.from_dict(saved.meta["recipe"], where=printable(saved.path))
     theirs = saved.meta | {"recipe": toml.to_dict(recipe)}
-    both = {**_flat(theirs["recipe"]), **_flat(ours["recipe"])}
+    both = {**toml.flat(theirs["recipe"]), **toml.flat(ours["recipe"])}
     parts = [key.split(".") for key in both if not _is_free(key)]
     names = {"data", "classes", *(".".join(each[:depth]) for each in parts for depth in range(1, len(each) + 1))}
     for name in allow:
@@ -84,7 +84,7 @@ def _require_same_outputs(saved: Checkpoint, classes: Sequence[str]) -> None:
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
     """What differs, as text, by name."""
-    was, now = _flat(theirs["recipe"]), _flat(ours["recipe"])
+    was, now = toml.flat(theirs["recipe"]), toml.flat(ours["recipe"])
     found = {
         key: f"{printable(key)} was {_brief(was.get(key))} and is {_brief(now.get(key))}"
         for key in {**was, **now}
@@ -105,13 +105,6 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]
 def _brief(value: Any) -> str:
     text = printable(repr(value))
     return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def val_fingerprint(index: Index | None) -> str | None:

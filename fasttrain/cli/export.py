@@ -1,5 +1,7 @@
 """`fasttrain export`: a run's network as a file for other programs."""
 
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -13,6 +15,7 @@ from fasttrain.cli.options import (
     links_option,
     output_option,
 )
+from fasttrain.utils.decoder_messages import shown_once
 
 
 @click.command(cls=GroupedCommand, short_help="Write a network for other programs, and check it.")
@@ -20,16 +23,18 @@ from fasttrain.cli.options import (
 @output_option("--to", required=True, type=FILE, metavar="FILE",
                help="Write this file: .safetensors or .pth (for timm), .onnx, or .pt2 (torch.export).")  # fmt: skip
 @output_option(
-    "--preprocess", is_flag=True, help="Of a graph: whole images in (uint8 [B, H, W, 3]), probabilities out."
+    "--preprocess",
+    is_flag=True,
+    help="For .onnx and .pt2: build the crop, normalization and softmax into the file.",
 )
 @evaluation_option("--raw", is_flag=True, help="Use the raw weights where the checkpoint also has averaged ones.")
 @data_option("--data", type=DATA, metavar="DIR|FILE",
              help="Images to check the file on. Default: the run's validation images, or the demo set.")  # fmt: skip
 @links_option
-@evaluation_option("--images", type=click.IntRange(0), default=500, show_default=True,
+@evaluation_option("--max-images", type=click.IntRange(0), default=500, show_default=True,
                    help="Check at most so many images, spread over all; 0: all.")  # fmt: skip
 def export(
-    checkpoint_path: Path, to: Path, preprocess: bool, raw: bool, data: str | None, links: str, images: int
+    checkpoint_path: Path, to: Path, preprocess: bool, raw: bool, data: str | None, links: str, max_images: int
 ) -> None:
     """Write a run's network for programs that do not have fasttrain.
 
@@ -42,7 +47,9 @@ def export(
     from fasttrain.export import export as exporting
     from fasttrain.utils.text import printable
 
-    parity = exporting.export(
-        checkpoint_path, to, takes_pixels=preprocess, raw=raw, data=data, links=links, most_images=images
-    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, after which temporary files are removed
+    with shown_once():
+        parity = exporting.export(
+            checkpoint_path, to, takes_pixels=preprocess, raw=raw, data=data, links=links, most_images=max_images
+        )
     click.echo(f"{parity}\nwrote {printable(to)}, config.json and {printable(to.name)}.parity.json")

@@ -58,7 +58,7 @@ def report(
     with shown_once():
         html = page.build(runs, data=data, options=Options(device, raw, batch_size, workers))
     page.write(out, html)
-    click.echo(f"wrote {printable(out)}: {len(html.encode()) / 2**20:.1f} MiB")
+    click.echo(f"wrote {printable(out)}: {len(html.encode()) / 2**10:,.0f} KiB")
 
 
 @click.command(cls=GroupedCommand, short_help="Compare two runs on the same images.")
@@ -78,8 +78,8 @@ def compare(
 ) -> None:
     """Print the settings in which two runs differ, and the scores of their best checkpoints on the same images.
 
-    The differences have intervals of 95 %, by a paired bootstrap over the images; that of the log-loss is a normal
-    distribution's. McNemar's exact test says how likely so unequal answers are if both networks are equally good.
+    The differences have 95 % intervals, from a paired bootstrap over the images; for the log-loss the interval assumes
+    a normal distribution. McNemar's p is the chance of a difference this large if both networks were equally good.
 
     RUN is a run's folder; FILE.npz has probabilities that `eval --out` wrote.
     """

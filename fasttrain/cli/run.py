@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 @training_option("--batch-size", type=click.IntRange(1), help="Images per step, over all ranks. Default: the recipe's.")
 @training_option("--image-size", type=click.IntRange(8), help="Side of the images, in pixels. Default: the recipe's.")
 @training_option(
-    "--lr", type=float, help="Peak learning rate, as it is. Default: the recipe's, scaled by the batch size."
+    "--lr", type=float, help="Peak learning rate, not scaled by the batch size. Default: the recipe's, which is."
 )
 @training_option("--seed", type=click.IntRange(0), help="Random seed. Default: the recipe's.")
 @training_option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SET_HELP)

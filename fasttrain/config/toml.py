@@ -12,9 +12,11 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from fasttrain.config.schema import Recipe
 from fasttrain.losses import LOSSES
@@ -38,7 +40,17 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
     return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's plain values by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
 
 def to_toml(recipe: Recipe, comments: bool = False) -> str:

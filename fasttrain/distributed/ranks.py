@@ -129,12 +129,15 @@ def ranks(device: str, patience_s: float = 1800.0) -> Iterator[Ranks]:
 
     device: auto, cpu or cuda. patience_s: how long a collective may wait for a rank. It is longer than the watchdog's
     timeout, because `watchdog.Watch` says more. If the body raises, the other ranks learn of it, so that only the rank
-    that failed first prints a message. Raises UserError where CUDA is asked for and torch sees no GPU.
+    that failed first prints a message. Raises UserError for another device, and where CUDA is asked for and torch sees
+    no GPU.
     """
     rank, world, local_rank, local_world = (
         torchrun_variable(name, default)
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu or cuda, not {device!r}")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         _check_gpu(local_rank)

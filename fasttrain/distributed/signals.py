@@ -29,8 +29,13 @@ def _record(number: int, _: FrameType | None) -> None:
     _received[0] = signal.Signals(number).name
 
 
+def request(name: str) -> None:
+    """Record a request to stop that is no signal, by its name. Any thread may call this."""
+    _received[0] = name
+
+
 def received() -> str:
-    """The name of the last signal that was received, or an empty string."""
+    """The name of the last signal, or request, that was received, or an empty string."""
     return _received[0]
 
 

@@ -25,7 +25,7 @@ _READ_ERRORS = (
 _SIZE = re.compile(r"probs_(\d{1,4})")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """Probabilities of N images over K classes.
 
@@ -41,6 +41,10 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        labels = "with labels" if self.labels is not None else "without labels"
+        return f"Predictions({len(self)} images, {len(self.classes)} classes, {labels})"
 
     @property
     def answers(self) -> NDArray[np.str_]:

@@ -1,5 +1,7 @@
 """The networks that are exported as graphs: one for normalized crops, and one that takes whole images."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ class CenterCrop(nn.Module):
 
     The shorter edge becomes `shorter_edge(size)` pixels, bilinear with antialiasing, as in PIL and torchvision. The two
     are one resize of the region that the crop needs. It is separable, so it is two products with matrices of weights.
-    These take any height and width, and exporters and runtimes have matrix products, but not all have such a resize.
+    These take any height and width, and every exporter and runtime has matrix products.
     """
 
     def __init__(self, size: int) -> None:
@@ -52,13 +54,17 @@ class FromPixels(nn.Module):
         return self.network((self.crop(images) - self.mean) / self.std).softmax(1)
 
 
-def trace(network: nn.Module, size: int, *, takes_pixels: bool) -> torch.export.ExportedProgram:
-    """A network in eval mode as a torch.export program for any batch size, and any image size where `takes_pixels`. Its
-    input is called `images`."""
-    module, example, dynamic = network, torch.zeros(2, 3, size, size), 1
-    if takes_pixels:
-        module = FromPixels(network, size).eval()
-        example, dynamic = torch.zeros(2, size + 7, size + 15, 3, dtype=torch.uint8), 3
-    shapes = dict.fromkeys(range(dynamic), torch.export.Dim.DYNAMIC)
-    with torch.no_grad():
-        return torch.export.export(module, (example,), dynamic_shapes=(shapes,))
+class Traceable(NamedTuple):
+    """What exporters trace. example: an input. axes: the names of the input's axes that may have any length."""
+
+    module: nn.Module
+    example: Tensor
+    axes: dict[int, str]
+
+
+def traceable(network: nn.Module, size: int, *, takes_pixels: bool) -> Traceable:
+    """A network in eval mode, for normalized crops of any number, or for whole images of any number and size."""
+    if not takes_pixels:
+        return Traceable(network, torch.zeros(2, 3, size, size), {0: "batch"})
+    example = torch.zeros(2, size + 7, size + 15, 3, dtype=torch.uint8)
+    return Traceable(FromPixels(network, size).eval(), example, {0: "batch", 1: "height", 2: "width"})

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fasttrain.checkpoints import checkpoint
-from fasttrain.export.graph import trace
+from fasttrain.export.graph import Traceable, traceable
 from fasttrain.exported import CONFIG, GRAPHS, KEY, WEIGHTS, ModelConfig, quiet, require_onnxruntime
 from fasttrain.utils.errors import RunError, UserError
 from fasttrain.utils.text import printable
@@ -42,43 +42,51 @@ def write(path: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
     match path.suffix:
         case ".safetensors":
             save_file(weights, path, {"format": "pt", KEY: text})
-            shutil.copymode(path.parent / CONFIG, path)  # safetensors lets nobody else read its files
+            shutil.copymode(path.parent / CONFIG, path)  # safetensors writes files that only their owner can read
         case ".pth":
             torch.save(weights, path)
         case ".pt2":
-            program = _program(config, weights)
-            with quiet():
-                torch.export.save(program, path, extra_files={CONFIG: text})
+            _write_pt2(path, config, weights, text)
         case ".onnx":
             _write_onnx(path, config, weights, text)
 
 
-def _program(config: ModelConfig, weights: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    network = timm_network(config, weights)
-    with quiet():
+def _write_pt2(path: Path, config: ModelConfig, weights: dict[str, Tensor], text: str) -> None:
+    module, example, axes = _traceable(config, weights)
+    shapes = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    with quiet(), torch.no_grad():
         try:
-            return trace(network, config.image_size, takes_pixels=config.takes_pixels)
+            program = torch.export.export(module, (example,), dynamic_shapes=(shapes,))
         except Exception as error:  # of no common class
             raise RunError(f"torch.export does not take {config.arch}: {_reason(error)}") from None
+        torch.export.save(program, path, extra_files={CONFIG: text})
 
 
 def _write_onnx(path: Path, config: ModelConfig, weights: dict[str, Tensor], text: str) -> None:
     if sum(tensor.nbytes for tensor in weights.values()) > _MOST_ONNX_BYTES:
-        raise RunError(
-            f"{config.arch} has more weights than one .onnx file can hold; export a .pt2 or .safetensors file"
-        )
-    program = _program(config, weights)
+        raise RunError(f"{config.arch} has more weights than one .onnx file can hold; export a .pt2 file instead")
+    module, example, axes = _traceable(config, weights)
     output = "probabilities" if config.takes_pixels else "logits"
-    with quiet():
+    with quiet(), torch.no_grad():
         try:
             exported = torch.onnx.export(
-                program, dynamo=True, input_names=["images"], output_names=[output], verbose=False
+                module,
+                (example,),
+                input_names=["images"],
+                output_names=[output],
+                dynamic_shapes=(axes,),
+                dynamo=True,
+                verbose=False,
             )
         except Exception as error:  # of no common class
             raise RunError(f"torch cannot export {config.arch} as ONNX: {_reason(error)}") from None
         assert exported is not None
         exported.model.metadata_props[KEY] = text
         exported.save(path, external_data=False)
+
+
+def _traceable(config: ModelConfig, weights: dict[str, Tensor]) -> Traceable:
+    return traceable(timm_network(config, weights), config.image_size, takes_pixels=config.takes_pixels)
 
 
 def timm_network(config: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:

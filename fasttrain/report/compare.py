@@ -61,6 +61,8 @@ def compare(first: Path, second: Path, *, data: str | None = None, options: Opti
     aligned = _aligned(one, other)
     labels = one.predicted.labels
     assert labels is not None
+    if len(labels) < 2:
+        raise UserError("a comparison takes two images or more")
     right, other_right = (each.probs.argmax(1) == labels for each in (one.predicted, aligned))
     losses = [_losses(each.probs, labels) for each in (one.predicted, aligned)]
     only_first, only_second = int((right & ~other_right).sum()), int((other_right & ~right).sum())
@@ -84,6 +86,8 @@ def compare(first: Path, second: Path, *, data: str | None = None, options: Opti
 
 def _side(path: Path, data: str | None, options: Options) -> Side:
     if path.suffix == ".npz":
+        if data is not None:
+            raise UserError(f"--data: {printable(path)} holds the answers to its own images; leave --data out")
         predicted = predictions.load(path, per_size=False)
         if predicted.labels is None:
             raise UserError(f"{printable(path)} has no labels; `eval --out` writes probabilities with labels")

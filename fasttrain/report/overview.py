@@ -128,7 +128,7 @@ def facts(run: RunFolder, val_images: int | None) -> Html:
     counted = [f"{images:,.0f} training images"] if images is not None else []
     counted += [f"{val_images:,} validation images"] if val_images is not None else []
     counted += [f"{len(run.classes):,} classes"] if run.classes else []
-    rows.append(("images", ", ".join(counted) or "the log does not tell"))
+    rows.append(("images", ", ".join(counted) or "not in the log"))
     if data.folds:
         rows.append(("validated on", f"fold {data.fold} of {data.folds} of the training images"))
     elif data.val:
@@ -137,7 +137,7 @@ def facts(run: RunFolder, val_images: int | None) -> Html:
     machine = [hardware] if (hardware := _hardware(start)) else []
     if isinstance(cpu, dict) and isinstance(cpu.get("model"), str):
         cores = number(cpu.get("cores"))
-        machine = machine if not machine[0].startswith("the CPU") else []
+        machine = [each for each in machine if not each.startswith("the CPU")]
         machine.append(f"CPU {cpu['model']}" + (f", {cores:.0f} cores" if cores else ""))
     if (world := number(start.get("world"))) and world > 1:
         machine.append(f"{world:.0f} ranks")
@@ -351,7 +351,7 @@ def events(run: RunFolder) -> Html:
 
 
 def _what(row: Row) -> str:
-    """An event in words. Values may be of any type, since a log may come from anybody."""
+    """An event in words. Values may be of any type, since a log is untrusted."""
     kind = row["event"]
     match kind:
         case "start":

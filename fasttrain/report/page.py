@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fasttrain import __version__
 from fasttrain.data.index import Index
+from fasttrain.distributed.ranks import ranks
 from fasttrain.evaluation.metrics import NAMES, Scores, better
 from fasttrain.evaluation.predictions import Predictions
 from fasttrain.pipelines.plan import Plan
@@ -48,10 +49,12 @@ class Evaluated(NamedTuple):
 def build(runs: Sequence[Path], *, data: str | None = None, options: Options = DEFAULTS) -> str:
     """A page about runs, as HTML.
 
-    runs: their folders. data: labeled images, as in `eval`;
-    None: the validation images of the best run's recipe, where they are there. What cannot be shown is said on the
-    page. Raises UserError where a folder holds no run, or `data` cannot be used.
+    runs: their folders. data: labeled images, as in `eval`; None: the validation images of the best run's recipe, where
+    they are there. What cannot be shown is said on the page. Raises UserError where a folder holds no run, or `data`
+    cannot be used.
     """
+    with ranks(options.device):
+        pass  # raises for a device that this machine does not have
     found = read_runs(runs)
     evaluated: dict[str, Evaluated] = {}
     if data is not None:
@@ -65,6 +68,7 @@ def build(runs: Sequence[Path], *, data: str | None = None, options: Options = D
             evaluated[best.name] = result
         else:
             missing = result
+            print(f"without answers to validation images: {printable(missing)}", file=sys.stderr)
     body = _body(found, best, own, evaluated, missing, on_common=data is not None)
     return _document(_title(found), body)
 
@@ -230,7 +234,10 @@ def _hash(text: str) -> str:
 
 
 def check_overwritable(path: Path) -> None:
-    """Raises UserError where `path` has no folder that can be written to, or exists and is no page made by `build`."""
+    """Raises UserError where `path` does not end in .html, has no folder that can be written to, or exists and is no
+    page made by `build`."""
+    if path.suffix != ".html":
+        raise UserError(f"{printable(path)}: a report is an HTML page; end the name in .html")
     require_writable_folder(path)
     if not path.exists():
         return

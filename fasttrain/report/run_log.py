@@ -1,4 +1,4 @@
-"""Reads a run's log.jsonl, which may come from anybody: lines may be cut, and steps may have been done twice."""
+"""Reads a run's log.jsonl, which is untrusted: lines may be cut, and steps may have been done twice."""
 
 import json
 import math
@@ -17,7 +17,7 @@ _LARGEST = 1e30  # of numbers that are drawn
 
 
 class Lines(NamedTuple):
-    """rows: all events, in their order. damaged: the number of lines that are none."""
+    """rows: all events, in their order. damaged: the number of lines that are not events."""
 
     rows: list[Row]
     damaged: int

@@ -34,7 +34,7 @@ from fasttrain.utils.text import printable
 @dataclass(frozen=True, eq=False)
 class RunFolder:
     """A run of a report. name: unlike the other runs'. rows: the log without abandoned attempts; all_rows: with them.
-    damaged: lines of the log that are none. classes: of its checkpoint; empty without one. step: steps of the
+    damaged: lines of the log that are not events. classes: of its checkpoint; empty without one. step: steps of the
     checkpoint. missing: what cannot be shown, one line each."""
 
     folder: Path
@@ -126,14 +126,6 @@ def read_recipe(folder: Path) -> tuple[Recipe, str]:
     return toml.from_toml(text, where=printable(path)), text
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return values
-
-
 def changed_settings(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """The settings that differ from the defaults, by dotted key: the value and the default. A loss that is not in the
     default recipe, cross entropy alone, has the default None for `losses`."""
@@ -143,13 +135,18 @@ def changed_settings(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     changed: dict[str, tuple[Any, Any]] = {}
     if list(own["losses"]) != [CrossEntropy.name]:
         changed["losses"] = (" + ".join(own["losses"]), CrossEntropy.name)
-    values, defaults = flat(own), flat(json.loads(json.dumps(default)))
-    return changed | {key: (value, defaults.get(key)) for key, value in values.items() if value != defaults.get(key)}
+    values, defaults = toml.flat(own), toml.flat(json.loads(json.dumps(default)))
+    for key, value in values.items():
+        # A run's recipe has what `auto` became on its machine.
+        if value != defaults.get(key) and defaults.get(key) != "auto":
+            changed[key] = (value, defaults.get(key))
+    return changed
 
 
 def differing(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:
-    """The settings in which recipes differ, by dotted key: the value of each; None where it has no such setting."""
-    tables = [flat(toml.to_dict(recipe)) for recipe in recipes]
+    """The settings in which recipes differ, by dotted key: the value of each; None where it has no such setting. The
+    peak learning rate, which follows from several settings, is one of them."""
+    tables = [toml.flat(toml.to_dict(recipe)) | {"peak learning rate": recipe.peak_lr} for recipe in recipes]
     keys = dict.fromkeys(key for table in tables for key in table)
     found = {key: [table.get(key) for table in tables] for key in keys}
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}

@@ -7,9 +7,8 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import re
-import signal
+import shlex
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
+from fasttrain.distributed import signals
 from fasttrain.utils.errors import UserError
 from fasttrain.utils.files import atomic, read_json
 from fasttrain.utils.text import printable
@@ -40,9 +40,10 @@ Say = Callable[[str], None]
 
 class Tracker(Protocol):
     """One run in one tracker. Its thread alone makes, calls and closes it. id: the tracked run's; empty if it has
-    none."""
+    none. where: a line on where to look at it; empty if there is nothing to say."""
 
     id: str
+    where: str
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Scalars by name after `step` steps. Steps may go back: a run that resumes or rewinds repeats some."""
@@ -52,8 +53,8 @@ class Tracker(Protocol):
 
 
 class Tracked(NamedTuple):
-    """What a tracker is told about a run. config: its recipe as plain values. known: the id of the tracked run to go on
-    in; empty for a new one."""
+    """What a tracker gets to know about a run. config: its recipe as plain values. known: the id of the tracked run to
+    resume; empty for a new one."""
 
     out: Path
     project: str
@@ -119,7 +120,7 @@ class Trackers:
 
 
 class Sink:
-    """Passes scalars on to a tracker, in order, on a daemon thread. An error ends the tracker and is said once.
+    """Passes scalars on to a tracker, in order, on a daemon thread. An error ends the tracker and is reported once.
 
     start: makes the tracker, on that thread; None where there is nothing to do. remember: takes the tracked run's id.
     """
@@ -134,7 +135,7 @@ class Sink:
         threading.Thread(target=self._work, name=f"tracker {name}", daemon=True).start()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Queue scalars; where QUEUE points wait already, drop them, which is said once."""
+        """Queue scalars; where QUEUE points wait already, drop them, which is reported once."""
         if self.done.is_set():
             return
         if self.points.qsize() < QUEUE:
@@ -163,6 +164,8 @@ class Sink:
                 return
             if tracker.id:
                 self.remember(self.name, tracker.id)
+            if tracker.where:
+                self.say(f"{self.name}: {printable(tracker.where)}")
             while (point := self.points.get()) is not None:
                 tracker.log(*point)
             tracker.close(self.finished)
@@ -184,7 +187,7 @@ def _open(name: str, run: Tracked) -> Tracker:
 
 
 class _TensorBoard:
-    id = ""
+    id = where = ""
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
@@ -198,7 +201,7 @@ class _TensorBoard:
 
 
 def _tensorboard(out: Path, say: Say) -> Tracker | None:
-    """TensorBoard; None where it is not installed, or does not work, which is said."""
+    """TensorBoard; None where it is not installed, or does not work, which is reported."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -228,11 +231,12 @@ class _WandB:
             "reinit": "create_new",
             "allow_val_change": True,
             # The stop button of its page: the run saves and ends, instead of a KeyboardInterrupt.
-            "stop_fn": lambda: os.kill(os.getpid(), signal.SIGTERM),
+            "stop_fn": partial(signals.request, "W&B's stop button"),
         }
         known = wandb.Settings.model_fields  # other versions may lack some
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-        wandb.setup(settings)  # for the login, which does not have the settings of the run
+        # The login does not have the settings of the run. Other runs of this process keep theirs.
+        wandb.setup(wandb.Settings(silent=True))
         self.run = wandb.init(
             project=run.project,
             id=self.id,
@@ -242,6 +246,7 @@ class _WandB:
             resume="allow",
             settings=settings,
         )
+        self.where = self.run.url or "offline; `wandb sync` uploads the folders in the run's wandb/"
         # Its own steps cannot go back; as an axis, ours can.
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
@@ -257,19 +262,21 @@ class _Trackio:
     def __init__(self, run: Tracked) -> None:
         import trackio
 
-        _silence("trackio")
+        self.restore = _silence("trackio")
         self.run = trackio.init(
             run.project, name=run.name, config=run.config, embed=False, auto_log_cpu=False, auto_log_gpu=False
         )
         # It finds a run to resume by its name alone, which runs in other folders may have too.
         self.run.id = run.known or self.run.id
         self.id = self.run.id
+        self.where = f"`trackio show --project {shlex.quote(run.project)}` shows it"
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
     def close(self, finished: bool) -> None:
         self.run.finish()
+        self.restore()
 
 
 class _MLflow:
@@ -277,8 +284,10 @@ class _MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        self.level = logging.getLogger("mlflow").level
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         self.client = MlflowClient()
+        self.where = f"in {self.client.tracking_uri}"
         self.id, params = self._open(run)
         new = [Param(key, value) for key, value in _flat(run.config).items() if key not in params]
         for first in range(0, len(new), _PARAMS):
@@ -308,10 +317,11 @@ class _MLflow:
 
     def close(self, finished: bool) -> None:
         self.client.set_terminated(self.id, status="FINISHED" if finished else "KILLED")
+        logging.getLogger("mlflow").setLevel(self.level)
 
 
 def _read_ids(path: Path, say: Say) -> dict[str, str]:
-    """The ids of tracked runs. An untrusted file: where it is damaged, this is said and there are none."""
+    """The ids of tracked runs. An untrusted file: where it is damaged, this is reported and there are none."""
     try:
         ids = read_json(path, _IDS_BYTES)
     except FileNotFoundError:
@@ -331,11 +341,18 @@ def _import(name: str) -> None:
         importlib.import_module(_MODULES.get(name, name))
 
 
-def _silence(package: str) -> None:
-    """Let a package's modules print nothing. Only stdout as a whole could be redirected, and other threads use it."""
-    for name, module in list(sys.modules.items()):
-        if f"{name}.".startswith(f"{package}."):
-            vars(module)["print"] = lambda *args, **options: None
+def _silence(package: str) -> Callable[[], None]:
+    """Let a package's modules print nothing, until the function that is returned is called. Only stdout as a whole
+    could be redirected, and other threads use it."""
+    modules = [module for name, module in list(sys.modules.items()) if f"{name}.".startswith(f"{package}.")]
+    for module in modules:
+        vars(module)["print"] = lambda *args, **options: None
+
+    def restore() -> None:
+        for module in modules:
+            vars(module).pop("print", None)
+
+    return restore
 
 
 def _reason(error: BaseException) -> str:

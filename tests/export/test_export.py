@@ -19,7 +19,7 @@ from fasttrain.config.schema import DataConfig, EmaConfig, MachineConfig
 from fasttrain.evaluation import predictions
 from fasttrain.export import write as writing
 from fasttrain.export.parity import of_probabilities
-from fasttrain.exported import KEY, ModelConfig, parse_config
+from fasttrain.exported import KEY, Graph, ModelConfig, parse_config
 from fasttrain.utils.errors import RunError, UserError
 
 FORMATS = ["model.safetensors", "model.pth", "model.onnx", "model.pt2"]
@@ -42,8 +42,8 @@ def exports(trained) -> Path:
     folder = trained.parent / "exports"
     folder.mkdir()
     for name in ("model.safetensors", "model.onnx"):
-        call("export", trained, "--to", folder / name, "--images", 60)
-    call("export", trained, "--to", folder / "pixels.onnx", "--images", 60, "--preprocess")
+        call("export", trained, "--to", folder / name, "--max-images", 60)
+    call("export", trained, "--to", folder / "pixels.onnx", "--max-images", 60, "--preprocess")
     return folder
 
 
@@ -77,6 +77,7 @@ def test_onnx_takes_any_batch_and_carries_its_preprocessing(exports, trained):
     onnx.checker.check_model(onnx.load(exports / "model.onnx"), full_check=True)
     session = onnxruntime.InferenceSession(exports / "model.onnx")
     model = averaged(trained)
+    assert session.get_inputs()[0].shape == ["batch", 3, 32, 32]
     for batch in (1, 2, 7):
         images = torch.randn(batch, 3, 32, 32)
         (logits,) = session.run(["logits"], {"images": images.numpy()})
@@ -120,6 +121,8 @@ def test_eval_and_predict_take_exports(exports, trained, demo_set, tmp_path):
         ("model.onnx", ["--views", "report"], "takes images of 32 x 32 pixels only"),
         ("model.onnx", ["--sizes", "64"], "takes images of 32 x 32 pixels only"),
         ("pixels.onnx", ["--views", "tencrop"], "crops images itself"),
+        ("pixels.onnx", ["--interpolation", "bicubic"], "crops images itself"),
+        ("model.safetensors", ["--raw"], "one set of weights"),
         ("model.onnx", ["--device", "cuda"], "run on the CPU here"),
         ("missing.onnx", [], "no such file"),
     ],
@@ -151,7 +154,7 @@ def test_a_file_that_computes_something_else_is_not_put_in_place(exports, traine
         return network
 
     monkeypatch.setattr(writing, "timm_network", damaged)
-    result = call("export", trained, "--to", exports / "model.onnx", "--images", 60, status=1)
+    result = call("export", trained, "--to", exports / "model.onnx", "--max-images", 60, status=1)
     assert "model.onnx was not written" in result.output and "have the same top-1 class" in result.output
     assert {path.name: path.read_bytes() for path in exports.iterdir()} == before
 
@@ -189,7 +192,7 @@ def test_an_aligned_network_leaves_at_timms_widths(demo_set, tmp_path):
     machine = MachineConfig(device="cpu", compile="off", align="on", workers=2)
     recipe = tiny(arch="tresnet_m", image_size=64, batch_size=10, epochs=1, machine=machine)
     run(recipe, tmp_path / "run", part_of(demo_set, 2))
-    call("export", tmp_path / "run", "--to", tmp_path / "model.safetensors", "--images", 20)
+    call("export", tmp_path / "run", "--to", tmp_path / "model.safetensors", "--max-images", 20)
     network = timm.create_model("tresnet_m", num_classes=10, checkpoint_path=str(tmp_path / "model.safetensors"))
     assert network.state_dict().keys() == timm.create_model("tresnet_m", num_classes=10).state_dict().keys()
 
@@ -209,15 +212,26 @@ def test_images_of_a_pack_and_of_the_demo_set_are_compared_on(trained, demo_set,
 
 
 def test_agreement_counts_near_ties_apart():
-    expected = np.array([[0.5, 0.495, 0.005], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]], np.float32)
-    found = np.array([[0.4, 0.45, 0.15], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8], [0.1, 0.8, 0.1]], np.float32)
-    parity = of_probabilities(expected, found, np.array([1, 0, 2, 0]), "a test", "made-up numbers")
-    assert (parity.agreement, parity.near_ties, parity.passed) == (0.5, 0.25, False)
-    assert parity.top1_checkpoint == 0.5 and parity.top1_file == 0.5
-    assert parity.max_difference == pytest.approx(0.3)
-    assert of_probabilities(expected, expected[:, [0, 1, 2]], None, "", "").passed
+    expected = np.tile(np.array([[0.5, 0.495, 0.005]], np.float32), (200, 1))
+    found = expected.copy()
+    found[:4] = [0.496, 0.499, 0.005]  # near ties
+    labels = np.array([1] * 2 + [0] * 198)
+    parity = of_probabilities(expected, found, labels, "a test", "made-up numbers")
+    assert (parity.agreement, parity.near_ties, parity.passed) == (0.98, 0.02, True)
+    assert parity.top1_checkpoint == parity.top1_file == 0.99
+    assert parity.max_difference == pytest.approx(0.004, rel=1e-3)
+    found[4:6] = [0.1, 0.8, 0.1]  # the same tie, but another network
+    parity = of_probabilities(expected, found, None, "", "")
+    assert (parity.agreement, parity.near_ties, parity.passed) == (0.97, 0.02, False)
     with pytest.raises(RunError, match="not finite"):
         of_probabilities(expected, np.full_like(found, np.nan), None, "", "")
+
+
+def test_a_network_with_nothing_but_near_ties_is_not_passed():
+    rng = np.random.default_rng(0)
+    flat, other = (0.1 + rng.uniform(-5e-4, 5e-4, (100, 10)).astype(np.float32) for _ in range(2))
+    parity = of_probabilities(flat, other, None, "", "")
+    assert parity.near_ties > 0.5 and not parity.passed
 
 
 def test_files_of_others_are_not_overwritten(trained, tmp_path):
@@ -225,7 +239,11 @@ def test_files_of_others_are_not_overwritten(trained, tmp_path):
     assert "was not made by" in call("export", trained, "--to", tmp_path / "model.onnx", status=2).output
     (tmp_path / "config.json").write_text('{"architecture": "mine"}')
     assert "config.json exists" in call("export", trained, "--to", tmp_path / "other.onnx", status=2).output
-    assert (tmp_path / "model.onnx").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "new.pth.parity.json").write_text("mine")
+    assert "parity.json exists" in call("export", trained, "--to", tmp_path / "new.pth", status=2).output
+    assert "checkpoint's folder" in call("export", trained, "--to", trained / "best" / "new.pth", status=2).output
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"} and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -233,12 +251,41 @@ def test_files_of_others_are_not_overwritten(trained, tmp_path):
     [
         ("model.zip", [], "end the name in one of .safetensors, .pth, .onnx, .pt2"),
         ("model.pth", ["--preprocess"], "--preprocess is for graphs"),
-        ("missing/model.onnx", [], "there is no folder"),
+        ("file/model.onnx", [], "cannot make the folder"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(trained, tmp_path, name, options, message):
+    (tmp_path / "file").touch()
     output = call("export", trained, "--to", tmp_path / name, *options, status=2).output
     assert message in output and len(output.splitlines()) == 1
+
+
+def fail(images):
+    raise ValueError("a line\nand another")
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda images: torch.zeros(1, 2), r"returns torch.float32 \[1, 2\], not float32 \[3, 2\]"),
+        (lambda images: torch.zeros(3, 1), "returns"),
+        (lambda images: torch.zeros(3, 2, 1), "returns"),
+        (lambda images: torch.zeros(3, 2, dtype=torch.int64), "returns torch.int64"),
+        (lambda images: (torch.zeros(3, 2),), "returns tuple"),
+        (fail, r"does not take torch.float32 \[3, 3, 32, 32\]: a line and another"),
+    ],
+)
+def test_what_a_graph_returns_is_checked(run, message):
+    graph = Graph(Path("x.onnx"), ModelConfig("test_resnet", ("a", "b"), 32), run)
+    with pytest.raises(UserError, match=f"x.onnx {message}"):
+        graph(torch.zeros(3, 3, 32, 32))
+
+
+@pytest.mark.parametrize("rows", [[[-0.5, 1.5]], [[0.5, 0.6]]])
+def test_probabilities_of_a_graph_are_checked(rows):
+    graph = Graph(Path("x.onnx"), ModelConfig("test_resnet", ("a", "b"), 32, True), lambda images: torch.tensor(rows))
+    with pytest.raises(UserError, match="no probabilities"):
+        graph.probabilities(torch.zeros(1, 9, 9, 3, dtype=torch.uint8))
 
 
 def config_text(**changes) -> str:
@@ -256,6 +303,7 @@ def test_a_config_is_read_back():
         "", "[]", "{}", "[" * 10**5, "nul", '{"fasttrain": 1}', config_text(fasttrain={"format": 2, "input": "crops"}),
         config_text(fasttrain={"format": 1, "input": "audio"}), config_text(architecture=["test_resnet"]),
         config_text(label_names=[]), config_text(label_names=["a", "a"]), config_text(label_names=[1, 2]),
+        config_text(label_names="ab"), config_text(label_names=["a", "b\0"]),
         config_text(pretrained_cfg={"input_size": [3, 10**9, 32]}), config_text(pretrained_cfg={"input_size": 3}),
         config_text().replace("0.485", "0.5"), config_text().replace("bilinear", "bicubic"),
     ],

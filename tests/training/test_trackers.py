@@ -91,7 +91,7 @@ def check_points(actual: list[tuple[int, dict[str, float]]], out: Path) -> None:
         assert {name: values.get(name) for name in wanted} == pytest.approx(wanted, rel=1e-6), step
 
 
-def test_a_tracker_gets_the_recipe_and_the_points_and_prints_nothing(index, tmp_path, monkeypatch, capsys):
+def test_a_tracker_gets_the_recipe_and_the_points_and_says_where_to_look(index, tmp_path, monkeypatch, capsys):
     made = fake_trackio(monkeypatch)
     run(tracked(DEMO), tmp_path / "run", index, index)
     (only,) = made
@@ -99,7 +99,9 @@ def test_a_tracker_gets_the_recipe_and_the_points_and_prints_nothing(index, tmp_
     check_points(only.points, tmp_path / "run")
     assert {"images_per_s", "lr"} <= only.points[0][1].keys()
     output = capsys.readouterr()
-    assert output.out == "" and DEMO not in output.err
+    assert "print" not in vars(sys.modules["trackio"]), "its own output is restored"
+    said = [line for line in output.err.splitlines() if DEMO in line]
+    assert output.out == "" and said == [f"{DEMO}: `trackio show --project demo` shows it"]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_a_broken_tracker_changes_nothing_and_is_said_once(
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.3)
     fake_trackio(monkeypatch, act, at)
     run(tracked(DEMO, epochs=1), tmp_path / "run", index)
-    said = [each for each in capsys.readouterr().err.splitlines() if DEMO in each]
+    said = [line for line in capsys.readouterr().err.splitlines() if DEMO in line and "shows it" not in line]
     assert len(said) == 1 and line in said[0], said
     actual, expected = weights(tmp_path / "run"), untracked
     assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
@@ -149,7 +151,7 @@ def test_points_stay_in_order_and_few_wait(monkeypatch):
     go = threading.Event()
 
     class Slow:
-        id = "one"
+        id, where = "one", ""
 
         def log(self, step, values):
             taken.append(step)
@@ -200,6 +202,7 @@ def test_a_damaged_file_of_ids_is_ignored(tmp_path, monkeypatch, content):
     for _ in range(2):  # the second finds what the first wrote
         opened = Trackers(tmp_path, tensorboard=False, track=[DEMO], config={}, say=said.append)
         opened.close(True)
+    said = [line for line in said if "shows it" not in line]
     assert said == [f"{tmp_path / IDS} is damaged and ignored: trackers start new runs"]
     assert [each.id for each in made] == ["made-0", "made-0"]
     assert json.loads((tmp_path / IDS).read_text()) == {DEMO: "made-0"}
@@ -350,7 +353,7 @@ def test_wandb_without_a_login_and_mlflow_without_its_run(index, tmp_path, monke
     (out / IDS).write_text('{"mlflow:demo": "0123456789abcdef0123456789abcdef"}')
     (out / "recipe.toml").touch()
     run(tracked("wandb:demo", "mlflow:demo", epochs=1), out, index)
-    said = [line for line in capsys.readouterr().err.splitlines() if ":demo" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "wandb:demo" in line]
     assert len(said) == 1 and "wandb:demo: UsageError: No API key configured" in said[0], said
     assert handlers == [signal.getsignal(number) for number in (*range(1, 32),)]
 
