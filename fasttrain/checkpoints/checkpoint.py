@@ -219,9 +219,15 @@ def find(path: Path, first: str = "best") -> Path:
     for candidate in (read_link(path), read_link(path / first), read_link(path / second)):
         if os.path.isfile(candidate / META):  # Path.is_file raises for some impossible paths
             return candidate.resolve()
-    if not os.path.lexists(path):
-        raise UserError(f"no such run or checkpoint: {printable(path)}")
-    raise UserError(f"{printable(path)} is no checkpoint and holds none")
+    why = "" if _exists(path) else ": there is no such file or folder"
+    raise UserError(f"{printable(path)} is no checkpoint and holds none{why}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # such a name cannot exist
+        return False
 
 
 def load(path: Path) -> Checkpoint:
