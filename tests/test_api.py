@@ -30,6 +30,7 @@ def test_fit_is_the_command(fitted, demo_set, tmp_path):
 
 
 def test_scores_and_log_are_those_of_the_run(fitted):
+    pytest.importorskip("pandas")
     logged = events(fitted.path)
     (last,) = [row for row in logged if row["event"] == "eval"][-1:]
     assert max(row["top1"] for row in logged if row["event"] == "eval") == fitted.scores["top1"]
