@@ -47,9 +47,13 @@ def export(
     from fasttrain.export import export as exporting
     from fasttrain.utils.text import printable
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, after which temporary files are removed
-    with shown_once():
-        parity = exporting.export(
-            checkpoint_path, to, takes_pixels=preprocess, raw=raw, data=data, links=links, most_images=max_images
-        )
+    # An exception, after which temporary files are removed.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with shown_once():
+            parity = exporting.export(
+                checkpoint_path, to, takes_pixels=preprocess, raw=raw, data=data, links=links, most_images=max_images
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     click.echo(f"{parity}\nwrote {printable(to)}, config.json and {printable(to.name)}.parity.json")

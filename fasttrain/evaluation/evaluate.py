@@ -116,7 +116,7 @@ def _of_all_ranks(results: dict[int, NDArray[np.float32]], ranks: Ranks) -> dict
     if ranks.world == 1:
         return results
     shares = ranks.gather(results)
-    return {size: np.concatenate([share.pop(size) for share in shares]) for size in results}
+    return {size: np.concatenate([share.pop(size) for share in shares]) for size in list(results)}
 
 
 def _logits(model: Callable[[Tensor], Output], images: Tensor, precision: torch.dtype) -> Tensor:

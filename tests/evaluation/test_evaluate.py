@@ -1,6 +1,7 @@
 """Evaluation during training: its counts, and its copies to the device."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,3 +88,11 @@ def test_normalize_does_not_depend_on_the_batch_size():
     pixels = torch.randint(0, 256, (5, 4, 4, 3), dtype=torch.uint8)
     expected = normalize(pixels, torch.float32)
     assert torch.equal(torch.cat([normalize(part, torch.float32) for part in pixels.split(2)]), expected)
+
+
+def test_the_shares_of_all_ranks_are_joined(monkeypatch):
+    ranks = replace(CPU, world=2)
+    other = {32: np.ones((1, 2), np.float32), 64: np.zeros((1, 2), np.float32)}
+    monkeypatch.setattr(type(ranks), "gather", lambda self, own: [own, other])
+    joined = evaluation._of_all_ranks({32: np.zeros((2, 2), np.float32), 64: np.ones((2, 2), np.float32)}, ranks)
+    assert joined[32].tolist() == [[0, 0], [0, 0], [1, 1]] and joined[64].tolist() == [[1, 1], [1, 1], [0, 0]]

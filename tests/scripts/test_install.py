@@ -128,6 +128,7 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel):
     expected |= {Path("fasttrain", folder, path.name) for folder in ("pipelines", "kernels") for path in
                  (ROOT / folder).glob("*.py")}  # fmt: skip
     expected |= {path.relative_to(ROOT) for path in (ROOT / "fasttrain" / "data" / "vipriors").glob("*.txt*")}
+    expected |= {Path("fasttrain", "report", name) for name in ("page.css", "page.js")}
     names = [Path(name) for name in ZipFile(wheel).namelist()]
     assert {name for name in names if not name.parts[0].endswith(".dist-info")} == expected
     assert len(expected) > 140 and Path("fasttrain/data/vipriors/train.txt.gz") in expected
