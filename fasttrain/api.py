@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fasttrain.checkpoints import checkpoint, meta
-from fasttrain.checkpoints.run_dir import RECIPE
-from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.data.index import Index
 from fasttrain.data.open_data import open_labeled, open_unlabeled
@@ -30,10 +28,9 @@ from fasttrain.predict import predict
 from fasttrain.prepare import resolve_auto
 from fasttrain.report import page
 from fasttrain.report.run_log import read_log
+from fasttrain.report.runs import read_recipe
 from fasttrain.utils.errors import UserError
-from fasttrain.utils.files import read_text
 from fasttrain.utils.progress_bar import in_notebook
-from fasttrain.utils.text import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -116,11 +113,10 @@ def fit(
 
 
 def load(path: PathName) -> "Run":
-    """Open a run's folder. Raises UserError where it holds no run with a checkpoint."""
+    """Open a run's folder. Raises UserError where it holds no run with a recipe and a checkpoint."""
     run = Run(Path(path).absolute())
     checkpoint.find(run.path)
-    if not (run.path / RECIPE).is_file():
-        raise UserError(f"{printable(run.path)} is not a run's folder: it has no {RECIPE}")
+    read_recipe(run.path)
     return run
 
 
@@ -137,11 +133,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """All settings of the run."""
-        try:
-            text = read_text(self.path / RECIPE, toml.TEXT_LENGTH)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {printable(self.path / RECIPE)}: {error}") from None
-        return toml.from_toml(text, where=printable(self.path / RECIPE))
+        return read_recipe(self.path)[0]
 
     @property
     def classes(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -19,9 +18,6 @@ from fasttrain.cli.options import (
     training_option,
 )
 from fasttrain.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("recipes", short_help="List the recipes, or print one.")

@@ -40,9 +40,9 @@ class Parity:
     """How an exported file compares with its checkpoint on `images` images.
 
     agreement: the share of images with the same most likely class. near_ties: the share of images with another one,
-    which is as likely within 2 %; see NEAR. max_difference: the largest absolute difference of
-    two probabilities. top1_checkpoint, top1_file: top-1 of both, where the images have labels. run_by: what computed
-    the file's probabilities. images_from: where the images are from.
+    which is as likely within 2 %; see NEAR. max_difference: the largest absolute difference of two probabilities.
+    top1_checkpoint, top1_file: top-1 of both, where the images have labels. run_by: what computed the file's
+    probabilities. images_from: where the images are from.
     """
 
     images: int

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fasttrain.report.markup import Html, element, shorten
 
 COLORS = 8  # of the style sheet: c0 … c7; later series repeat them with another dash
-_DASHES = (None, "7 3", "2 3")
+DASHES = (None, "7 3", "2 3")
 _MOST_POINTS = 600  # of a line
 _MOST_TIPS = 48  # points of a line that have a tooltip
 _WIDTH, _HEIGHT = 380, 230
@@ -137,7 +137,7 @@ def line_chart(
         points = thin(each.points)
         path = " ".join(f"{frame.x(x):g},{frame.y(y):g}" for x, y in points)
         color = f"c{each.color % COLORS}"
-        dash = _DASHES[each.color // COLORS % len(_DASHES)]
+        dash = DASHES[each.color // COLORS % len(DASHES)]
         parts.append(element("polyline", points=path, class_=f"line {color}", stroke_dasharray=dash))
         few = len(points) <= _MOST_TIPS
         for x, y in points[:: -(-len(points) // _MOST_TIPS)] + ([] if few else points[-1:]):

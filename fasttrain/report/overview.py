@@ -11,7 +11,7 @@ from fasttrain.config import toml
 from fasttrain.config.schema import Recipe
 from fasttrain.evaluation.metrics import NAMES, better
 from fasttrain.report import run_log
-from fasttrain.report.charts import COLORS, Mark, Series, figure, line_chart, percent
+from fasttrain.report.charts import COLORS, DASHES, Mark, Series, figure, line_chart, percent
 from fasttrain.report.markup import Child, Html, cell, element, join, name, shorten, table
 from fasttrain.report.run_log import Row, curve, number, step_of
 from fasttrain.report.runs import RunFolder, changed_settings, differing, setting
@@ -240,7 +240,7 @@ def legend(names: Sequence[Html]) -> Html:
     """Which color is which run."""
     items = []
     for number_, text in enumerate(names):
-        dash = (None, "7 3", "2 3")[number_ // COLORS % 3]
+        dash = DASHES[number_ // COLORS % len(DASHES)]
         line = element("line", x1=1, x2=25, y1=4, y2=4, class_=f"line c{number_ % COLORS}", stroke_dasharray=dash)
         items.append(element("li", element("svg", line, viewBox="0 0 26 8", aria_hidden="true"), text))
     return element("ul", *items, class_="legend")

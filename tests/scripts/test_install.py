@@ -111,7 +111,7 @@ def test_pip_finds_builds(package_index, tmp_path, machine, cuda):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel that pip builds from a copy of the source, with the tests and scripts beside it."""
+    """The wheel that pip builds from a copy of the source, together with its tests and scripts."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("fasttrain", "pipelines", "kernels", "tests", "scripts"):
         skipped = shutil.ignore_patterns("__pycache__", "results")
