@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fasttrain.checkpoints.checkpoint import first_misfit
 from fasttrain.checkpoints.init_weights import read_weights
 from fasttrain.config.schema import IMAGE_SIZES, IMAGENET_MEAN, IMAGENET_STD, Recipe
 from fasttrain.losses.base import Output
@@ -223,11 +224,10 @@ def _open_weights(path: Path, config: ModelConfig) -> Classifier:
     """A timm network with a file's weights."""
     tensors = {f"backbone.{name}": tensor for name, tensor in read_weights(path, f"{printable(path)}").items()}
     with torch.device("meta"):  # shapes are compared before the network takes memory
-        shapes = {name: each.shape for name, each in Classifier(config.arch, len(config.classes)).state_dict().items()}
-    unlike = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
-    if unlike:
+        own = Classifier(config.arch, len(config.classes)).state_dict()
+    if reason := first_misfit(own, tensors):
         network = f"{config.arch} with {len(config.classes)} classes"
-        raise UserError(f"{printable(path)} does not hold a {network}: {unlike[0]} is missing or has another shape")
+        raise UserError(f"{printable(path)} does not hold a {network}: {reason}")
     model = Classifier(config.arch, len(config.classes))
     try:
         model.load_state_dict(tensors)

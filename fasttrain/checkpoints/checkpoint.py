@@ -8,7 +8,7 @@ optimizer's momentum by parameter name, and the averaged weights where the run h
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,9 +316,16 @@ def require_fit(saved: Checkpoint, recipe: Recipe) -> None:
     """Raises UserError unless a checkpoint has the tensors of its network. Checked before the network takes memory."""
     with torch.device("meta"):
         own = Classifier.of(recipe, len(saved.meta["classes"])).state_dict()
+    if reason := first_misfit(own, saved.model):
+        raise _misfit(saved, reason)
+
+
+def first_misfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Which of a network's own tensors is missing in others or has another shape there; empty where all fit."""
     for name, each in own.items():
-        if name not in saved.model or saved.model[name].shape != each.shape:
-            raise _misfit(saved, f"{name} is missing or not {list(each.shape)}")
+        if name not in tensors or tensors[name].shape != each.shape:
+            return f"{name} is missing or not {list(each.shape)}"
+    return ""
 
 
 def weights(saved: Checkpoint, averaged: bool) -> dict[str, Tensor]:
